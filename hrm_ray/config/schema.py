@@ -1,0 +1,126 @@
+"""Every key of a training configuration, with its meaning and unit; names follow the published HRM and TRM.
+
+The values live in the Hydra tree beside this file (`train.yaml` and the groups `arch` and `experiment`). Here
+are types, ranges and the checks across keys, all of which fail before Ray starts.
+"""
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from hrm_ray.config.validate import Settings
+
+Ratio = Field(ge=0, le=1)
+
+
+class LossConfig(Settings):
+    """The loss over the cells of a puzzle."""
+
+    loss_type: Literal["stablemax_cross_entropy", "softmax_cross_entropy"] = "stablemax_cross_entropy"
+
+
+class HRMConfig(Settings):
+    """Architecture `hrm_v1`."""
+
+    name: Literal["hrm_v1"] = "hrm_v1"
+    H_cycles: PositiveInt = 2  # updates of the slow module in an ACT step
+    L_cycles: PositiveInt = 2  # updates of the fast module for each of them
+    H_layers: PositiveInt = 4
+    L_layers: PositiveInt = 4
+    hidden_size: PositiveInt = 512
+    num_heads: PositiveInt = 8
+    expansion: PositiveFloat = 4  # SwiGLU's inner width is 2/3 of this times the width, to a multiple of 256
+    pos_encodings: Literal["rope", "learned"] = "rope"
+    puzzle_emb_ndim: int = Field(default=512, ge=0)  # numbers in a puzzle embedding; 0: none
+    halt_max_steps: PositiveInt = 16  # ACT steps at most
+    halt_exploration_prob: float = Field(default=0.1, ge=0, le=1)  # share of steps with a drawn minimum
+    loss: LossConfig = LossConfig()
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "HRMConfig":
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"arch.hidden_size={self.hidden_size} is not a multiple of arch.num_heads={self.num_heads}"
+            )
+        if self.pos_encodings == "rope" and (self.hidden_size // self.num_heads) % 2:
+            raise ValueError(
+                f"heads of odd width {self.hidden_size // self.num_heads} cannot be rotated: change "
+                "arch.hidden_size or arch.num_heads, or set arch.pos_encodings=learned"
+            )
+        return self
+
+
+class ScalingConfig(Settings):
+    """Where the loop runs: `mode=ray` in Ray Train workers, `mode=local` in this process without Ray."""
+
+    mode: Literal["ray", "local"] = "ray"
+    num_workers: PositiveInt = 1
+    use_gpu: bool | Literal["auto"] = "auto"  # auto: when the cluster has one for each worker
+    cpus_per_worker: PositiveInt | Literal["auto"] = "auto"  # auto: the node's CPUs shared evenly; 1 beside a GPU
+
+
+class FailureConfig(Settings):
+    """What a run survives."""
+
+    max_failures: int = Field(default=3, ge=0)  # lost workers or nodes before giving up
+
+
+class TrainConfig(Settings):
+    """A whole training run."""
+
+    data_path: str  # dataset folder or URI, made by `hrm-ray data build`
+    arch: HRMConfig = HRMConfig()
+
+    # length
+    global_batch_size: PositiveInt = 384  # puzzles in one optimizer step, over all workers
+    epochs: PositiveInt = 20000  # visits of every group
+    eval_interval: PositiveInt | None = 2000  # epochs between evaluations; null: only at the end
+    max_steps: PositiveInt | None = None  # end early; schedules still follow `epochs`
+    drop_last: bool = True  # false: the last step takes what is left, a partial batch
+
+    # optimizers
+    lr: PositiveFloat = 1e-4
+    lr_min_ratio: float = Field(default=1.0, ge=0, le=1)  # share of lr at the end of the cosine
+    lr_warmup_steps: int = Field(default=2000, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    puzzle_emb_lr: float = Field(default=1e-2, ge=0)
+    puzzle_emb_weight_decay: float = Field(default=0.1, ge=0)
+    bias_correction: Literal["outside", "inside"] = "outside"  # of the first moment, relative to atan2
+    optimizer_backend: Literal["auto", "foreach", "reference"] = "auto"
+    ema: bool = False  # evaluate an exponential moving average of the weights
+    ema_rate: float = Field(default=0.999, gt=0, lt=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    # machine
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    forward_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    scaling: ScalingConfig = ScalingConfig()
+    failure: FailureConfig = FailureConfig()
+
+    # records
+    storage: str = "runs"  # folder or URI that holds the runs
+    run_name: str | None = None  # null: named after the experiment and the data set
+    project_name: str = "hrm_ray"  # in Weights & Biases
+    log_interval: PositiveInt = 10  # steps between reports of training metrics
+    checkpoint_interval: PositiveInt | None = None  # steps; null: at every evaluation and at the end
+    keep_last: PositiveInt = 2  # newest checkpoints kept, beside the best
+    wandb: Literal["off", "offline", "online"] = "off"
+    tensorboard: bool = True
+
+    @model_validator(mode="after")
+    def _workers_divide_the_batch(self) -> "TrainConfig":
+        if self.global_batch_size % self.scaling.num_workers:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} cannot be divided among "
+                f"scaling.num_workers={self.scaling.num_workers}; "
+                f"try global_batch_size={_next_multiple(self.global_batch_size, self.scaling.num_workers)}"
+            )
+        if self.scaling.mode == "local" and self.scaling.num_workers > 1:
+            raise ValueError("scaling=local runs one worker; use scaling=ray for more")
+        return self
+
+
+def _next_multiple(number: int, divisor: int) -> int:
+    return -(-number // divisor) * divisor

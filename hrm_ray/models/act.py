@@ -1,0 +1,114 @@
+"""Adaptive computation time: the carry of a batch, and when a slot halts.
+
+A batch slot keeps its puzzle and hidden state over training steps until it halts ("deep supervision"); then it
+takes the puzzle at its position in the next batch and starts anew. Nothing here is random: exploration comes in
+as `min_halt_steps`, drawn by the caller from (seed, global step, global slot), so any number of workers draws
+the same.
+
+Source: Wang et al. 2025, arXiv:2506.21734, "Deep supervision" and "Adaptive computational time".
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hrm_ray.models.hrm import HRM, Prediction, State
+
+IGNORE = -100  # the label of a cell that is not scored
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the B slots of one worker are offered at a step.
+
+    inputs [B, C] int32 tokens; labels [B, C] int64, -100 where not scored; puzzle_identifiers [B] int32.
+    A row whose labels are all -100 is padding: it is computed, and counts nowhere.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    puzzle_identifiers: Tensor
+
+    def where(self, mask_B: Tensor, other: "Batch") -> "Batch":
+        """Rows of `self` where `mask_B`, of `other` elsewhere."""
+        return Batch(
+            torch.where(mask_B[:, None], self.inputs, other.inputs),
+            torch.where(mask_B[:, None], self.labels, other.labels),
+            torch.where(mask_B, self.puzzle_identifiers, other.puzzle_identifiers),
+        )
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(
+            self.inputs.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.puzzle_identifiers.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class Carry:
+    """What a slot keeps between steps: hidden state, steps taken [B] int32, halted [B] bool, and its puzzle."""
+
+    state: State
+    steps: Tensor
+    halted: Tensor
+    batch: Batch
+
+
+class Step(NamedTuple):
+    """One ACT step: the new carry, the prediction, and in training the target of q_continue [B]."""
+
+    carry: Carry
+    prediction: Prediction
+    target_q_continue: Tensor | None
+
+
+class ACT(nn.Module):
+    """Runs a recursive model step by step over a batch of slots.
+
+    Args:
+        inner: the recursion.
+        halt_max_steps: every slot halts at this step at the latest.
+    """
+
+    def __init__(self, inner: HRM, halt_max_steps: int):
+        super().__init__()
+        self.inner = inner
+        self.halt_max_steps = halt_max_steps
+
+    def initial_carry(self, batch: Batch) -> Carry:
+        """Carry in which every slot is halted, so that the first step takes its puzzle from the batch."""
+        B, device = batch.inputs.shape[0], batch.inputs.device
+        return Carry(
+            self.inner.initial_state(B),
+            torch.zeros(B, dtype=torch.int32, device=device),
+            torch.ones(B, dtype=torch.bool, device=device),
+            batch,
+        )
+
+    def forward(self, carry: Carry, batch: Batch, min_halt_steps_B: Tensor | None = None) -> Step:
+        """One step of every slot.
+
+        Args:
+            carry: of the step before.
+            batch: puzzles for the slots that have halted; the others ignore theirs.
+            min_halt_steps_B: int [B], in training: a slot does not halt before this step (exploration).
+                None means evaluation: every slot runs `halt_max_steps`.
+        """
+        state = self.inner.reset(carry.state, carry.halted)
+        batch = batch.where(carry.halted, carry.batch)
+        state, prediction = self.inner(state, batch.inputs, batch.puzzle_identifiers)
+        with torch.no_grad():
+            steps = torch.where(carry.halted, 0, carry.steps) + 1
+            is_last = steps >= self.halt_max_steps
+            if min_halt_steps_B is None or self.halt_max_steps == 1:
+                return Step(Carry(state, steps, is_last, batch), prediction, None)
+            wants_to_halt = prediction.q_halt > prediction.q_continue
+            halted = is_last | (wants_to_halt & (steps >= min_halt_steps_B))
+            # Q-learning without a replay memory or target network: the next step's values, from here, now.
+            _, following = self.inner(state, batch.inputs, batch.puzzle_identifiers)
+            best_next = torch.maximum(following.q_halt, following.q_continue)
+            target = torch.where(is_last, following.q_halt, best_next).sigmoid()
+        return Step(Carry(state, steps, halted, batch), prediction, target)

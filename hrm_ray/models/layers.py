@@ -1,0 +1,194 @@
+"""Building blocks of the recursive models: the post-norm transformer block and its parts.
+
+What always holds: parameters are float32 masters; the products run in `dtype` (float32 or bfloat16) with copies
+of the weights made once a forward pass (`cast_weights`), since a recursive model uses each weight many times a
+pass. Parameter names are those of the published checkpoints.
+
+Shapes: B batch, S tokens (puzzle tokens included), D width, N heads, K width of a head, F inner width.
+Source: Wang et al. 2025 (arXiv:2506.21734) and its public code.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+RMS_EPS = 1e-5
+ROPE_THETA = 10000.0
+# Standard deviation of a standard normal truncated at two sigma: what JAX's truncated normal divides by.
+TRUNCATED_STD = 0.87962566103423978
+
+
+def trunc_normal_(tensor: Tensor, std: float) -> Tensor:
+    """Fill `tensor` from a normal truncated at two sigma whose standard deviation *after* truncation is `std`."""
+    sigma = std / TRUNCATED_STD
+    return nn.init.trunc_normal_(tensor, std=sigma, a=-2 * sigma, b=2 * sigma)
+
+
+class Linear(nn.Module):
+    """Dense layer with a float32 master weight [out, in] and an optional bias."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(trunc_normal_(torch.empty(out_features, in_features), in_features**-0.5))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self._copy: Tensor | None = None
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Make the copy that `forward` uses; gradients reach the master through it."""
+        self._copy = None if dtype == self.weight.dtype else self.weight.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight if self._copy is None else self._copy, self.bias)
+
+
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Refresh the compute copies of every `Linear` in `module`. Call once before each pass over the weights."""
+    for layer in module.modules():
+        if isinstance(layer, Linear):
+            layer.cast(dtype)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Root-mean-square normalisation over the last axis, without weight, computed in float32."""
+    return F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS)
+
+
+def rope_tables(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [S, 1, K] of rotary positions in the half-rotation layout, theta 10,000."""
+    frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles_SK = torch.outer(torch.arange(num_tokens, dtype=torch.float32), frequencies).repeat(1, 2)
+    return angles_SK.cos()[:, None, :], angles_SK.sin()[:, None, :]
+
+
+def apply_rope(x_BSNK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate queries or keys; computed in the dtype of the tables (float32), returned in that of `x`."""
+    x = x_BSNK.to(cos.dtype)
+    half_1, half_2 = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-half_2, half_1), dim=-1) * sin).to(x_BSNK.dtype)
+
+
+def matmul_attention(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor) -> Tensor:
+    """Full attention as two batched products: on CPUs and short sequences faster than the fused kernel."""
+    scores = (q_BNSK * q_BNSK.shape[-1] ** -0.5) @ k_BNSK.transpose(-1, -2)
+    return scores.softmax(dim=-1) @ v_BNSK
+
+
+def flash_attention(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor) -> Tensor:
+    """The flash-attn package, where it is installed; CUDA, half precision only."""
+    from flash_attn import flash_attn_func
+
+    q, k, v = (t.transpose(1, 2) for t in (q_BNSK, k_BNSK, v_BNSK))
+    return flash_attn_func(q, k, v).transpose(1, 2)
+
+
+ATTENTION = {"sdpa": F.scaled_dot_product_attention, "matmul": matmul_attention, "flash": flash_attention}
+
+
+class Attention(nn.Module):
+    """Non-causal multi-head attention; q, k and v come from one matrix. `kernel` is a key of `ATTENTION`."""
+
+    def __init__(self, hidden_size: int, num_heads: int, kernel: str = "sdpa"):
+        super().__init__()
+        self.attend = ATTENTION[kernel]
+        self.head_dim = hidden_size // num_heads
+        self.qkv_proj = Linear(hidden_size, 3 * hidden_size)
+        self.o_proj = Linear(hidden_size, hidden_size)
+
+    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        qkv = rearrange(self.qkv_proj(x_BSD), "b s (c n k) -> c b s n k", c=3, k=self.head_dim)
+        q, k, v = qkv.unbind(0)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return self.o_proj(rearrange(self.attend(q, k, v), "b n s k -> b s (n k)"))
+
+
+def swiglu_width(hidden_size: int, expansion: float) -> int:
+    """Inner width of SwiGLU: two thirds of expansion x width, rounded up to a multiple of 256."""
+    return math.ceil(round(expansion * hidden_size * 2 / 3) / 256) * 256
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer; gate and up projection are one matrix."""
+
+    def __init__(self, hidden_size: int, expansion: float):
+        super().__init__()
+        width = swiglu_width(hidden_size, expansion)
+        self.gate_up_proj = Linear(hidden_size, 2 * width)
+        self.down_proj = Linear(width, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Post-norm transformer block: x = rms(x + attention(x)); x = rms(x + swiglu(x))."""
+
+    def __init__(self, hidden_size: int, num_heads: int, expansion: float, attention: str = "sdpa"):
+        super().__init__()
+        self.self_attn = Attention(hidden_size, num_heads, attention)
+        self.mlp = SwiGLU(hidden_size, expansion)
+
+    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        x_BSD = rms_norm(x_BSD + self.self_attn(x_BSD, rope))
+        return rms_norm(x_BSD + self.mlp(x_BSD))
+
+
+class ReasoningModule(nn.Module):
+    """A stack of blocks that first adds its input injection to its state (the H or L module)."""
+
+    def __init__(
+        self, num_layers: int, hidden_size: int, num_heads: int, expansion: float, attention: str = "sdpa"
+    ):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            Block(hidden_size, num_heads, expansion, attention) for _ in range(num_layers)
+        )
+
+    def forward(self, state_BSD: Tensor, injection_BSD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        x_BSD = state_BSD + injection_BSD
+        for layer in self.layers:
+            x_BSD = layer(x_BSD, rope)
+        return x_BSD
+
+
+class TokenEmbedding(nn.Module):
+    """Table [count, D] for tokens or learned positions."""
+
+    def __init__(self, count: int, hidden_size: int):
+        super().__init__()
+        self.embedding_weight = nn.Parameter(trunc_normal_(torch.empty(count, hidden_size), hidden_size**-0.5))
+
+
+class PuzzleEmbedding(nn.Module):
+    """One trainable vector a puzzle identifier, zero at first, trained by sparse sign-SGD.
+
+    The table is a buffer, so neither the dense optimizer nor DDP sees it. A training pass takes the rows it
+    needs as a leaf that collects their gradient; `take_gradients` hands both to the sparse optimizer.
+    """
+
+    def __init__(self, num_identifiers: int, size: int):
+        super().__init__()
+        self.weights: Tensor
+        self.register_buffer("weights", torch.zeros(num_identifiers, size))
+        self._looked_up: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, identifiers_B: Tensor) -> Tensor:
+        rows = self.weights[identifiers_B]
+        if self.training and torch.is_grad_enabled():
+            rows = rows.detach().requires_grad_()
+            self._looked_up.append((identifiers_B, rows))
+        return rows
+
+    def take_gradients(self) -> tuple[Tensor, Tensor]:
+        """Identifiers [n] and gradients [n, size] of all rows looked up since the last call (then forgotten)."""
+        identifiers = torch.cat([ids for ids, _ in self._looked_up])
+        gradients = torch.cat(
+            [torch.zeros_like(rows) if rows.grad is None else rows.grad for _, rows in self._looked_up]
+        )
+        self._looked_up.clear()
+        return identifiers, gradients

@@ -1,0 +1,103 @@
+"""The ACT loss and its metrics, summed over the slots of one worker.
+
+Sums, not means: the caller divides by the *global* batch size, so that any number of workers gives the same
+gradient. Padding rows (no labelled cell) count nowhere.
+
+Source: Wang et al. 2025, arXiv:2506.21734, equations for the sequence-to-sequence and Q losses; stablemax from
+Prieto et al. 2025, arXiv:2501.04697.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hrm_ray.models.act import IGNORE, Step
+
+LossType = Literal["stablemax_cross_entropy", "softmax_cross_entropy"]
+
+# Sums over slots, in the order of the vector that is reduced over workers. The first group is over the slots
+# that halted at this step, the second over all.
+METRICS = (
+    "count",
+    "accuracy",
+    "exact_accuracy",
+    "q_halt_accuracy",
+    "steps",
+    "lm_loss",
+    "q_halt_loss",
+    "q_continue_loss",
+)
+
+
+def log_stablemax_scores(logits: Tensor) -> Tensor:
+    """log s(x), s(x) = x + 1 for x >= 0 and 1 / (1 - x) below; softmax of it is stablemax.
+
+    In float32 this form loses nothing: no subtraction of near numbers, and the gradient at 0 is that of x + 1
+    (clamp passes it there, relu does not).
+    """
+    return logits.clamp(min=0).log1p() - F.relu(-logits).log1p()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, loss_type: LossType) -> Tensor:
+    """Cross entropy of every cell, 0 where the label is -100.
+
+    Args:
+        logits: [..., V] float32.
+        labels: [...] int64.
+        loss_type: over stablemax or over softmax.
+
+    Returns:
+        [...] float32.
+    """
+    if loss_type == "stablemax_cross_entropy":
+        logits = log_stablemax_scores(logits)
+    flat = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return flat.view(labels.shape)
+
+
+def act_loss(step: Step, loss_type: LossType) -> tuple[Tensor, Tensor]:
+    """Loss of one ACT step and its metrics.
+
+    Returns:
+        the loss (scalar, summed over slots) and the metrics (float32 vector in the order of `METRICS`, summed;
+        accuracies and steps over the slots that halted at this step).
+    """
+    labels, prediction = step.carry.batch.labels, step.prediction
+    labelled = labels != IGNORE
+    num_labelled = labelled.sum(-1)
+    is_puzzle = num_labelled > 0
+    cell_weight = 1 / num_labelled.clamp(min=1)
+
+    lm_losses = cross_entropy(prediction.logits, labels, loss_type).sum(-1) * cell_weight
+    with torch.no_grad():
+        num_right = ((prediction.logits.argmax(-1) == labels) & labelled).sum(-1)
+        exact = num_right == num_labelled
+        halted = (step.carry.halted & is_puzzle).float()
+    q_halt_losses = is_puzzle * F.binary_cross_entropy_with_logits(
+        prediction.q_halt, exact.float(), reduction="none"
+    )
+    loss = lm_losses.sum() + 0.5 * q_halt_losses.sum()
+    q_continue_loss = torch.zeros_like(loss)
+    if step.target_q_continue is not None:
+        q_continue_losses = F.binary_cross_entropy_with_logits(
+            prediction.q_continue, step.target_q_continue, reduction="none"
+        )
+        q_continue_loss = (is_puzzle * q_continue_losses).sum()
+        loss = loss + 0.5 * q_continue_loss
+
+    with torch.no_grad():
+        metrics = torch.stack(
+            (
+                halted.sum(),
+                (halted * num_right * cell_weight).sum(),
+                (halted * exact).sum(),
+                (halted * ((prediction.q_halt >= 0) == exact)).sum(),
+                (halted * step.carry.steps).sum(),
+                lm_losses.sum(),
+                q_halt_losses.sum(),
+                q_continue_loss,
+            )
+        )
+    return loss, metrics

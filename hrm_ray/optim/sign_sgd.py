@@ -1,0 +1,36 @@
+"""Sign-SGD with decoupled decay for the rows of an embedding that occur in a batch."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def sparse_sign_sgd(
+    table: Tensor,
+    identifiers: Tensor,
+    gradients: Tensor,
+    *,
+    lr: float,
+    weight_decay: float,
+    gather: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Update in place the rows of `table` that occur in the global batch; the others stay untouched.
+
+    row = row * (1 - lr * weight_decay) - lr * sign(sum of the row's gradients over the global batch).
+
+    Args:
+        table: [rows, size] float32, the same on every worker before and after.
+        identifiers: [n] int, the rows looked up by this worker, with repetitions.
+        gradients: [n, size] float32.
+        lr: learning rate.
+        weight_decay: decoupled, multiplied by `lr`.
+        gather: concatenates a tensor over all workers along its first axis (collective); None for one worker.
+    """
+    if gather is not None:
+        identifiers, gradients = gather(identifiers), gather(gradients)
+    rows, position = identifiers.unique(return_inverse=True)
+    summed = torch.zeros(len(rows), table.shape[1], device=table.device)
+    summed.index_add_(0, position, gradients)
+    table[rows] = table[rows] * (1 - lr * weight_decay) - lr * summed.sign()
