@@ -1,0 +1,215 @@
+"""Sudoku in sizes 4 (2x2 boxes), 6 (boxes of 2 rows and 3 columns) and 9.
+
+Tokens: 0 pad, 1 blank, digit d is d + 1. Reading, checking and showing need numpy only; the solver, the
+generator and the augmentation are compiled (sudoku_kernels) and loaded when first used.
+"""
+
+from functools import cached_property
+from types import ModuleType
+
+import numpy as np
+
+from hrm_ray.data.tasks.base import Task
+from hrm_ray.errors import UserError
+
+BLANK = 1
+FIRST_DIGIT = 2
+BOX_SHAPES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
+MIN_CLUES = {4: 4, 6: 8, 9: 17}  # fewer never determine a solution
+
+# Rows checked at a time: bounds the memory of a check over millions.
+_CHUNK = 65_536
+
+
+class Sudoku(Task):
+    """See the module. `size` is 4, 6 or 9."""
+
+    name = "sudoku"
+
+    def __init__(self, size: int = 9):
+        if size not in BOX_SHAPES:
+            raise UserError(f"sudoku has no size {size}; choose 4, 6 or 9")
+        self.options = {"size": size}
+        self.size = size
+        self.box_rows, self.box_cols = BOX_SHAPES[size]
+        self.vocab_size = size + FIRST_DIGIT
+        self.seq_len = size * size
+        # Character code -> token; 0 where the character is impossible.
+        self._token_of_char = np.zeros(256, np.uint8)
+        self._token_of_char[[ord("."), ord("0")]] = BLANK
+        for digit in range(1, size + 1):
+            self._token_of_char[ord(str(digit))] = digit + 1
+
+    # Text
+
+    def parse(self, text: str) -> np.ndarray:
+        chars = "".join(text.split())
+        for position, char in enumerate(chars[: self.seq_len]):
+            if ord(char) > 255 or self._token_of_char[ord(char)] == 0:
+                row, col = divmod(position, self.size)
+                raise UserError(
+                    f"impossible digit '{char}' in row {row + 1}, column {col + 1}; "
+                    f"allowed: 1-{self.size}, and . or 0 for a blank"
+                )
+        if len(chars) != self.seq_len:
+            raise UserError(
+                f"{len(chars)} characters, where {self.size}x{self.size} Sudoku has {self.seq_len}"
+            )
+        return self._token_of_char[[ord(char) for char in chars]]
+
+    def encode(self, codes: np.ndarray) -> np.ndarray:
+        """Tokens of many puzzles at once: character codes uint8[n, seq_len] -> uint8[n, seq_len], 0 (pad) where a
+        character is impossible."""
+        return self._token_of_char[codes]
+
+    def to_text(self, tokens: np.ndarray) -> str:
+        return "".join(self._symbol(token) for token in tokens)
+
+    def _symbol(self, token: int) -> str:
+        if token == BLANK:
+            return "."
+        return str(int(token) - 1) if FIRST_DIGIT <= token < self.vocab_size else "?"
+
+    def render(self, tokens: np.ndarray, given: np.ndarray | None = None) -> str:
+        """A grid with box lines; digits that answer a blank of `given` are followed by an apostrophe."""
+        answered = np.zeros(self.seq_len, bool) if given is None else np.asarray(given) == BLANK
+        mark = "" if given is None else " "
+        cells = [self._symbol(t) + ("'" if a else mark) for t, a in zip(tokens, answered, strict=True)]
+        width = self.box_cols * (len(cells[0]) + 1) + 1
+        line = "+".join(["", *["-" * width] * (self.size // self.box_cols), ""])
+        lines = [line]
+        for row in range(self.size):
+            in_row = cells[row * self.size : (row + 1) * self.size]
+            boxes = [
+                " ".join(in_row[start : start + self.box_cols]) for start in range(0, self.size, self.box_cols)
+            ]
+            lines.append("| " + " | ".join(boxes) + " |")
+            if (row + 1) % self.box_rows == 0:
+                lines.append(line)
+        return "\n".join(lines)
+
+    # Rules
+
+    def _units(self, bits: np.ndarray, reduce: np.ufunc) -> np.ndarray:
+        """Reduce uint16[n, seq_len] over the cells of every row, column and box: uint16[n, 3 * size]."""
+        size, box_rows, box_cols = self.size, self.box_rows, self.box_cols
+        n = len(bits)
+        grid = bits.reshape(n, size, size)
+        boxes = bits.reshape(n, size // box_rows, box_rows, size // box_cols, box_cols)
+        in_boxes = reduce.reduce(reduce.reduce(boxes, axis=4, dtype=bits.dtype), axis=2, dtype=bits.dtype)
+        rows = reduce.reduce(grid, axis=2, dtype=bits.dtype)
+        cols = reduce.reduce(grid, axis=1, dtype=bits.dtype)
+        return np.concatenate([rows, cols, in_boxes.reshape(n, size)], axis=1)
+
+    @cached_property
+    def _bit_of_token(self) -> np.ndarray:
+        bits = np.zeros(256, np.uint16)
+        bits[FIRST_DIGIT : self.vocab_size] = 1 << np.arange(self.size)
+        return bits
+
+    def contradicts(self, inputs: np.ndarray) -> np.ndarray:
+        """Whether each question (uint8[n, seq_len]) has a digit twice in a row, column or box; bool[n]."""
+        bits = self._bit_of_token[inputs]
+        # A sum of distinct bits is their union; with a digit twice the sum is larger.
+        return (self._units(bits, np.add) != self._units(bits, np.bitwise_or)).any(axis=1)
+
+    def is_solution(self, inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+        """Complete, each digit once in every row, column and box, and all clues kept; bool[n]."""
+        inputs, outputs = np.asarray(inputs), np.asarray(outputs)
+        full = (1 << self.size) - 1
+        solved = np.empty(len(outputs), bool)
+        for start in range(0, len(outputs), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            given, answer = inputs[part], outputs[part]
+            in_range = (answer >= 0) & (answer < 256)  # model outputs may come as any integer type
+            bits = self._bit_of_token[np.where(in_range, answer, 0)]
+            valid = (self._units(bits, np.bitwise_or) == full).all(axis=1)
+            solved[part] = valid & ((given == answer) | (given == BLANK)).all(axis=1)
+        return solved
+
+    def problem(self, question: str, answer: str | None = None) -> str | None:
+        """What is wrong with a puzzle as far as can be seen without solving it, in words, or None."""
+        try:
+            inputs = self.parse(question)
+        except UserError as error:
+            return f"question '{_shorten(question)}': {error}"
+        if self.contradicts(inputs[None])[0]:
+            return f"question '{question}': its clues contradict: {self._contradiction(inputs)}"
+        if not answer:
+            return None
+        try:
+            outputs = self.parse(answer)
+        except UserError as error:
+            return f"answer '{_shorten(answer)}': {error}"
+        if self.is_solution(inputs[None], outputs[None])[0]:
+            return None
+        differ = np.flatnonzero((inputs != outputs) & (inputs != BLANK))
+        if len(differ):
+            row, col = divmod(int(differ[0]), self.size)
+            return f"answer '{answer}' does not fit its question: clue in row {row + 1}, column {col + 1} differs"
+        if (outputs == BLANK).any():
+            return f"answer '{answer}' is not complete"
+        return f"answer '{answer}' is no solution: {self._contradiction(outputs)}"
+
+    def _contradiction(self, tokens: np.ndarray) -> str:
+        cells_of_unit, _ = self._geometry
+        for unit, cells in enumerate(cells_of_unit):
+            digits, counts = np.unique(tokens[cells], return_counts=True)
+            for digit in digits[(counts > 1) & (digits >= FIRST_DIGIT)]:
+                kind = ("row", "column", "box")[unit // self.size]
+                return f"{digit - 1} twice in {kind} {unit % self.size + 1}"
+        raise ValueError("no contradiction")
+
+    # Compiled: solver, generator, symmetries
+
+    @cached_property
+    def _kernels(self) -> ModuleType:
+        from hrm_ray.data.tasks import sudoku_kernels  # numba: seconds to import, not needed to read and show
+
+        return sudoku_kernels
+
+    @cached_property
+    def _geometry(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._kernels.geometry(self.size, self.box_rows, self.box_cols)
+
+    def solve(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Solve questions uint8[n, seq_len].
+
+        Returns:
+            Solutions uint8[n, seq_len], zeros where there is none; the number of solutions, 0, 1 or 2 (meaning
+            several), int64[n]; and the difficulty, int64[n]: how many guesses the search made, beyond what follows
+            from single candidates and single places, to find the solution and prove it the only one.
+        """
+        return self._kernels.solve(np.ascontiguousarray(inputs), *self._geometry)
+
+    def generate(
+        self, seed: int, first: int, count: int, num_clues: int, max_tries: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Puzzles number first..first+count-1 of `seed`, with one solution and `num_clues` clues.
+
+        Returns:
+            Questions and answers, uint8[count, seq_len]; a question is all zeros if `max_tries` boards did not
+            yield it.
+        """
+        return self._kernels.generate(seed, first, count, num_clues, max_tries, *self._geometry)
+
+    def augment(
+        self, inputs: np.ndarray, labels: np.ndarray, groups: np.ndarray, num_aug: int, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Each puzzle (rows of inputs and labels, uint8[n, seq_len]) followed by `num_aug` random symmetric copies.
+
+        Copy k of group g (int64[n]) depends on (seed, g, k) alone. Returns uint8[n * (1 + num_aug), seq_len] twice.
+        """
+        return self._kernels.augment(
+            np.ascontiguousarray(inputs),
+            np.ascontiguousarray(labels),
+            np.asarray(groups, np.int64),
+            num_aug,
+            seed,
+            self.box_rows,
+            self.box_cols,
+        )
+
+
+def _shorten(text: str, width: int = 100) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
