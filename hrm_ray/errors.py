@@ -1,9 +1,17 @@
-"""The one exception that ends in a single line and exit code 2 instead of a traceback."""
+"""Exceptions that end in a single line instead of a traceback.
+
+The command line prints them as ``error: MESSAGE`` and exits with their `exit_code`. They survive pickling, so they
+can be raised inside a Ray task or worker.
+"""
 
 
 class UserError(Exception):
-    """A mistake in the input: says what is wrong, where, and how to mend it, in one line.
+    """A mistake in the input: says what is wrong, where, and how to mend it, in one line."""
 
-    The command line prints it as ``error: MESSAGE`` and exits with code 2. Survives pickling, so it can be
-    raised inside a Ray task or worker.
-    """
+    exit_code = 2
+
+
+class RunFailed(UserError):
+    """A run that cannot go on though its input was well-formed (the loss is not finite, workers are lost)."""
+
+    exit_code = 1

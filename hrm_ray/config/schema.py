@@ -56,7 +56,9 @@ class ScalingConfig(Settings):
     mode: Literal["ray", "local"] = "ray"
     num_workers: PositiveInt = 1
     use_gpu: bool | Literal["auto"] = "auto"  # auto: when the cluster has one for each worker
-    cpus_per_worker: PositiveInt | Literal["auto"] = "auto"  # auto: the node's CPUs shared evenly; 1 beside a GPU
+    cpus_per_worker: PositiveInt | Literal["auto"] = (
+        "auto"  # auto: the node's CPUs shared evenly; 1 beside a GPU
+    )
 
 
 class FailureConfig(Settings):
@@ -88,7 +90,6 @@ class TrainConfig(Settings):
     puzzle_emb_lr: float = Field(default=1e-2, ge=0)
     puzzle_emb_weight_decay: float = Field(default=0.1, ge=0)
     bias_correction: Literal["outside", "inside"] = "outside"  # of the first moment, relative to atan2
-    optimizer_backend: Literal["auto", "foreach", "reference"] = "auto"
     ema: bool = False  # evaluate an exponential moving average of the weights
     ema_rate: float = Field(default=0.999, gt=0, lt=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -96,6 +97,8 @@ class TrainConfig(Settings):
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     forward_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: Literal["auto", "sdpa", "matmul", "flash"] = "auto"
+    optimizer_backend: Literal["auto", "foreach", "reference"] = "auto"  # of AdamATan2
     scaling: ScalingConfig = ScalingConfig()
     failure: FailureConfig = FailureConfig()
 

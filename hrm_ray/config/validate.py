@@ -64,6 +64,6 @@ def _first_problem(settings: type[Settings], error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"'{key}' is not given; add {key}=VALUE"
     message = problem["msg"].removeprefix("Value error, ")
-    if not key:  # a check across fields names its keys itself
+    if problem["type"] == "value_error":  # our own checks name their keys themselves
         return message
     return f"{key}={problem['input']!r}: {message[0].lower()}{message[1:]}"

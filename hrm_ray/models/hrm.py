@@ -78,6 +78,7 @@ class HRM(nn.Module):
         self.lm_head = Linear(D, vocab_size)
         self.q_head = Linear(D, 2, bias=True)
         nn.init.zeros_(self.q_head.weight)
+        assert self.q_head.bias is not None
         nn.init.constant_(self.q_head.bias, Q_HEAD_BIAS)
         if config.puzzle_emb_ndim:
             self.puzzle_emb = PuzzleEmbedding(num_puzzle_identifiers, config.puzzle_emb_ndim)
@@ -120,7 +121,9 @@ class HRM(nn.Module):
             e_BSD = math.sqrt(0.5) * (e_BSD + self.embed_pos.embedding_weight)
         return (math.sqrt(D) * e_BSD).to(self.dtype)
 
-    def forward(self, state: State, inputs_BC: Tensor, puzzle_identifiers_B: Tensor) -> tuple[State, Prediction]:
+    def forward(
+        self, state: State, inputs_BC: Tensor, puzzle_identifiers_B: Tensor
+    ) -> tuple[State, Prediction]:
         """One ACT step.
 
         Args:

@@ -9,6 +9,7 @@ Source: Wang et al. 2025 (arXiv:2506.21734) and its public code.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,12 @@ def flash_attention(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor) -> Tensor:
     return flash_attn_func(q, k, v).transpose(1, 2)
 
 
-ATTENTION = {"sdpa": F.scaled_dot_product_attention, "matmul": matmul_attention, "flash": flash_attention}
+AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+ATTENTION: dict[str, AttentionKernel] = {
+    "sdpa": F.scaled_dot_product_attention,
+    "matmul": matmul_attention,
+    "flash": flash_attention,
+}
 
 
 class Attention(nn.Module):
@@ -161,7 +167,9 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, count: int, hidden_size: int):
         super().__init__()
-        self.embedding_weight = nn.Parameter(trunc_normal_(torch.empty(count, hidden_size), hidden_size**-0.5))
+        self.embedding_weight = nn.Parameter(
+            trunc_normal_(torch.empty(count, hidden_size), hidden_size**-0.5)
+        )
 
 
 class PuzzleEmbedding(nn.Module):

@@ -12,7 +12,7 @@ Two forms exist, which differ in where the first moment's bias correction c1 = 1
 Weight decay is decoupled and comes first: p *= 1 - lr * weight_decay.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,7 +44,7 @@ class Hyperparameters:
         return 1.0, 1 / root_c2, self.lr / c1
 
 
-Tensors = Sequence[Tensor]
+Tensors = list[Tensor]
 # update(params, grads, exp_avgs, exp_avg_sqs, hyperparameters), in place
 Backend = Callable[[Tensors, Tensors, Tensors, Tensors, Hyperparameters], None]
 
@@ -64,7 +64,7 @@ def foreach(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Ten
     torch._foreach_lerp_(exp_avgs, grads, 1 - h.beta1)
     torch._foreach_mul_(exp_avg_sqs, h.beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - h.beta2)
-    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    denominators = list(torch._foreach_sqrt(exp_avg_sqs))
     torch._foreach_mul_(denominators, v_scale / m_scale)  # atan2 depends on the ratio alone
     for denominator, m in zip(denominators, exp_avgs, strict=True):
         torch.atan2(m, denominator, out=denominator)

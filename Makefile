@@ -1,0 +1,47 @@
+# make quickstart   see a model learn, in minutes, from a fresh clone
+# make test         the tests            make lint   style and types
+# Options: PYTHON=python3.12, PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" (torch without CUDA)
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-slow lint format clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+# The marker is younger than what it depends on: the environment is made again only if they change.
+$(READY): pyproject.toml constraints.txt
+	@echo "making the environment in $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; use make PYTHON=python3.12"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: $(READY)
+	@$(BIN)/hrm-ray data build recipe=sudoku_4x4 out=data/sudoku-4x4
+	@$(BIN)/hrm-ray train experiment=quickstart
+	@$(BIN)/hrm-ray demo runs/quickstart data=data/sudoku-4x4
+
+test: $(READY) lint
+	@$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	@$(BIN)/python -m pytest -m slow --timeout 3600
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(READY)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,145 @@
+"""Library use: load a trained model, solve puzzles with it, measure it.
+
+import hrm_ray
+for solution in hrm_ray.load("runs/quickstart").solve(["1...|..."]):
+    print(solution.answer, solution.confidence, solution.is_valid)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hrm_ray import machine
+from hrm_ray.data.shards import Dataset, open_dataset
+from hrm_ray.data.tasks.base import Task, get_task
+from hrm_ray.errors import UserError
+from hrm_ray.models.act import IGNORE, Batch
+from hrm_ray.models.registry import build_model
+from hrm_ray.training.checkpoint import Checkpoint, find
+from hrm_ray.training.evaluate import OUTPUTS, evaluate, run_to_halt
+from hrm_ray.training.world import World
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A model's answer to one puzzle.
+
+    Attributes:
+        puzzle, answer: one-line texts of the task.
+        tokens: the answer, uint8 [seq_len].
+        confidence: the model's own probability (Q head) that the answer is exactly right, 0..1.
+        is_valid: whether the answer obeys the rules and keeps the clues; None if the task cannot tell.
+    """
+
+    puzzle: str
+    answer: str
+    tokens: np.ndarray
+    confidence: float
+    is_valid: bool | None
+
+
+class Solver:
+    """A trained model with what it needs to read and check puzzles; made by `load`."""
+
+    def __init__(self, checkpoint: Checkpoint, *, device: str = "auto", forward_dtype: str = "auto"):
+        self.checkpoint = checkpoint
+        manifest = checkpoint.manifest
+        self.task: Task = get_task(manifest.dataset.task, **manifest.dataset.task_options)
+        self.setup = machine.resolve(
+            device=device, forward_dtype=forward_dtype, num_tokens=manifest.dataset.seq_len
+        )
+        self.model = build_model(manifest.arch, manifest.dataset, self.setup)
+        self.model.inner.load_state_dict(checkpoint.weights())
+        self.model.eval()
+
+    def parse(self, puzzle: str, where: str = "") -> np.ndarray:
+        """Tokens uint8 [seq_len] of a puzzle's text. Raises UserError, which begins with `where`."""
+        try:
+            return self.task.parse(puzzle)
+        except UserError as error:
+            raise UserError(f"{where or repr(puzzle)}: {error}") from None
+
+    def solve(self, puzzles: Sequence[str | np.ndarray], batch_size: int = 256) -> list[Solution]:
+        """Answer puzzles given as texts or as tokens (integers [seq_len]).
+
+        Raises:
+            UserError: a text that is no puzzle of this task.
+        """
+        questions = [self.parse(p) if isinstance(p, str) else np.asarray(p, np.uint8) for p in puzzles]
+        solutions = []
+        for start in range(0, len(questions), batch_size):
+            solutions += self._solve_batch(np.stack(questions[start : start + batch_size]))
+        return solutions
+
+    def _solve_batch(self, questions: np.ndarray) -> list[Solution]:
+        inputs = torch.from_numpy(questions.astype(np.int32))
+        blank = torch.full((len(inputs),), self.task.blank_identifier_id, dtype=torch.int32)
+        batch = Batch(inputs, torch.full(inputs.shape, IGNORE), blank).to(self.setup.device)
+        prediction = run_to_halt(self.model, batch).prediction
+        answers = prediction.logits.argmax(-1).cpu().numpy().astype(np.uint8)
+        confidences = prediction.q_halt.sigmoid().cpu().tolist()
+        valid = (
+            self.task.is_solution(questions, answers).tolist()
+            if self.task.checkable
+            else [None] * len(answers)
+        )
+        return [
+            Solution(self.task.to_text(q), self.task.to_text(a), a, c, v)
+            for q, a, c, v in zip(questions, answers, confidences, valid, strict=True)
+        ]
+
+    def evaluate(
+        self,
+        data: str | Path,
+        *,
+        split: str = "test",
+        num_examples: int | None = None,
+        batch_size: int = 256,
+        save_outputs: Sequence[str] = (),
+        on_batch: Callable[[int], object] | None = None,
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Metrics over a split of the dataset `data`, and the arrays named in `save_outputs` (see `OUTPUTS`).
+
+        Raises:
+            UserError: the dataset's task or vocabulary is not the model's, or an output of unknown name.
+        """
+        unknown = [name for name in save_outputs if name not in OUTPUTS]
+        if unknown:
+            raise UserError(f"save_outputs: unknown '{unknown[0]}'; known: {', '.join(OUTPUTS)}")
+        dataset = open_dataset(data)
+        self._check(dataset)
+        return evaluate(
+            self.model,
+            dataset.split(split),
+            ignore_label_id=dataset.manifest.ignore_label_id,
+            loss_type=self.checkpoint.manifest.arch.loss.loss_type,
+            batch_size=batch_size,
+            num_examples=num_examples,
+            world=World(),
+            save_outputs=save_outputs,
+            on_batch=on_batch,
+        )
+
+    def _check(self, dataset: Dataset) -> None:
+        trained, given = self.checkpoint.manifest.dataset, dataset.manifest
+        keys = ["task", "vocab_size", "seq_len"]
+        if self.checkpoint.manifest.arch.puzzle_emb_ndim:
+            keys.append("num_puzzle_identifiers")
+        for key in keys:
+            if getattr(trained, key) != getattr(given, key):
+                raise UserError(
+                    f"{dataset.path} does not fit {self.checkpoint.folder}: {key} is {getattr(given, key)}, "
+                    f"the model was trained with {getattr(trained, key)}; give the data set of that kind"
+                )
+
+
+def load(checkpoint: str | Path, *, device: str = "auto", forward_dtype: str = "auto") -> Solver:
+    """Load a model from a checkpoint folder, or the best one of a run folder.
+
+    Raises:
+        UserError: no such checkpoint, or a damaged one.
+    """
+    return Solver(find(str(checkpoint)), device=device, forward_dtype=forward_dtype)

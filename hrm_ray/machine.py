@@ -1,0 +1,88 @@
+"""The one place that decides what the machine at hand is used for: device, dtype, attention, optimizer backend.
+
+Every choice is `auto` by default and can be overridden; an override that cannot work here is a clear error, never
+a silent change. Needs torch alone.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from hrm_ray.errors import UserError
+from hrm_ray.optim.adam_atan2 import resolve_backend
+
+# Longest sequence for which two batched products beat the fused kernel on a CPU (docs/performance.md).
+CPU_MATMUL_MAX_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What will be used; every field resolved."""
+
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    optimizer_backend: str
+
+    def describe(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.device}, {dtype}, attention {self.attention}, AdamATan2 {self.optimizer_backend}"
+
+
+def cpu_has_fast_bfloat16() -> bool:
+    """Whether bfloat16 products are faster than float32 on this CPU (AMX tiles)."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+def flash_attention_present() -> bool:
+    """Whether the flash-attn package is installed; it is not imported."""
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def resolve(
+    *,
+    device: str = "auto",
+    forward_dtype: str = "auto",
+    attention: str = "auto",
+    optimizer_backend: str = "auto",
+    num_tokens: int = 0,
+    local_rank: int = 0,
+) -> Setup:
+    """Decide. The arguments are the configuration keys of the same names.
+
+    Args:
+        num_tokens: longest sequence, puzzle tokens included.
+        local_rank: this worker's number on its node; picks its GPU.
+
+    Raises:
+        UserError: a device or kernel that is not here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "device=cuda: torch sees no GPU here; use device=auto or install a CUDA build of torch"
+        )
+    on_gpu = device == "cuda"
+    if forward_dtype == "auto":
+        fast = torch.cuda.is_bf16_supported() if on_gpu else cpu_has_fast_bfloat16()
+        forward_dtype = "bfloat16" if fast else "float32"
+    half = forward_dtype == "bfloat16"
+    if attention == "auto":
+        if on_gpu:
+            attention = "flash" if half and flash_attention_present() else "sdpa"
+        else:
+            attention = "matmul" if num_tokens <= CPU_MATMUL_MAX_TOKENS else "sdpa"
+    elif attention == "flash" and not (on_gpu and half and flash_attention_present()):
+        raise UserError(
+            "attention=flash needs a GPU, bfloat16 and the flash-attn package; use attention=auto"
+        )
+    return Setup(
+        device=torch.device("cuda", local_rank % torch.cuda.device_count())
+        if on_gpu
+        else torch.device("cpu"),
+        dtype=getattr(torch, forward_dtype),
+        attention=attention,
+        optimizer_backend=resolve_backend(optimizer_backend),
+    )

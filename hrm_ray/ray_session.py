@@ -1,0 +1,32 @@
+"""A Ray to work on: the cluster we are part of, or a private one on this machine, kept quiet."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Inside, `ray` is initialised; what was started here is shut down at the end.
+
+    RAY_ADDRESS (which Ray sets in jobs) names a cluster to join. Without it a private cluster is started on this
+    machine, so that a stray one is never joined by accident.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences a warning
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        ray.init(address="local", include_dashboard=False, **quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,179 @@
+"""The checkpoint format: a folder of safetensors files and the manifest that makes it valid.
+
+    RUN/checkpoints/step-00000100/
+        model.safetensors                     weights and buffers, under their published names
+        ema.safetensors                       averaged weights, if the run keeps them
+        optimizer.safetensors                 first and second moments
+        carry-00000-of-00002.safetensors      hidden states and puzzles of one worker's slots
+        manifest.json                         what it is; sizes and SHA-256 of the files; written last
+
+Weights alone (an imported model) make a checkpoint too: one to evaluate, not to resume. Every file is verified
+before it is used, and nothing is ever unpickled.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import safetensors.torch
+from pydantic import Field
+from safetensors import SafetensorError
+from torch import Tensor
+
+from hrm_ray.config.schema import HRMConfig
+from hrm_ray.config.validate import Settings, validated
+from hrm_ray.errors import UserError
+from hrm_ray.training.storage import Storage
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+FOLDER = "checkpoints"
+Tensors = dict[str, Tensor]
+
+
+class FileInfo(Settings):
+    """Size and SHA-256 of one file."""
+
+    bytes: int
+    sha256: str
+
+
+class DatasetInfo(Settings):
+    """What a model has to know of the data it was trained on."""
+
+    task: str
+    task_options: dict[str, Any]
+    vocab_size: int
+    seq_len: int
+    num_puzzle_identifiers: int
+    fingerprint: str | None = None  # None: unknown, for an imported model
+
+
+class Manifest(Settings):
+    """What `manifest.json` says; `config` is the run's whole configuration."""
+
+    format_version: int = FORMAT_VERSION
+    global_step: int = Field(ge=0)
+    world_size: int = 0  # workers whose carries are in it; 0: weights only
+    arch: HRMConfig
+    dataset: DatasetInfo
+    config: dict[str, Any]
+    metrics: dict[str, float]  # of the evaluation at this step; empty if there was none
+    train_s: float = 0.0  # seconds trained so far
+    files: dict[str, FileInfo]
+
+    @property
+    def resumable(self) -> bool:
+        return self.world_size > 0
+
+
+def step_name(global_step: int) -> str:
+    """The folder of the checkpoint at `global_step`."""
+    return f"step-{global_step:08d}"
+
+
+def carry_name(rank: int, world_size: int) -> str:
+    return f"carry-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def write_tensors(folder: Storage, name: str, tensors: Mapping[str, Tensor]) -> tuple[str, FileInfo]:
+    """Write one file of a checkpoint; returns its entry for the manifest."""
+    content = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
+    folder.write(name, content)
+    return name, FileInfo(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def write_manifest(folder: Storage, manifest: Manifest) -> None:
+    """Make the checkpoint valid: all its files must be there."""
+    folder.write(MANIFEST, (json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n").encode())
+
+
+class Checkpoint:
+    """A checkpoint folder, opened for reading.
+
+    Raises (all methods): UserError naming the file and what is wrong with it.
+    """
+
+    def __init__(self, folder: Storage):
+        self.folder = folder
+        content = folder.read(MANIFEST)
+        if content is None:
+            raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}")
+        try:
+            values = json.loads(content)
+            version = values["format_version"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{folder}/{MANIFEST} is damaged; use another checkpoint") from None
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{folder} has checkpoint format {version}, this version reads {FORMAT_VERSION}; update hrm_ray"
+            )
+        self.manifest = validated(Manifest, values, f"{folder}/{MANIFEST}")
+
+    @property
+    def name(self) -> str:
+        return str(self.folder).rstrip("/").rpartition("/")[2]
+
+    def tensors(self, name: str) -> Tensors:
+        """One file's tensors, on the CPU, after checking its size and SHA-256."""
+        info = self.manifest.files.get(name)
+        if info is None:
+            raise UserError(f"{self.folder} has no {name}; it has: {', '.join(self.manifest.files)}")
+        content = self.folder.read(name)
+        if content is None:
+            raise UserError(f"{self.folder}/{name} is missing; use another checkpoint")
+        if len(content) != info.bytes or hashlib.sha256(content).hexdigest() != info.sha256:
+            raise UserError(
+                f"{self.folder}/{name} is damaged (size or SHA-256 differs); use another checkpoint"
+            )
+        try:
+            return safetensors.torch.load(content)
+        except SafetensorError as error:
+            raise UserError(f"{self.folder}/{name}: {error}") from None
+
+    def weights(self) -> Tensors:
+        """What to evaluate: the averaged weights if the run kept them, else the weights."""
+        weights = self.tensors("model.safetensors")
+        if "ema.safetensors" in self.manifest.files:
+            weights.update(self.tensors("ema.safetensors"))
+        return weights
+
+
+BEST_METRIC = "eval/exact_accuracy"
+
+
+def finished(run: Storage) -> list[Checkpoint]:
+    """The checkpoints of `run` that have a manifest, oldest first."""
+    folder = run / FOLDER
+    return [Checkpoint(folder / n) for n in folder.folders() if folder.read(f"{n}/{MANIFEST}") is not None]
+
+
+def best(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The one whose evaluation was best, the later of equals; the newest if none was evaluated."""
+    evaluated = [c for c in checkpoints if BEST_METRIC in c.manifest.metrics]
+    if not evaluated:
+        return checkpoints[-1] if checkpoints else None
+    return max(evaluated, key=lambda c: (c.manifest.metrics[BEST_METRIC], c.manifest.global_step))
+
+
+def prune(run: Storage, *, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints and the best one, and what was never finished."""
+    checkpoints = finished(run)
+    keep = {c.name for c in [*checkpoints[-keep_last:], best(checkpoints)] if c}
+    for name in (run / FOLDER).folders():
+        if name not in keep:
+            (run / FOLDER).delete(name)
+
+
+def find(path: str) -> Checkpoint:
+    """The checkpoint that a user means by `path`: a checkpoint folder, or a run folder (then its best)."""
+    folder = Storage(path)
+    if not folder.exists():
+        raise UserError(f"{path}: no such folder; give a checkpoint or a run folder")
+    if folder.read(MANIFEST) is not None:
+        return Checkpoint(folder)
+    chosen = best(finished(folder))
+    if chosen is None:
+        raise UserError(f"{path} holds no finished checkpoint; give a checkpoint or a run folder")
+    return chosen

@@ -1,0 +1,114 @@
+"""What a run writes down: config.yaml, metrics.jsonl, summary.json, TensorBoard files, Weights & Biases.
+
+metrics.jsonl holds one JSON object a report, each exactly once: on resuming, what was reported after the
+checkpoint is cut off before the loop reports it again.
+"""
+
+import json
+import sys
+from typing import Any
+
+import yaml
+
+from hrm_ray.config.schema import TrainConfig
+from hrm_ray.training.storage import Storage
+
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+
+
+class Records:
+    """The first worker's records of a run.
+
+    Args:
+        run: the run's folder.
+        config: the run.
+        global_step: where it starts or goes on; later reports of an earlier attempt are dropped.
+    """
+
+    def __init__(self, run: Storage, config: TrainConfig, global_step: int):
+        self._run = run
+        run.write("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+        self._lines = [
+            line
+            for line in (run.read(METRICS_FILE) or b"").decode().splitlines()
+            if _step_of(line) <= global_step
+        ]
+        self.last: dict[str, Any] = {}
+        for line in self._lines:
+            self._remember(json.loads(line))
+        self._flush()
+        self._tensorboard = _tensorboard(run, config, global_step)
+        self._wandb = _wandb(run, config)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add one report; `global_step` is among its keys."""
+        self._remember(record)
+        line = json.dumps(record)
+        self._lines.append(line)
+        path = self._run.local_path
+        if path is not None:
+            with (path / METRICS_FILE).open("a") as stream:
+                stream.write(line + "\n")
+        for name, value in record.items():
+            if self._tensorboard and "/" in name:
+                self._tensorboard.add_scalar(name, value, record["global_step"])
+        if self._wandb:
+            self._wandb.log(record)
+
+    def flush(self) -> None:
+        """Make what was written visible on storage that cannot append; called with every checkpoint."""
+        if self._run.local_path is None:
+            self._flush()
+
+    def close(self, summary: dict[str, Any]) -> None:
+        """Write summary.json and close everything."""
+        self.flush()
+        self._run.write(SUMMARY_FILE, (json.dumps(summary, indent=2) + "\n").encode())
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.summary.update(summary)
+            self._wandb.finish()
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        """`last` keeps the newest value of every metric."""
+        self.last.update(record)
+
+    def _flush(self) -> None:
+        self._run.write(METRICS_FILE, "".join(line + "\n" for line in self._lines).encode())
+
+
+def _step_of(line: str) -> int:
+    """The step of a report; a line cut short by a crash belongs to no step."""
+    try:
+        return json.loads(line)["global_step"]
+    except (ValueError, KeyError):
+        return sys.maxsize
+
+
+def _tensorboard(run: Storage, config: TrainConfig, global_step: int):
+    if not config.tensorboard or run.local_path is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run.local_path / "tensorboard"), purge_step=global_step + 1)
+
+
+def _wandb(run: Storage, config: TrainConfig):
+    if config.wandb == "off":
+        return None
+    import wandb
+
+    session = wandb.init(
+        mode=config.wandb,
+        project=config.project_name,
+        name=config.run_name,
+        id=config.run_name,  # the same run goes on after a restart
+        resume="allow",
+        dir=str(run.local_path) if run.local_path else None,
+        config=config.model_dump(mode="json"),
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    session.define_metric("*", step_metric="global_step")
+    return session

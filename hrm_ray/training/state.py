@@ -1,0 +1,197 @@
+"""Everything a run is at one moment, and how it is saved and restored.
+
+What always holds: `save` then `restore` on the same number of workers continues bit for bit; on another number,
+the slots of all workers are put in line and dealt again, so the global batches go on unchanged. There are no
+random states to save: every draw is a function of (seed, global step).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hrm_ray.config.schema import TrainConfig
+from hrm_ray.data.shards import Dataset
+from hrm_ray.machine import Setup
+from hrm_ray.models.act import ACT, Batch, Carry
+from hrm_ray.models.hrm import State
+from hrm_ray.models.registry import build_model
+from hrm_ray.optim.adam_atan2 import AdamATan2
+from hrm_ray.training.checkpoint import (
+    FOLDER,
+    Checkpoint,
+    DatasetInfo,
+    FileInfo,
+    Manifest,
+    Tensors,
+    carry_name,
+    step_name,
+    write_manifest,
+    write_tensors,
+)
+from hrm_ray.training.storage import Storage
+from hrm_ray.training.world import World
+
+
+@dataclass
+class TrainState:
+    """The parts; `averages` maps parameter names to their moving averages, empty without EMA."""
+
+    model: ACT
+    optimizer: AdamATan2
+    averages: Tensors
+    carry: Carry | None  # None: before the first step
+    global_step: int
+    train_s: float  # seconds trained so far, over all attempts
+
+    @classmethod
+    def initial(cls, config: TrainConfig, dataset: Dataset, setup: Setup) -> "TrainState":
+        """A new run; the weights are a function of (config, seed)."""
+        torch.manual_seed(config.seed)
+        model = build_model(config.arch, dataset_info(dataset), setup)
+        optimizer = AdamATan2(
+            model.parameters(),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            bias_correction=config.bias_correction,
+            backend=setup.optimizer_backend,
+        )
+        averages = {n: p.detach().clone() for n, p in model.inner.named_parameters()} if config.ema else {}
+        return cls(model, optimizer, averages, None, 0, 0.0)
+
+    @torch.no_grad()
+    def update_averages(self, rate: float) -> None:
+        """Move the averages towards the weights; early steps count more, so that the start is forgotten."""
+        if self.averages:
+            rate = min(rate, (self.global_step + 1) / (self.global_step + 10))
+            parameters = [p.detach() for p in self.model.inner.parameters()]
+            torch._foreach_lerp_(list(self.averages.values()), parameters, 1 - rate)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights, if the run keeps them."""
+        parameters = dict(self.model.inner.named_parameters())
+        own = {name: parameters[name].detach().clone() for name in self.averages}
+        _assign(parameters, self.averages)
+        try:
+            yield
+        finally:
+            _assign(parameters, own)
+
+    def save(
+        self, run: Storage, config: TrainConfig, dataset: Dataset, metrics: dict[str, float], world: World
+    ):
+        """Write a checkpoint of the whole state. Collective: every worker writes its own carry.
+
+        Returns:
+            the folder's name.
+        """
+        name = step_name(self.global_step)
+        folder = run / FOLDER / name
+        files = dict(
+            entry
+            for entries in world.gather_objects(list(self._write_files(folder, world)))
+            for entry in entries
+        )
+        if world.is_first:
+            manifest = Manifest(
+                global_step=self.global_step,
+                world_size=world.size,
+                arch=config.arch,
+                dataset=dataset_info(dataset),
+                config=config.model_dump(mode="json"),
+                metrics=metrics,
+                train_s=self.train_s,
+                files=files,
+            )
+            write_manifest(folder, manifest)
+        world.from_first(None)  # nobody goes on before the checkpoint is valid
+        return name
+
+    def _write_files(self, folder: Storage, world: World) -> Iterator[tuple[str, FileInfo]]:
+        assert self.carry is not None, "nothing to save before the first step"
+        yield write_tensors(folder, carry_name(world.rank, world.size), _flatten_carry(self.carry))
+        if world.is_first:
+            yield write_tensors(folder, "model.safetensors", self.model.inner.state_dict())
+            yield write_tensors(folder, "optimizer.safetensors", self._optimizer_tensors())
+            if self.averages:
+                yield write_tensors(folder, "ema.safetensors", self.averages)
+
+    def _optimizer_tensors(self) -> Tensors:
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self.model.inner.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+
+    def restore(self, checkpoint: Checkpoint, world: World) -> None:
+        """Continue from `checkpoint`, which must fit (see `loop.check_resume`)."""
+        device = next(self.model.parameters()).device
+        self.model.inner.load_state_dict(checkpoint.tensors("model.safetensors"))
+        moments = checkpoint.tensors("optimizer.safetensors")
+        for name, parameter in self.model.inner.named_parameters():
+            self.optimizer.state[parameter].update(
+                step=moments[f"{name}.step"],
+                exp_avg=moments[f"{name}.exp_avg"].to(device),
+                exp_avg_sq=moments[f"{name}.exp_avg_sq"].to(device),
+            )
+        if self.averages:
+            averages = checkpoint.tensors("ema.safetensors")
+            self.averages = {name: averages[name].to(device) for name in self.averages}
+        self.carry = _unflatten_carry(_deal(checkpoint, world), device)
+        self.global_step = checkpoint.manifest.global_step
+        self.train_s = checkpoint.manifest.train_s
+
+
+def dataset_info(dataset: Dataset) -> DatasetInfo:
+    """What a checkpoint remembers of `dataset`."""
+    manifest = dataset.manifest
+    return DatasetInfo(
+        task=manifest.task,
+        task_options=manifest.task_options,
+        vocab_size=manifest.vocab_size,
+        seq_len=manifest.seq_len,
+        num_puzzle_identifiers=manifest.num_puzzle_identifiers,
+        fingerprint=dataset.fingerprint,
+    )
+
+
+@torch.no_grad()
+def _assign(parameters: dict[str, nn.Parameter], values: Tensors) -> None:
+    for name, value in values.items():
+        parameters[name].copy_(value)
+
+
+def _flatten_carry(carry: Carry) -> Tensors:
+    return {
+        "z_H": carry.state.z_H,
+        "z_L": carry.state.z_L,
+        "steps": carry.steps,
+        "halted": carry.halted,
+        "inputs": carry.batch.inputs,
+        "labels": carry.batch.labels,
+        "puzzle_identifiers": carry.batch.puzzle_identifiers,
+    }
+
+
+def _unflatten_carry(tensors: Tensors, device: torch.device) -> Carry:
+    t = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return Carry(
+        State(t["z_H"], t["z_L"]),
+        t["steps"],
+        t["halted"],
+        Batch(t["inputs"], t["labels"], t["puzzle_identifiers"]),
+    )
+
+
+def _deal(checkpoint: Checkpoint, world: World) -> Tensors:
+    """This worker's share of the carry: the slots of all saved workers in line, cut anew."""
+    saved = checkpoint.manifest.world_size
+    if saved == world.size:
+        return checkpoint.tensors(carry_name(world.rank, saved))
+    parts = [checkpoint.tensors(carry_name(rank, saved)) for rank in range(saved)]
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: tensor[world.slots(len(tensor))] for name, tensor in whole.items()}

@@ -1,0 +1,77 @@
+"""Files of a run on a local folder or any pyarrow filesystem, whole or not there at all."""
+
+import os
+import uuid
+from pathlib import Path
+
+from pyarrow import fs as pafs
+
+from hrm_ray.errors import UserError
+
+
+class Storage:
+    """A folder, given as a local path or a URI (s3://, gs://, file://, ...).
+
+    Names are relative to it, with forward slashes.
+    """
+
+    def __init__(self, where: str | Path):
+        text = str(where)
+        try:
+            self._fs, self._root = pafs.FileSystem.from_uri(
+                text if "://" in text else Path(text).absolute().as_uri()
+            )
+        except (ValueError, OSError) as error:
+            raise UserError(f"storage {text}: {error}") from None
+        self._where = text if "://" in text else str(Path(text).absolute())
+
+    def __str__(self) -> str:
+        return self._where
+
+    def __truediv__(self, name: str) -> "Storage":
+        return Storage(f"{self._where.rstrip('/')}/{name}")
+
+    @property
+    def local_path(self) -> Path | None:
+        """The folder itself if it is on a local filesystem."""
+        return Path(self._root) if isinstance(self._fs, pafs.LocalFileSystem) else None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Make the file `name`: readers see all of it or none, also after a power cut."""
+        path = f"{self._root}/{name}"
+        self._fs.create_dir(path.rpartition("/")[0], recursive=True)
+        if self.local_path is None:  # object stores publish on close
+            with self._fs.open_output_stream(path) as stream:
+                stream.write(content)
+            return
+        aside = Path(f"{path}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            with aside.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def read(self, name: str) -> bytes | None:
+        """The content of the file `name`, or None if there is none."""
+        try:
+            with self._fs.open_input_stream(f"{self._root}/{name}") as stream:
+                return stream.read()
+        except FileNotFoundError:
+            return None
+
+    def exists(self) -> bool:
+        return self._fs.get_file_info(self._root).type == pafs.FileType.Directory
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly inside."""
+        selector = pafs.FileSelector(self._root, allow_not_found=True)
+        return sorted(
+            i.base_name for i in self._fs.get_file_info(selector) if i.type == pafs.FileType.Directory
+        )
+
+    def delete(self, name: str) -> None:
+        """Remove the folder `name` with all that is in it."""
+        self._fs.delete_dir(f"{self._root}/{name}")

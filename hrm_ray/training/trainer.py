@@ -1,0 +1,301 @@
+"""Runs the loop: in this process, or in the workers of Ray Train.
+
+Thin on purpose. Checkpoints and resuming belong to the loop (Ray's own snapshot may lag behind them), so a worker
+that Ray restarts simply goes on from the newest one. Progress, a wish to stop and a failure travel through the
+cluster's key-value store, since `ray.train.report` is a barrier as slow as the controller's poll.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from tqdm import tqdm
+
+from hrm_ray.config.schema import TrainConfig
+from hrm_ray.data.shards import open_dataset
+from hrm_ray.errors import RunFailed, UserError
+from hrm_ray.training.loop import Hooks, Progress, Trainer, resume_point
+from hrm_ray.training.plan import Plan
+from hrm_ray.training.storage import Storage
+from hrm_ray.training.world import World
+
+POLL_S = 0.25  # how often the driver and the first worker look at each other's messages
+
+
+class Channel:
+    """Messages between the driver and the workers of one run, in the cluster's key-value store."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def put(self, key: str, value: Any) -> None:
+        from ray.experimental import internal_kv
+
+        internal_kv._internal_kv_put(self._key(key), json.dumps(value).encode(), overwrite=True)
+
+    def get(self, key: str) -> Any:
+        """The value last put, or None."""
+        from ray.experimental import internal_kv
+
+        content = internal_kv._internal_kv_get(self._key(key))
+        return None if content is None else json.loads(content)
+
+    def _key(self, key: str) -> bytes:
+        return f"hrm_ray/{self._name}/{key}".encode()
+
+
+class ProgressBar:
+    """One line on standard error: steps, loss, exact accuracy, examples a second, time left."""
+
+    def __init__(self, global_batch_size: int):
+        self._global_batch_size = global_batch_size
+        self._bar: tqdm | None = None
+
+    def show(self, progress: Progress) -> None:
+        if self._bar is None:
+            self._bar = tqdm(
+                initial=progress.step,
+                total=progress.last_step,
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=0.5,
+            )
+        self._bar.n = progress.step
+        metrics = progress.metrics
+        shown = {}
+        if "train/loss" in metrics:
+            shown["loss"] = f"{metrics['train/loss']:.3f}"
+            shown["ex/s"] = f"{self._global_batch_size / metrics['time/step_s']:.0f}"
+        if "eval/exact_accuracy" in metrics:
+            shown["exact"] = f"{metrics['eval/exact_accuracy']:.1%}"
+        self._bar.set_description(progress.phase, refresh=False)
+        self._bar.set_postfix(shown)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+
+
+class StopRequest:
+    """The first SIGINT or SIGTERM asks the run to stop after its step; the second ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @contextmanager
+    def listening(self):
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        print("\nstopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr)
+
+
+def run_folder(config: TrainConfig) -> Storage:
+    """STORAGE/RUN_NAME."""
+    return Storage(config.storage) / (config.run_name or "train")
+
+
+def announce(config: TrainConfig) -> str:
+    """One line to print before training: where, what, how long."""
+    dataset = open_dataset(config.data_path)
+    plan = Plan.of(config, dataset.split("train"))
+    point = resume_point(config, run_folder(config), dataset)
+    start = f"continues after step {point.manifest.global_step}" if point else "starts"
+    scaling = config.scaling
+    where = "in this process" if scaling.mode == "local" else f"on {scaling.num_workers} Ray worker(s)"
+    return (
+        f"run {run_folder(config)} {start}: {plan.last_step} steps of {config.global_batch_size} puzzles from "
+        f"{config.data_path}, {where}"
+    )
+
+
+def train(config: TrainConfig, *, show_progress: bool = True) -> tuple[dict[str, Any], int | None]:
+    """Train, or continue, the run that `config` describes.
+
+    Returns:
+        the summary, and the signal that stopped the run early, if one did.
+
+    Raises:
+        UserError: before anything starts, if the data or an earlier checkpoint does not fit.
+        RunFailed: the loss is not finite, or more workers were lost than `failure.max_failures`.
+    """
+    dataset = open_dataset(config.data_path)
+    Plan.of(config, dataset.split("train"))
+    resume_point(config, run_folder(config), dataset)
+    bar = ProgressBar(config.global_batch_size)
+    on_progress = bar.show if show_progress else lambda progress: None
+    with StopRequest().listening() as stop:
+        try:
+            run = _train_here if config.scaling.mode == "local" else _train_on_ray
+            summary = run(config, on_progress, stop)
+        finally:
+            bar.close()
+    return summary, stop.signal
+
+
+def _train_here(
+    config: TrainConfig, on_progress: Callable[[Progress], None], stop: StopRequest
+) -> dict[str, Any]:
+    hooks = Hooks(progress=on_progress, stop=lambda: stop.signal is not None)
+    return Trainer(config, run_folder(config), World(), hooks).train()
+
+
+def _train_on_ray(
+    config: TrainConfig, on_progress: Callable[[Progress], None], stop: StopRequest
+) -> dict[str, Any]:
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    from hrm_ray.ray_session import ray_session
+
+    with ray_session(), _receiving_again(stop):
+        channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
+        trainer = _ray_trainer(config, channel)
+        outcome: dict[str, Any] = {}
+
+        def fit() -> None:
+            try:
+                outcome["summary"] = trainer.fit().return_value
+            except BaseException as error:  # handed to the main thread
+                outcome["error"] = error
+
+        # In a thread of its own, so that signals reach our handler and not Ray's, which kills the workers.
+        thread = threading.Thread(target=fit, daemon=True)
+        thread.start()
+        told_to_stop = False
+        while thread.is_alive():
+            thread.join(POLL_S)
+            if stop.signal is not None and not told_to_stop:
+                channel.put("stop", True)
+                told_to_stop = True
+            failure = channel.get("failure")
+            if failure is not None:
+                raise (RunFailed if failure["exit_code"] == 1 else UserError)(failure["message"])
+            progress = channel.get("progress")
+            if progress is not None:
+                on_progress(Progress(**progress))
+        if "error" in outcome:
+            raise RunFailed(f"Ray Train gave up: {_first_cause(outcome['error'])}") from outcome["error"]
+        return outcome["summary"]
+
+
+def _receiving_again(stop: StopRequest):
+    """`ray.init` installs its own SIGTERM handler; ours comes back."""
+    return stop.listening() if threading.current_thread() is threading.main_thread() else nullcontext()
+
+
+def _ray_trainer(config: TrainConfig, channel: Channel):
+    import ray
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    scaling = config.scaling
+    available = ray.cluster_resources()
+    gpus = available.get("GPU", 0)
+    use_gpu = gpus >= scaling.num_workers if scaling.use_gpu == "auto" else scaling.use_gpu
+    cpus = scaling.cpus_per_worker
+    if cpus == "auto":
+        cpus = 1 if use_gpu else max(1, int(available.get("CPU", 1)) // scaling.num_workers)
+    needed = scaling.num_workers * cpus
+    private = not os.environ.get("RAY_ADDRESS")
+    if private and needed > available.get("CPU", 0):
+        raise UserError(
+            f"scaling.num_workers={scaling.num_workers} with {cpus} CPU each needs {needed} CPUs, this machine has "
+            f"{int(available.get('CPU', 0))}; use fewer workers"
+        )
+    if private and use_gpu and gpus < scaling.num_workers:
+        raise UserError(
+            f"scaling.num_workers={scaling.num_workers} needs as many GPUs; this machine has {int(gpus)}"
+        )
+    storage = run_folder(config)
+    return TorchTrainer(
+        _worker,  # type: ignore[arg-type]  # what it returns becomes Result.return_value
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "storage": str(storage),
+            "data_path": _absolute(config.data_path),
+            "channel": channel._name,
+            "cpus": cpus,
+        },
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scaling.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)},
+        ),
+        # Ray's own notes on this attempt; ours decide where a run goes on.
+        run_config=ray.train.RunConfig(
+            name=f"attempt-{uuid.uuid4().hex[:8]}",
+            storage_path=str(storage / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=config.failure.max_failures),
+        ),
+    )
+
+
+def _absolute(path: str) -> str:
+    """Workers have another working directory."""
+    return path if "://" in path else os.path.abspath(path)  # noqa: PTH100 - a path may be a URI
+
+
+def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
+    """What each Ray Train worker runs."""
+    import ray.train
+    import torch
+
+    channel = Channel(parameters["channel"])
+    if channel.get("failure"):  # a restart cannot mend it
+        return {}
+    torch.set_num_threads(parameters["cpus"])
+    context = ray.train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
+    config = TrainConfig.model_validate(parameters["config"] | {"data_path": parameters["data_path"]})
+    next_look = 0.0
+    stopping = False
+
+    def due() -> bool:
+        nonlocal next_look
+        now = time.monotonic()
+        if now < next_look:
+            return False
+        next_look = now + POLL_S
+        return True
+
+    def progress(progress: Progress) -> None:
+        if due() or progress.step == progress.last_step:
+            channel.put("progress", vars(progress))
+
+    def stop() -> bool:
+        nonlocal stopping
+        if world.is_first and not stopping and time.monotonic() >= next_look:
+            stopping = bool(channel.get("stop"))
+        return stopping
+
+    hooks = Hooks(progress=progress, stop=stop)
+    try:
+        return Trainer(config, Storage(parameters["storage"]), world, hooks).train()
+    except UserError as error:
+        channel.put("failure", {"message": str(error), "exit_code": error.exit_code})
+        raise
+
+
+def _first_cause(error: BaseException) -> str:
+    """The most telling line of Ray's nested exceptions."""
+    failures = getattr(error, "worker_failures", None)
+    cause = next(iter(failures.values())) if failures else error
+    return str(cause).strip().splitlines()[-1] if str(cause).strip() else repr(cause)
