@@ -1,0 +1,115 @@
+"""Size, precision and gradients of the model."""
+
+import pytest
+import torch
+
+from hrm_ray.config.schema import HRMConfig
+from hrm_ray.models.act import ACT, Batch
+from hrm_ray.models.hrm import HRM
+from hrm_ray.models.layers import ATTENTION, swiglu_width, trunc_normal_
+from hrm_ray.models.losses import act_loss
+
+SMALL = HRMConfig(hidden_size=32, num_heads=2, H_layers=1, L_layers=1, puzzle_emb_ndim=32, halt_max_steps=4)
+
+
+def model(dtype=torch.float32, attention="sdpa", config=SMALL) -> ACT:
+    torch.manual_seed(0)
+    inner = HRM(config, vocab_size=6, seq_len=16, num_puzzle_identifiers=3, dtype=dtype, attention=attention)
+    return ACT(inner, config.halt_max_steps)
+
+
+def batch(size=8) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 6, (size, 16), generator=generator)
+    return Batch(tokens.int(), tokens, torch.zeros(size, dtype=torch.int32))
+
+
+def test_published_sudoku_model_has_its_published_size():
+    inner = HRM(HRMConfig(), vocab_size=11, seq_len=81, num_puzzle_identifiers=1)
+    assert sum(p.numel() for p in inner.parameters()) == 27_275_266
+
+
+def test_swiglu_width_is_rounded_up_to_256():
+    assert [swiglu_width(d, 4) for d in (32, 96, 128, 512)] == [256, 256, 512, 1536]
+
+
+def test_truncated_normal_has_the_wished_deviation_and_no_tail():
+    sample = trunc_normal_(torch.empty(200_000), std=0.5)
+    assert sample.std() == pytest.approx(0.5, rel=0.01)
+    assert sample.abs().max() <= 2 * 0.5 / 0.8796 + 1e-3
+
+
+def run(act: ACT, steps=3):
+    carry, losses = act.initial_carry(batch()), []
+    for _ in range(steps):
+        step = act(carry, batch(), torch.full((8,), 4))
+        loss, _ = act_loss(step, "stablemax_cross_entropy")
+        losses.append(loss)
+        carry = step.carry
+    return losses, step
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "matmul"])
+def test_attention_kernels_agree(attention):
+    assert attention in ATTENTION
+    _, expected = run(model())
+    _, got = run(model(attention=attention))
+    torch.testing.assert_close(got.prediction.logits, expected.prediction.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_computes_near_float32_and_keeps_float32_masters():
+    expected_losses, _ = run(model())
+    act = model(torch.bfloat16)
+    losses, step = run(act)
+    losses[-1].backward()
+    assert step.carry.state.z_H.dtype == torch.bfloat16
+    assert step.prediction.logits.dtype == torch.float32
+    for parameter in act.parameters():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+    for loss, expected in zip(losses, expected_losses, strict=True):
+        torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
+
+
+def test_gradient_is_that_of_the_last_updates_alone():
+    """One step by hand with everything but the last L and H update as constants."""
+    act = model()
+    inner, data = act.inner, batch()
+    losses, _ = run(act, steps=1)
+    losses[0].backward()
+    got = {n: p.grad.clone() for n, p in inner.named_parameters()}
+    act.zero_grad()
+    inner.puzzle_emb.take_gradients()
+
+    state = inner.initial_state(8)
+    e = inner.embed(data.inputs, data.puzzle_identifiers)
+    rope = (inner.rope_cos, inner.rope_sin)
+    with torch.no_grad():
+        z_H, z_L = state
+        z_L = inner.L_level(inner.L_level(z_L, z_H + e, rope), z_H + e, rope)
+        z_H = inner.H_level(z_H, z_L, rope)
+        z_L = inner.L_level(z_L, z_H + e, rope)
+    z_L = inner.L_level(z_L, z_H + e, rope)
+    z_H = inner.H_level(z_H, z_L, rope)
+    logits = inner.lm_head(z_H[:, 1:])
+    q = inner.q_head(z_H[:, 0])
+    with torch.no_grad():
+        step = act(act.initial_carry(data), data, torch.full((8,), 4))
+    from hrm_ray.models.act import Step
+    from hrm_ray.models.hrm import Prediction
+
+    by_hand = Step(step.carry, Prediction(logits, q[:, 0], q[:, 1]), step.target_q_continue)
+    act_loss(by_hand, "stablemax_cross_entropy")[0].backward()
+    for name, parameter in inner.named_parameters():
+        torch.testing.assert_close(parameter.grad, got[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_halted_slots_take_the_new_puzzle_and_others_keep_theirs():
+    act = model()
+    old, new = batch(), Batch(batch().inputs.flip(0), batch().labels.flip(0), batch().puzzle_identifiers + 1)
+    carry = act(act.initial_carry(old), old, torch.full((8,), 4)).carry
+    halted = torch.tensor([True, False] * 4)
+    carry = type(carry)(carry.state, carry.steps, halted, carry.batch)
+    after = act(carry, new, torch.full((8,), 4)).carry
+    assert torch.equal(after.steps, torch.where(halted, 1, 2).int())
+    assert torch.equal(after.batch.inputs, torch.where(halted[:, None], new.inputs, old.inputs))
+    assert torch.equal(after.batch.puzzle_identifiers, halted.int())

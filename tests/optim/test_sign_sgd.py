@@ -1,0 +1,30 @@
+"""Sparse sign-SGD against a loop over rows."""
+
+import torch
+
+from hrm_ray.optim.sign_sgd import sparse_sign_sgd
+
+
+def test_against_a_loop_over_rows():
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(6, 3, generator=generator)
+    identifiers = torch.tensor([4, 1, 4, 0, 4])
+    gradients = torch.randn(5, 3, generator=generator)
+    gradients[3] = 0  # a row whose gradient vanishes only decays
+    expected = table.clone()
+    for row in {0, 1, 4}:
+        summed = sum(g for i, g in zip(identifiers.tolist(), gradients, strict=True) if i == row)
+        expected[row] = expected[row] * (1 - 0.1 * 0.5) - 0.1 * summed.sign()
+    sparse_sign_sgd(table, identifiers, gradients, lr=0.1, weight_decay=0.5)
+    torch.testing.assert_close(table, expected)
+
+
+def test_gather_sums_over_workers_before_the_sign():
+    table = torch.zeros(2, 1)
+    other = {"ids": torch.tensor([1]), "grads": torch.tensor([[-3.0]])}
+
+    def gather(t):
+        return torch.cat([t, other["ids"] if t.dtype == torch.int64 else other["grads"]])
+
+    sparse_sign_sgd(table, torch.tensor([1]), torch.tensor([[2.0]]), lr=1.0, weight_decay=0.0, gather=gather)
+    assert table.tolist() == [[0.0], [1.0]]  # sign(2 - 3) = -1, taken once

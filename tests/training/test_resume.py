@@ -1,0 +1,151 @@
+"""A run that was stopped and continued is the undisturbed run, bit for bit."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from hrm_ray.config.schema import TrainConfig
+from hrm_ray.errors import RunFailed, UserError
+from hrm_ray.training.checkpoint import finished
+from hrm_ray.training.loop import Hooks, Trainer
+from hrm_ray.training.storage import Storage
+from hrm_ray.training.trainer import run_folder
+from hrm_ray.training.world import World
+from tests.toy import ARCH, toy_config, toy_dataset
+
+
+def run(config: dict, hooks: Hooks | None = None) -> Trainer:
+    parsed = TrainConfig(**config)
+    trainer = Trainer(parsed, run_folder(parsed), World(), hooks or Hooks())
+    trainer.train()
+    return trainer
+
+
+def records(trainer: Trainer) -> list[dict]:
+    lines = (trainer.run.local_path / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def assert_same_state(a: Trainer, b: Trainer) -> None:
+    last_a, last_b = finished(a.run)[-1], finished(b.run)[-1]
+    assert last_a.manifest.global_step == last_b.manifest.global_step
+    # Equal bytes of every file: weights, moments, averages, carry.
+    assert last_a.manifest.files == last_b.manifest.files
+
+
+@pytest.fixture
+def config(tmp_path):
+    toy_dataset(tmp_path / "data", num_identifiers=5, puzzles_per_group=3)
+    return toy_config(tmp_path / "data", tmp_path / "runs", ema=True)
+
+
+@pytest.mark.parametrize("stop_after", [1, 7, 16])
+def test_continued_equals_undisturbed(config, stop_after):
+    undisturbed = run({**config, "run_name": "whole"})
+    steps = iter(range(1, 100))
+    first = run({**config, "run_name": "parts"}, Hooks(stop=lambda: next(steps) == stop_after))
+    assert first.state.global_step == stop_after
+    second = run({**config, "run_name": "parts"})
+    assert_same_state(undisturbed, second)
+    # What the stop reported early is there beside what the undisturbed run reported.
+    whole = [r for r in records(undisturbed) if "eval/accuracy" in r]
+    parts = [r for r in records(second) if "eval/accuracy" in r]
+    assert whole == parts
+
+
+def test_work_lost_after_the_last_checkpoint_is_reported_once(config):
+    """A crash between checkpoints: the reports after the last one are cut off, then made again."""
+
+    class Crash(Exception):
+        pass
+
+    def crash_at_13(progress):
+        if progress.step == 13:
+            raise Crash
+
+    with pytest.raises(Crash):
+        run({**config, "run_name": "crashed"}, Hooks(progress=crash_at_13))
+    resumed = run({**config, "run_name": "crashed"})
+    undisturbed = run({**config, "run_name": "whole"})
+    assert_same_state(undisturbed, resumed)
+    assert records(undisturbed) == records(resumed)
+
+
+def test_a_finished_run_is_left_as_it_is(config):
+    before = run(config)
+    metrics = (before.run.local_path / "metrics.jsonl").read_bytes()
+    after = run(config)
+    assert after.state.global_step == 20
+    assert (after.run.local_path / "metrics.jsonl").read_bytes() == metrics
+    assert_same_state(before, after)
+
+
+def test_longer_run_goes_on(config):
+    run({**config, "max_steps": 8})
+    longer = run({**config, "max_steps": 16})
+    whole = run({**config, "max_steps": 16, "run_name": "whole"})
+    assert_same_state(longer, whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 1}, "seed 0, not 1"),
+        ({"global_batch_size": 16}, "global_batch_size 8, not 16"),
+        ({"arch": {**ARCH, "H_cycles": 3}}, "arch H_cycles=2, not 3"),
+    ],
+)
+def test_another_run_is_not_continued(config, change, said):
+    run({**config, "max_steps": 2})
+    with pytest.raises(UserError, match=said):
+        run({**config, **change})
+
+
+def test_another_dataset_is_not_continued(config, tmp_path):
+    run({**config, "max_steps": 2})
+    toy_dataset(tmp_path / "other", seed=1, num_identifiers=5)
+    with pytest.raises(UserError, match="data set"):
+        run({**config, "data_path": str(tmp_path / "other")})
+
+
+def test_damage_is_named(config):
+    trainer = run({**config, "max_steps": 2})
+    file = trainer.run.local_path / "checkpoints/step-00000002/optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"optimizer\.safetensors is damaged"):
+        run(config)
+
+
+def test_a_checkpoint_without_manifest_does_not_count(config):
+    trainer = run({**config, "max_steps": 8})
+    (trainer.run.local_path / "checkpoints/step-00000008/manifest.json").unlink()
+    assert finished(trainer.run) == []
+    again = run({**config, "max_steps": 8})
+    assert [c.manifest.global_step for c in finished(again.run)] == [8]
+
+
+def test_keeps_the_newest_and_the_best(config):
+    trainer = run({**config, "keep_last": 1, "checkpoint_interval": 3, "max_steps": 19})
+    steps = [c.manifest.global_step for c in finished(trainer.run)]
+    assert steps[-1] == 19
+    assert len(steps) <= 2
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(config):
+    with pytest.raises(RunFailed, match=r"not finite at step \d+ on rank 0 \(lr 1e\+30\)"):
+        run({**config, "lr": 1e30, "lr_warmup_steps": 0, "lr_min_ratio": 1.0})
+    assert finished(Storage(run_folder(TrainConfig(**config)).local_path)) == []
+
+
+def test_averages_are_evaluated_and_saved(config):
+    trainer = run({**config, "ema_rate": 0.5})
+    weights = finished(trainer.run)[-1]
+    averaged, own = weights.weights(), weights.tensors("model.safetensors")
+    assert any(not torch.equal(averaged[name], own[name]) for name in own)
+    name = "lm_head.weight"
+    np.testing.assert_array_equal(averaged[name], trainer.state.averages[name])
+    np.testing.assert_array_equal(own[name], trainer.state.model.inner.lm_head.weight.detach())

@@ -1,0 +1,83 @@
+"""Two workers do what one does on the same global batch: gloo processes, no Ray."""
+
+import multiprocessing
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from hrm_ray.config.schema import TrainConfig
+from hrm_ray.training.checkpoint import finished
+from hrm_ray.training.loop import Hooks, Trainer
+from hrm_ray.training.trainer import run_folder
+from hrm_ray.training.world import World
+from tests.toy import toy_config, toy_dataset
+
+
+def _worker(rank: int, size: int, meeting_point: str, config: dict) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=size)
+    parsed = TrainConfig(**config)
+    Trainer(parsed, run_folder(parsed), World(rank, size, rank), Hooks()).train()
+    dist.destroy_process_group()
+
+
+def run(size: int, config: dict):
+    """The last checkpoint of a run of `size` processes."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        meeting_point = os.path.join(folder, "rendezvous")  # noqa: PTH118
+        workers = [
+            context.Process(target=_worker, args=(r, size, meeting_point, config)) for r in range(size)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(120)
+            assert worker.exitcode == 0
+    return finished(run_folder(TrainConfig(**config)))[-1]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> dict:
+    # 59 groups: the last batch of the run is partial (59 * 3 = 22 * 8 + 1).
+    toy_dataset(tmp_path / "data", num_train=59, num_test=21, num_identifiers=5)
+    values = toy_config(tmp_path / "data", tmp_path / "runs", drop_last=False, ema=True)
+    return {**values, "max_steps": None, "eval_interval": 2}
+
+
+def test_two_workers_equal_one(config):
+    one = run(1, {**config, "run_name": "one"})
+    two = run(2, {**config, "run_name": "two"})
+    assert one.manifest.global_step == two.manifest.global_step == 23
+    for name, tensor in one.tensors("model.safetensors").items():
+        np.testing.assert_allclose(two.tensors("model.safetensors")[name], tensor, rtol=1e-4, atol=2e-5)
+    assert one.tensors("model.safetensors")["puzzle_emb.weights"].abs().max() > 0
+    for name, value in one.manifest.metrics.items():
+        np.testing.assert_allclose(two.manifest.metrics[name], value, rtol=1e-6)
+    # The carries of the two, in line, are the carry of the one.
+    halves = [two.tensors(f"carry-0000{rank}-of-00002.safetensors") for rank in range(2)]
+    whole = one.tensors("carry-00000-of-00001.safetensors")
+    for name in ("steps", "halted", "inputs", "labels", "puzzle_identifiers"):
+        assert torch.equal(torch.cat([half[name] for half in halves]), whole[name])
+
+
+def test_two_workers_continue_bit_for_bit(config):
+    whole = run(2, {**config, "run_name": "whole"})
+    run(2, {**config, "run_name": "parts", "max_steps": 9})
+    parts = run(2, {**config, "run_name": "parts"})
+    assert parts.manifest.files == whole.manifest.files
+
+
+def test_another_number_of_workers_goes_on_with_the_same_batches(config):
+    run(2, {**config, "run_name": "fewer", "max_steps": 9})
+    fewer = run(1, {**config, "run_name": "fewer"})
+    whole = run(1, {**config, "run_name": "whole"})
+    for name, tensor in whole.tensors("model.safetensors").items():
+        np.testing.assert_allclose(fewer.tensors("model.safetensors")[name], tensor, rtol=1e-4, atol=2e-5)
+    a, b = (c.tensors("carry-00000-of-00001.safetensors") for c in (fewer, whole))
+    assert torch.equal(a["inputs"], b["inputs"]) and torch.equal(a["steps"], b["steps"])
