@@ -26,7 +26,14 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY)
 	@$(BIN)/hrm-ray data build recipe=sudoku_4x4 out=data/sudoku-4x4
 	@$(BIN)/hrm-ray train experiment=quickstart
-	@$(BIN)/hrm-ray demo runs/quickstart data=data/sudoku-4x4
+	@echo; echo "On the 500 held-out puzzles:"
+	@$(BIN)/hrm-ray eval runs/quickstart data=data/sudoku-4x4
+	@echo; echo "Three of them, solved:"; echo
+	@$(BIN)/hrm-ray solve runs/quickstart data=data/sudoku-4x4 count=3
+	@echo; echo "Try next:"
+	@echo "  $(BIN)/hrm-ray solve runs/quickstart ...1.2....3.4..."
+	@echo "  $(BIN)/hrm-ray train experiment=quickstart lr=1e-3 run_name=slower"
+	@echo "  $(BIN)/hrm-ray data build recipe=sudoku_6x6 out=data/sudoku-6x6 && $(BIN)/hrm-ray train experiment=sudoku_6x6"
 
 test: $(READY) lint
 	@$(BIN)/python -m pytest

@@ -9,12 +9,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from hrm_ray.config.validate import nearest
 from hrm_ray.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hrm_ray.api import Solver
 
 TRACEBACK = "HRM_RAY_TRACEBACK"  # set it to see where an error came from
 
@@ -150,14 +155,7 @@ def solve(args: argparse.Namespace) -> None:
     from hrm_ray.api import load
 
     solver = load(args.checkpoint)
-    file = Path(args.puzzle)
-    if args.puzzle.isprintable() and len(args.puzzle) < 255 and file.is_file():
-        lines = [(f"{file}:{n}", line.strip()) for n, line in enumerate(file.read_text().splitlines(), 1)]
-        puzzles = [solver.parse(line, where) for where, line in lines if line and not line.startswith("#")]
-        if not puzzles:
-            raise UserError(f"{file} holds no puzzle")
-    else:
-        puzzles = [solver.parse(args.puzzle, f"'{args.puzzle}' is no file and no puzzle")]
+    puzzles = _read_puzzles(solver, args.words)
     solutions = solver.solve(puzzles)
     if args.json:
         for s in solutions:
@@ -167,9 +165,35 @@ def solve(args: argparse.Namespace) -> None:
     for question, s in zip(puzzles, solutions, strict=True):
         verdict = {True: "valid", False: "NOT valid", None: "cannot be checked"}[s.is_valid]
         print(solver.task.render(s.tokens, question))
-        print(f"{s.answer}  {verdict}, confidence {s.confidence:.1%}\n")
+        print(f"{verdict}, confidence {s.confidence:.1%}: {s.answer}\n")
     if len(solutions) > 1 and solver.task.checkable:
         print(f"{sum(bool(s.is_valid) for s in solutions)} of {len(solutions)} valid")
+
+
+def _read_puzzles(solver: "Solver", words: Sequence[str]) -> list["np.ndarray"]:
+    """The puzzles that the words of `solve` mean: one puzzle, a file of them, or examples of a dataset."""
+    if not words or "=" in words[0]:
+        from hrm_ray.data.shards import open_dataset
+
+        options = Options(words, ["data", "split", "index", "count"], ["data"])
+        split = open_dataset(str(options["data"])).split(options.get("split", "test"))
+        index, count = options.get("index", 0), options.get("count", 1)
+        if not 0 <= index < index + count <= split.num_examples:
+            raise UserError(
+                f"index={index} count={count}: {split.name} holds examples 0..{split.num_examples - 1}"
+            )
+        return list(split.rows(range(index, index + count))["inputs"])
+    if len(words) > 1:
+        raise UserError("give one puzzle (without spaces), one file, or data=DIR")
+    word = words[0]
+    file = Path(word)
+    if len(word) < 255 and file.is_file():
+        lines = [(f"{file}:{n}", line.strip()) for n, line in enumerate(file.read_text().splitlines(), 1)]
+        puzzles = [solver.parse(line, where) for where, line in lines if line and not line.startswith("#")]
+        if not puzzles:
+            raise UserError(f"{file} holds no puzzle")
+        return puzzles
+    return [solver.parse(word, f"'{word}' is no file and no puzzle")]
 
 
 def import_checkpoint(args: argparse.Namespace) -> None:
@@ -292,10 +316,17 @@ def build_parser() -> argparse.ArgumentParser:
         "solve",
         solve,
         "solve puzzles with a trained model",
-        "hrm-ray solve runs/quickstart 1...|..3.|.2..|...4\nhrm-ray solve runs/quickstart puzzles.txt --json",
+        "hrm-ray solve runs/quickstart ...1.2....3.4...\n"
+        "hrm-ray solve runs/quickstart puzzles.txt --json\n"
+        "hrm-ray solve runs/quickstart data=data/sudoku-4x4 index=7 count=3",
     )
     p.add_argument("checkpoint", help="checkpoint folder, or run folder (then its best)")
-    p.add_argument("puzzle", help="a puzzle, or a file with one a line")
+    p.add_argument(
+        "words",
+        nargs="*",
+        metavar="PUZZLE",
+        help="a puzzle, a file with one a line, or data=DIR [split=test] [index=0]",
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object a puzzle")
     p = _add(
         commands,

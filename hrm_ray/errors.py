@@ -15,3 +15,8 @@ class RunFailed(UserError):
     """A run that cannot go on though its input was well-formed (the loss is not finite, workers are lost)."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for use in one of ours; its type's name if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

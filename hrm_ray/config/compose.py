@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import known_keys, nearest, validated
-from hrm_ray.errors import UserError
+from hrm_ray.errors import UserError, first_line
 
 GROUPS = ("arch", "scaling", "experiment")
 ALIASES = {"data": "data_path"}
@@ -77,6 +77,6 @@ def _compose(overrides: list[str]) -> dict:
         with initialize_config_module("hrm_ray.config", version_base="1.3"):
             values = OmegaConf.to_container(compose("train", overrides=overrides), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"cannot read {' '.join(overrides)}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot read {' '.join(overrides)}: {first_line(error)}") from None
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}

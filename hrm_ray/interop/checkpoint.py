@@ -19,7 +19,7 @@ from torch import Tensor
 from hrm_ray.config.schema import HRMConfig
 from hrm_ray.config.validate import known_keys, validated
 from hrm_ray.data.shards import Dataset
-from hrm_ray.errors import UserError
+from hrm_ray.errors import UserError, first_line
 from hrm_ray.machine import resolve
 from hrm_ray.models.registry import build_model
 from hrm_ray.training.checkpoint import Checkpoint, DatasetInfo, Manifest, write_manifest, write_tensors
@@ -147,7 +147,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         KeyError,
         zipfile.BadZipFile,
     ) as error:
-        raise UserError(f"{file} cannot be read as plain tensors: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{file} cannot be read as plain tensors: {first_line(error)}") from None
     if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
         raise UserError(f"{file} holds no state dict")
     return weights

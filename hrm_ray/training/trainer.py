@@ -65,9 +65,8 @@ class ProgressBar:
                 total=progress.last_step,
                 unit="step",
                 dynamic_ncols=True,
-                mininterval=0.5,
+                mininterval=0.5 if sys.stderr.isatty() else 10,  # a log wants fewer lines than a screen
             )
-        self._bar.n = progress.step
         metrics = progress.metrics
         shown = {}
         if "train/loss" in metrics:
@@ -76,7 +75,8 @@ class ProgressBar:
         if "eval/exact_accuracy" in metrics:
             shown["exact"] = f"{metrics['eval/exact_accuracy']:.1%}"
         self._bar.set_description(progress.phase, refresh=False)
-        self._bar.set_postfix(shown)
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(progress.step - self._bar.n)
 
     def close(self) -> None:
         if self._bar:

@@ -1,0 +1,54 @@
+"""What a user types becomes a configuration, or one line that says why not."""
+
+import pytest
+
+from hrm_ray.config.compose import choices, train_config
+from hrm_ray.config.schema import TrainConfig
+from hrm_ray.errors import UserError
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_every_experiment_composes(experiment):
+    config = train_config([f"experiment={experiment}"])
+    assert config.run_name == experiment
+    assert config == TrainConfig.model_validate(config.model_dump(mode="json"))
+
+
+def test_command_line_wins_over_experiment_over_defaults():
+    config = train_config(["experiment=quickstart", "lr=0.5", "arch.H_cycles=7", "scaling=local"])
+    assert (config.lr, config.arch.H_cycles, config.arch.hidden_size) == (0.5, 7, 96)
+    assert (config.scaling.mode, config.scaling.num_workers) == ("local", 1)
+    assert config.beta2 == TrainConfig(data_path="").beta2
+
+
+def test_published_names_are_understood():
+    words = (
+        "data_path=d arch=hrm_v1 arch.L_cycles=8 arch.halt_exploration_prob=0.2 arch.loss.loss_type="
+        "softmax_cross_entropy epochs=20000 eval_interval=2000 global_batch_size=384 lr=7e-5 puzzle_emb_lr=7e-5 "
+        "weight_decay=1.0 puzzle_emb_weight_decay=1.0 lr_warmup_steps=2000 lr_min_ratio=1 beta1=0.9 beta2=0.95"
+    )
+    assert train_config(words.split()).arch.L_cycles == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["experiment=quickstrat"], "unknown experiment 'quickstrat'; did you mean 'quickstart'?"),
+        (["arch=hrm_v2"], "unknown arch 'hrm_v2'; did you mean 'hrm_v1'?"),
+        (["data=d", "learning_rate=1"], "unknown key 'learning_rate'"),
+        (["data=d", "arch.hiden_size=64"], "unknown key 'arch.hiden_size'; did you mean 'arch.hidden_size'?"),
+        (["data=d", "lr=-1"], "configuration: lr=-1: input should be greater than 0"),
+        (["data=d", "lr=fast"], "configuration: lr='fast': input should be a valid number"),
+        (["data=d", "arch.hidden_size=100"], "arch.hidden_size=100 is not a multiple of arch.num_heads=8"),
+        (["data=d", "arch.hidden_size=72"], "heads of odd width 9"),
+        (["data=d", "scaling.num_workers=5"], "global_batch_size=384 cannot be divided"),
+        (["data=d", "scaling=local", "scaling.num_workers=2"], "scaling=local runs one worker"),
+        (["data=d", "epochs"], "'epochs' is not of the form key=value"),
+        (["lr=1e-3"], "data_path is not given; add data=DIR"),
+    ],
+)
+def test_mistakes_are_one_line(words, said):
+    with pytest.raises(UserError) as error:
+        train_config(words)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
