@@ -291,6 +291,8 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
         return Trainer(config, Storage(parameters["storage"]), world, hooks).train()
     except UserError as error:
         channel.put("failure", {"message": str(error), "exit_code": error.exit_code})
+        if isinstance(error, RunFailed):  # raised by every worker alike: end without a restart
+            return {}
         raise
 
 

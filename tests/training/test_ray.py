@@ -1,0 +1,137 @@
+"""Training under Ray Train, on a real local cluster, through the command line where a person would."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+
+from hrm_ray.config.schema import TrainConfig
+from hrm_ray.errors import RunFailed
+from hrm_ray.training import trainer
+from hrm_ray.training.checkpoint import finished
+from tests.toy import toy_config, toy_dataset
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> dict:
+    toy_dataset(tmp_path / "data", num_train=59, num_identifiers=5)
+    return toy_config(tmp_path / "data", tmp_path / "runs", ema=True)
+
+
+def on_ray(num_workers: int) -> dict:
+    return {"mode": "ray", "num_workers": num_workers, "cpus_per_worker": 1}
+
+
+def last(config: TrainConfig):
+    return finished(trainer.run_folder(config))[-1]
+
+
+def test_two_ray_workers_equal_the_bare_loop(config, ray_cluster):
+    bare = TrainConfig(**config | {"run_name": "bare"})
+    ray = TrainConfig(**config | {"run_name": "ray", "scaling": on_ray(2)})
+    trainer.train(bare, show_progress=False)
+    summary, stopped_by = trainer.train(ray, show_progress=False)
+    assert stopped_by is None
+    assert summary == json.loads((trainer.run_folder(ray).local_path / "summary.json").read_text())
+    assert summary["global_step"] == 20 and summary["finished"]
+    expected = last(bare).tensors("model.safetensors")
+    for name, tensor in last(ray).tensors("model.safetensors").items():
+        np.testing.assert_allclose(tensor, expected[name], rtol=1e-4, atol=2e-5)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_without_retries(config, ray_cluster):
+    bad = TrainConfig(**config | {"lr": 1e30, "lr_warmup_steps": 0, "scaling": on_ray(2)})
+    with pytest.raises(RunFailed, match=r"not finite at step \d+ on rank \d"):
+        trainer.train(bad, show_progress=False)
+
+
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(config, ray_cluster):
+    """SIGKILL to a worker in the middle: the run ends like the undisturbed one, bit for bit."""
+    scaling = on_ray(1)
+    whole = TrainConfig(**config | {"run_name": "whole", "scaling": scaling, "max_steps": 60, "epochs": 30})
+    trainer.train(whole, show_progress=False)
+    config |= {
+        "run_name": "killed",
+        "scaling": scaling,
+        "max_steps": 60,
+        "epochs": 30,
+        "checkpoint_interval": 5,
+    }
+    killed = TrainConfig(**config)
+    pids = []
+
+    def kill_once(progress):
+        if not pids and progress.step >= 7:
+            pids.append(_kill_train_worker())
+
+    trainer._train_on_ray(killed, kill_once, trainer.StopRequest())
+    assert pids, "the worker was never killed"
+    assert last(killed).manifest.files == last(whole).manifest.files
+    steps = [r["global_step"] for r in _records(killed) if "train/loss" in r]
+    assert steps == sorted(set(steps))
+
+
+def _kill_train_worker() -> int:
+    ours = psutil.Process().children(recursive=True)
+    (worker,) = (p for p in ours if "RayTrainWorker" in "".join(p.cmdline()))
+    worker.kill()
+    return worker.pid
+
+
+def _records(config: TrainConfig) -> list[dict]:
+    lines = (trainer.run_folder(config).local_path / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def command(config: dict, *more: str) -> list[str]:
+    """The command line of `hrm-ray train` for a configuration."""
+    flat = {**config, "arch": None, "scaling": None}
+    words = [
+        f"{key}={yaml.safe_dump(value).split(chr(10))[0]}" for key, value in flat.items() if value is not None
+    ]
+    words += [f"arch.{key}={value}" for key, value in config["arch"].items()]
+    return [sys.executable, "-m", "hrm_ray.cli", "train", *words, *more]
+
+
+@pytest.mark.parametrize("mode", ["ray", "local"])
+def test_a_signal_stops_with_a_checkpoint_and_the_same_command_continues(config, mode):
+    config |= {"epochs": 400, "max_steps": 2500, "eval_interval": 1000, "log_interval": 1}
+    words = command(config, f"scaling={mode}", "scaling.num_workers=1")
+    run = trainer.run_folder(TrainConfig(**config)).local_path
+    # A process group of its own, signalled whole: what Ctrl-C in a terminal does.
+    process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    try:
+        _wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text(), process)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, errors
+    assert "the same command continues" in errors
+    stopped_at = finished(trainer.run_folder(TrainConfig(**config)))[-1].manifest.global_step
+    assert 0 < stopped_at < 2500
+    words = command(config | {"max_steps": stopped_at + 3}, f"scaling={mode}", "scaling.num_workers=1")
+    again = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert f"continues after step {stopped_at}" in again.stderr
+    steps = [r["global_step"] for r in _records(TrainConfig(**config)) if "train/loss" in r]
+    assert steps == list(range(1, stopped_at + 4))
+
+
+def _wait_for(condition, process) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "nothing happened in 90 s"
+        time.sleep(0.05)
