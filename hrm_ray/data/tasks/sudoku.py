@@ -81,7 +81,8 @@ class Sudoku(Task):
         for row in range(self.size):
             in_row = cells[row * self.size : (row + 1) * self.size]
             boxes = [
-                " ".join(in_row[start : start + self.box_cols]) for start in range(0, self.size, self.box_cols)
+                " ".join(in_row[start : start + self.box_cols])
+                for start in range(0, self.size, self.box_cols)
             ]
             lines.append("| " + " | ".join(boxes) + " |")
             if (row + 1) % self.box_rows == 0:
