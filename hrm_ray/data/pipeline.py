@@ -50,10 +50,10 @@ _TEST, _TRAIN = 1, 2
 # Named in the manifest in place of a source's digest; counts up when the generator's output changes.
 _GENERATOR_DIGEST = "generator-1"
 
-_ROWS_PER_TASK = 32_768  # augmented rows a Ray task returns: 5 MB of 9x9 boards
+_ROWS_PER_TASK = 16_384  # augmented rows a Ray task returns: 3 MB of 9x9 boards
 _GENERATED_PER_TASK = 512
 _MAX_TRIES = 1_000  # boards dug for one generated puzzle
-_OBJECT_STORE_BYTES = 256 << 20  # of a private cluster; more spills to disk
+_OBJECT_STORE_BYTES = 96 << 20  # of a private cluster; more spills to disk
 
 
 def build(
