@@ -35,13 +35,18 @@ MANIFEST = "manifest.json"
 IDS = ("puzzle_identifier", "puzzle", "group")
 
 
-class Shard(Settings):
-    """One file of a split; `file` is relative to the dataset's folder."""
+class File(Settings):
+    """A file of the dataset; `file` is relative to its folder."""
 
     file: str
-    rows: int
     bytes: int
     sha256: str
+
+
+class Shard(File):
+    """One file of a split."""
+
+    rows: int
 
 
 class SplitInfo(Settings):
@@ -58,7 +63,8 @@ class Manifest(Settings):
     """What `manifest.json` says.
 
     `recipe` is the whole recipe the data was built with (empty for imported data), `source_digest` the SHA-256 of
-    what it was built from, `report` what the builder counted on the way (rows skipped, duplicates dropped, ...).
+    what it was built from, `report` what the builder counted on the way (rows skipped, duplicates dropped, ...),
+    `extra_files` what lies beside the splits (imported data: identifiers.json).
     """
 
     format_version: int = FORMAT_VERSION
@@ -74,12 +80,18 @@ class Manifest(Settings):
     recipe: dict[str, Any]
     source_digest: str
     report: dict[str, Any]
+    extra_files: tuple[File, ...] = ()
     splits: dict[str, SplitInfo]
+
+    @property
+    def files(self) -> list[File]:
+        """All files but the manifest."""
+        return [*self.extra_files, *(shard for info in self.splits.values() for shard in info.shards)]
 
     @property
     def fingerprint(self) -> str:
         """SHA-256, hex, of what training sees: the data and its meaning, not where it came from."""
-        about = self.model_dump(exclude={"recipe", "source_digest", "report", "seed"})
+        about = self.model_dump(exclude={"recipe", "source_digest", "report", "seed", "extra_files"})
         return hashlib.sha256(_canonical(about)).hexdigest()
 
     def render(self) -> bytes:
@@ -203,12 +215,14 @@ class Dataset:
     """A finished dataset; made by `open_dataset`. Pickles as its path, so it can be sent to Ray workers.
 
     Attributes:
-        path: what was opened. manifest: its Manifest. fingerprint: see Manifest.fingerprint. task: its Task.
+        path: what was opened; root: where it lies on this machine.
+        manifest: its Manifest. fingerprint: see Manifest.fingerprint. task: its Task.
         splits: name -> Split.
     """
 
     def __init__(self, path: str | Path, root: Path, manifest: Manifest):
         self.path = path
+        self.root = root
         self.manifest = manifest
         self.fingerprint = manifest.fingerprint
         self.task: Task = get_task(manifest.task, **manifest.task_options)
@@ -236,15 +250,12 @@ def open_dataset(path: str | Path) -> Dataset:
     """
     root = local_root(path)
     manifest = read_manifest(root)
-    for info in manifest.splits.values():
-        for shard in info.shards:
-            file = root / shard.file
-            if not file.is_file():
-                raise UserError(f"{file} is missing; {_REBUILD}")
-            if file.stat().st_size != shard.bytes:
-                raise UserError(
-                    f"{file} is damaged: {file.stat().st_size} bytes, not {shard.bytes}; {_REBUILD}"
-                )
+    for entry in manifest.files:
+        file = root / entry.file
+        if not file.is_file():
+            raise UserError(f"{file} is missing; {_REBUILD}")
+        if file.stat().st_size != entry.bytes:
+            raise UserError(f"{file} is damaged: {file.stat().st_size} bytes, not {entry.bytes}; {_REBUILD}")
     return Dataset(path, root, manifest)
 
 
@@ -332,17 +343,13 @@ def _cached(filesystem: pafs.FileSystem, folder: str, uri: str) -> Path:
             return target
         aside = target.with_suffix(".partial")
         shutil.rmtree(aside, ignore_errors=True)
-        for info in manifest.splits.values():
-            for shard in info.shards:
-                local = aside / shard.file
-                local.parent.mkdir(parents=True, exist_ok=True)
-                with (
-                    filesystem.open_input_stream(f"{folder}/{shard.file}") as source,
-                    local.open("wb") as copy,
-                ):
-                    shutil.copyfileobj(source, copy, 1 << 22)
-                if _sha256(local) != shard.sha256:
-                    raise UserError(f"{uri}/{shard.file} is damaged: its SHA-256 differs from the manifest's")
+        for entry in manifest.files:
+            local = aside / entry.file
+            local.parent.mkdir(parents=True, exist_ok=True)
+            with filesystem.open_input_stream(f"{folder}/{entry.file}") as source, local.open("wb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 22)
+            if _sha256(local) != entry.sha256:
+                raise UserError(f"{uri}/{entry.file} is damaged: its SHA-256 differs from the manifest's")
         _write_durably(aside / MANIFEST, content)
         aside.rename(target)
     return target
@@ -538,6 +545,11 @@ class DatasetWriter:
         """Begin a split."""
         return SplitWriter(self.root, name, seq_len, cuts)
 
+    def add_file(self, name: str, content: bytes) -> File:
+        """Write a file that belongs to no split."""
+        _write_durably(self.root / name, content)
+        return File(file=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
     def finish(self, manifest: Manifest) -> None:
         """Write the manifest, read everything back, and move the folder into place.
 
@@ -601,12 +613,23 @@ def verify(path: str | Path) -> list[str]:
         problems.append(f"{MANIFEST}: changed after it was written")
     if (task.vocab_size, task.seq_len) != (manifest.vocab_size, manifest.seq_len):
         problems.append(f"{MANIFEST}: vocab_size or seq_len does not fit task {manifest.task}")
-    known = {MANIFEST} | {shard.file for info in manifest.splits.values() for shard in info.shards}
+    known = {MANIFEST} | {entry.file for entry in manifest.files}
     there = {str(file.relative_to(root)) for file in root.rglob("*") if not file.is_dir()}
     problems += [f"{file}: not in the manifest" for file in sorted(there - known)]
+    for entry in manifest.files:
+        problems += _verify_file(root / entry.file, entry)
     for name, info in manifest.splits.items():
         problems += _verify_split(root, name, info, manifest, task)
     return problems
+
+
+def _verify_file(path: Path, entry: File) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{entry.file}: missing"
+    elif path.stat().st_size != entry.bytes:
+        yield f"{entry.file}: {path.stat().st_size} bytes, where the manifest says {entry.bytes}"
+    elif _sha256(path) != entry.sha256:
+        yield f"{entry.file}: its SHA-256 is not the manifest's"
 
 
 def _verify_split(root: Path, name: str, info: SplitInfo, manifest: Manifest, task: Task) -> Iterator[str]:
@@ -614,12 +637,7 @@ def _verify_split(root: Path, name: str, info: SplitInfo, manifest: Manifest, ta
     for shard in info.shards:
         file = root / shard.file
         if not file.is_file():
-            yield f"{shard.file}: missing"
             continue
-        if file.stat().st_size != shard.bytes:
-            yield f"{shard.file}: {file.stat().st_size} bytes, where the manifest says {shard.bytes}"
-        elif _sha256(file) != shard.sha256:
-            yield f"{shard.file}: its SHA-256 is not the manifest's"
         try:
             batch = _read_batch(file, manifest.seq_len)
         except UserError as error:

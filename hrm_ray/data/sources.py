@@ -294,4 +294,4 @@ def _encode(column: pa.Array, task: Sudoku) -> tuple[np.ndarray, np.ndarray]:
     if len(texts):
         codes = np.frombuffer(texts.buffers()[2], np.uint8)[ends[0] : ends[-1]]
         tokens[fits] = task.encode(codes.reshape(-1, task.seq_len))
-    return tokens, tokens.all(axis=1)
+    return tokens, (tokens != 0).all(axis=1)
