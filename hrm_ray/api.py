@@ -62,6 +62,23 @@ class Solver:
         except UserError as error:
             raise UserError(f"{where or repr(puzzle)}: {error}") from None
 
+    def questions(
+        self, data: str | Path, *, split: str = "test", index: int = 0, count: int = 1
+    ) -> list[np.ndarray]:
+        """Puzzles number index..index+count-1 of a dataset, as tokens, to be solved.
+
+        Raises:
+            UserError: the dataset is of another kind than the model's, or has no such examples.
+        """
+        dataset = open_dataset(data)
+        self._check(dataset)
+        examples = dataset.split(split)
+        if not 0 <= index < index + count <= examples.num_examples:
+            raise UserError(
+                f"index={index} count={count}: split {split} holds examples 0..{examples.num_examples - 1}"
+            )
+        return list(examples.rows(np.arange(index, index + count))["inputs"])
+
     def solve(self, puzzles: Sequence[str | np.ndarray], batch_size: int = 256) -> list[Solution]:
         """Answer puzzles given as texts or as tokens (integers [seq_len]).
 

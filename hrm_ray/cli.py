@@ -173,16 +173,8 @@ def solve(args: argparse.Namespace) -> None:
 def _read_puzzles(solver: "Solver", words: Sequence[str]) -> list["np.ndarray"]:
     """The puzzles that the words of `solve` mean: one puzzle, a file of them, or examples of a dataset."""
     if not words or "=" in words[0]:
-        from hrm_ray.data.shards import open_dataset
-
         options = Options(words, ["data", "split", "index", "count"], ["data"])
-        split = open_dataset(str(options["data"])).split(options.get("split", "test"))
-        index, count = options.get("index", 0), options.get("count", 1)
-        if not 0 <= index < index + count <= split.num_examples:
-            raise UserError(
-                f"index={index} count={count}: {split.name} holds examples 0..{split.num_examples - 1}"
-            )
-        return list(split.rows(range(index, index + count))["inputs"])
+        return solver.questions(**options)
     if len(words) > 1:
         raise UserError("give one puzzle (without spaces), one file, or data=DIR")
     word = words[0]

@@ -8,11 +8,11 @@ from typing import Any
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
+def ray_session(object_store_bytes: int | None = None) -> Iterator[None]:
     """Inside, `ray` is initialised; what was started here is shut down at the end.
 
     RAY_ADDRESS (which Ray sets in jobs) names a cluster to join. Without it a private cluster is started on this
-    machine, so that a stray one is never joined by accident.
+    machine, so that a stray one is never joined by accident; `object_store_bytes` bounds its shared memory.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences a warning
@@ -25,7 +25,7 @@ def ray_session() -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
     else:
-        ray.init(address="local", include_dashboard=False, **quiet)
+        ray.init(address="local", include_dashboard=False, object_store_memory=object_store_bytes, **quiet)
     try:
         yield
     finally:

@@ -12,10 +12,8 @@ Ray is imported only inside functions: reading a dataset needs none of it.
 """
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +41,7 @@ from hrm_ray.data.sources import BadRows, Rows, Source, open_source
 from hrm_ray.data.tasks.base import get_task
 from hrm_ray.data.tasks.sudoku import Sudoku
 from hrm_ray.errors import UserError
+from hrm_ray.ray_session import ray_session
 
 # Purposes of random keys: the choice of test rows and that of training rows are independent.
 _TEST, _TRAIN = 1, 2
@@ -83,7 +82,7 @@ def build(
     task = get_task(recipe.task, size=recipe.size)
     assert isinstance(task, Sudoku)
     job = _Job(recipe, task, BadRows(skip=recipe.on_bad == "skip"), show_progress)
-    with DatasetWriter(out, overwrite=overwrite) as writer, ray_session():
+    with DatasetWriter(out, overwrite=overwrite) as writer, ray_session(_OBJECT_STORE_BYTES):
         train, test = job.load(source) if source else job.generate()
         splits = {"train": job.write(writer, "train", train, recipe.num_aug, RowSet(test.questions))}
         if len(test):
@@ -398,26 +397,3 @@ def ordered_map(function: Callable[[pa.Table], pa.Table], blocks: list[pa.Table]
         yield from results.iter_batches(batch_format="pyarrow", batch_size=None)
     finally:
         context.execution_options.preserve_order, context.enable_progress_bars = before
-
-
-@contextmanager
-def ray_session() -> Iterator[None]:
-    """A Ray to work on: the one there is, that of RAY_ADDRESS, or a private local one that ends with the block."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a FutureWarning
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-    else:
-        # A token would be written to the home folder and change how later clusters there start.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
-    try:
-        yield
-    finally:
-        ray.shutdown()
