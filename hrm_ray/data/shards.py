@@ -313,12 +313,17 @@ def local_root(path: str | Path) -> Path:
     if "://" not in str(path):
         return Path(path)
     try:
-        filesystem, inner = pafs.FileSystem.from_uri(str(path))
+        filesystem, inner = _filesystem(str(path))
         if isinstance(filesystem, pafs.LocalFileSystem):
             return Path(inner)
         return _cached(filesystem, inner.rstrip("/"), str(path))
     except (pa.ArrowException, OSError, ImportError) as error:
         raise UserError(f"cannot read dataset {path}: {str(error).splitlines()[0]}") from None
+
+
+def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of a URI and the path in it."""
+    return pafs.FileSystem.from_uri(uri)
 
 
 def cache_dir() -> Path:
@@ -616,8 +621,9 @@ def verify(path: str | Path) -> list[str]:
     known = {MANIFEST} | {entry.file for entry in manifest.files}
     there = {str(file.relative_to(root)) for file in root.rglob("*") if not file.is_dir()}
     problems += [f"{file}: not in the manifest" for file in sorted(there - known)]
-    for entry in manifest.files:
-        problems += _verify_file(root / entry.file, entry)
+    damaged = [problem for entry in manifest.files for problem in _verify_file(root / entry.file, entry)]
+    if damaged:  # a file that is not what was written is not worth parsing, nor safe to
+        return problems + damaged
     for name, info in manifest.splits.items():
         problems += _verify_split(root, name, info, manifest, task)
     return problems
@@ -635,13 +641,10 @@ def _verify_file(path: Path, entry: File) -> Iterator[str]:
 def _verify_split(root: Path, name: str, info: SplitInfo, manifest: Manifest, task: Task) -> Iterator[str]:
     num_examples, last = 0, {"puzzle": -1, "group": -1}
     for shard in info.shards:
-        file = root / shard.file
-        if not file.is_file():
-            continue
         try:
-            batch = _read_batch(file, manifest.seq_len)
+            batch = _read_batch(root / shard.file, manifest.seq_len)
         except UserError as error:
-            yield f"{shard.file}: {str(error).removeprefix(f'{file} ')}"
+            yield f"{shard.file}: {str(error).removeprefix(f'{root / shard.file} ')}"
             continue
         if batch.num_rows != shard.rows:
             yield f"{shard.file}: {batch.num_rows} rows, where the manifest says {shard.rows}"

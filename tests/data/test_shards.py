@@ -1,0 +1,447 @@
+import json
+import multiprocessing
+import pickle
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import fs as pafs
+
+from hrm_ray.data import shards
+from hrm_ray.data.shards import DatasetWriter, Manifest, balanced_cuts, open_dataset, verify
+from hrm_ray.data.tasks.base import Tokens
+from hrm_ray.errors import UserError
+
+VOCAB_SIZE, SEQ_LEN = 7, 5
+
+
+def write(out, splits, *, rows_per_shard=4, batch=3, overwrite=False, num_identifiers=9):
+    """Write splits: name -> list of groups, a group a list of puzzles, a puzzle (identifier, inputs, labels)."""
+    task = Tokens(VOCAB_SIZE, SEQ_LEN)
+    with DatasetWriter(out, overwrite=overwrite) as writer:
+        infos = {}
+        for name, groups in splits.items():
+            rows = [
+                (x, y, identifier, p, g)
+                for p, (g, identifier, inputs, labels) in enumerate(
+                    (g, *puzzle) for g, group in enumerate(groups) for puzzle in group
+                )
+                for x, y in zip(inputs, labels, strict=True)
+            ]
+            sizes = np.array([sum(len(inputs) for _, inputs, _ in group) for group in groups])
+            split = writer.split(name, SEQ_LEN, balanced_cuts(sizes, rows_per_shard))
+            for start in range(0, len(rows), batch):
+                x, y, identifier, p, g = map(np.array, zip(*rows[start : start + batch], strict=True))
+                split.add(x, y, identifier.astype(np.int32), p, g)
+            infos[name] = split.finish()
+        manifest = Manifest(
+            task=task.name,
+            task_options=task.options,
+            vocab_size=VOCAB_SIZE,
+            seq_len=SEQ_LEN,
+            pad_id=0,
+            ignore_label_id=0,
+            blank_identifier_id=0,
+            num_puzzle_identifiers=num_identifiers,
+            seed=0,
+            recipe={"source": "here"},
+            source_digest="",
+            report={},
+            splits=infos,
+        )
+        writer.finish(manifest)
+    return open_dataset(out)
+
+
+def random_groups(rng, num_groups, max_puzzles=3, max_examples=4):
+    groups = []
+    for _ in range(num_groups):
+        group = []
+        for _ in range(rng.integers(1, max_puzzles + 1)):
+            shape = (rng.integers(1, max_examples + 1), SEQ_LEN)
+            inputs, labels = (rng.integers(0, VOCAB_SIZE, shape, dtype=np.uint8) for _ in range(2))
+            group.append((int(rng.integers(0, 9)), inputs, labels))
+        groups.append(group)
+    return groups
+
+
+@pytest.fixture
+def small(tmp_path):
+    rng = np.random.default_rng(0)
+    return write(tmp_path / "small", {"train": random_groups(rng, 6), "test": random_groups(rng, 2)})
+
+
+@given(seed=st.integers(0, 1000), num_groups=st.integers(1, 12), rows_per_shard=st.integers(1, 30))
+@settings(max_examples=40, deadline=None)
+def test_any_dataset_reads_back(tmp_path_factory, seed, num_groups, rows_per_shard):
+    out = tmp_path_factory.mktemp("any") / "data"
+    rng = np.random.default_rng(seed)
+    groups = random_groups(rng, num_groups)
+    dataset = write(out, {"train": groups}, rows_per_shard=rows_per_shard, batch=int(rng.integers(1, 9)))
+    assert verify(out) == []
+    split = dataset.split("train")
+
+    puzzles = [puzzle for group in groups for puzzle in group]
+    inputs = np.concatenate([puzzle[1] for puzzle in puzzles])
+    labels = np.concatenate([puzzle[2] for puzzle in puzzles])
+    identifiers = np.repeat([puzzle[0] for puzzle in puzzles], [len(puzzle[1]) for puzzle in puzzles])
+    assert (split.num_groups, split.num_puzzles, split.num_examples) == (
+        num_groups,
+        len(puzzles),
+        len(inputs),
+    )
+    assert split.info.mean_puzzle_examples == len(inputs) / len(puzzles)
+    assert split.puzzle_starts.tolist() == np.cumsum([0, *(len(puzzle[1]) for puzzle in puzzles)]).tolist()
+    assert split.group_starts.tolist() == np.cumsum([0, *map(len, groups)]).tolist()
+    assert split.puzzle_starts.dtype == split.group_starts.dtype == np.int64
+
+    for ids in (np.arange(len(inputs)), rng.integers(0, len(inputs), 20), np.empty(0, np.int64)):
+        rows = split.rows(ids)
+        assert rows["inputs"].dtype == rows["labels"].dtype == np.uint8
+        assert rows["puzzle_identifiers"].dtype == np.int32
+        assert (rows["inputs"] == inputs[ids]).all() and (rows["labels"] == labels[ids]).all()
+        assert (rows["puzzle_identifiers"] == identifiers[ids]).all()
+
+
+def test_ids_outside_are_refused(small):
+    for ids in ([-1], [small.split("test").num_examples]):
+        with pytest.raises(IndexError):
+            small.split("test").rows(np.array(ids))
+
+
+def test_shards_are_plain_arrow(small):
+    """Any Arrow library reads them: no extension types, one batch a file."""
+    split = small.manifest.splits["train"]
+    assert len(split.shards) > 2
+    for shard in split.shards:
+        with pa.memory_map(str(Path(small.path) / shard.file)) as source:
+            reader = pa.ipc.open_file(source)
+            assert reader.num_record_batches == 1
+            assert [str(field.type).split("[")[0] for field in reader.schema][:2] == [
+                "fixed_size_list<item: uint8 not null>"
+            ] * 2
+            assert reader.schema.names == ["inputs", "labels", "puzzle_identifier", "puzzle", "group"]
+            assert reader.schema.metadata is None
+
+
+def test_same_bytes_whatever_the_batches(tmp_path):
+    groups = random_groups(np.random.default_rng(1), 8)
+    for name, batch in (("a", 1), ("b", 1000)):
+        write(tmp_path / name, {"train": groups}, batch=batch)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_dropped_rows_close_up(tmp_path):
+    """Rows, whole puzzles and whole groups may be missing from what `add` gets; the files count without gaps."""
+    with DatasetWriter(tmp_path / "data") as writer:
+        split = writer.split("train", SEQ_LEN, np.array([0, 2, 4, 6]))
+        tokens = np.ones((3, SEQ_LEN), np.uint8)
+        split.add(tokens, tokens, np.zeros(3, np.int32), np.array([1, 4, 9]), np.array([0, 1, 5]))
+        info = split.finish()
+        columns = [shards._read_batch(writer.root / shard.file, SEQ_LEN) for shard in info.shards]
+    assert [batch["puzzle"].to_pylist() for batch in columns] == [[0, 1], [2]]
+    assert [batch["group"].to_pylist() for batch in columns] == [[0, 1], [2]]
+    assert (info.num_examples, info.num_puzzles, info.num_groups) == (3, 3, 3)
+
+
+@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=50), rows_per_shard=st.integers(1, 60))
+def test_balanced_cuts(sizes, rows_per_shard):
+    cuts = balanced_cuts(np.array(sizes), rows_per_shard)
+    assert cuts[0] == 0 and cuts[-1] == len(sizes) and (np.diff(cuts) > 0).all()
+    for start, stop in pairwise(cuts):
+        assert sum(sizes[start:stop]) < rows_per_shard + 2 * max(sizes)
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_verify_finds_any_flipped_bit(tmp_path_factory, data):
+    out = flipped_dataset(tmp_path_factory)
+    files = sorted(file for file in out.rglob("*") if file.is_file())
+    file = data.draw(st.sampled_from(files))
+    before = file.read_bytes()
+    position = data.draw(st.integers(0, len(before) - 1))
+    bit = data.draw(st.integers(0, 7))
+    damaged = bytearray(before)
+    damaged[position] ^= 1 << bit
+    try:
+        file.write_bytes(damaged)
+        assert any(file.name in problem for problem in verify(out))
+    finally:
+        file.write_bytes(before)
+    assert verify(out) == []
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_verify_finds_any_truncation(tmp_path_factory, data):
+    out = flipped_dataset(tmp_path_factory)
+    file = data.draw(st.sampled_from(sorted(out.rglob("*.arrow"))))
+    before = file.read_bytes()
+    try:
+        file.write_bytes(before[: data.draw(st.integers(0, len(before) - 1))])
+        assert any(file.name in problem for problem in verify(out))
+        with pytest.raises(UserError, match=r"is damaged: .* bytes, not"):
+            open_dataset(out)
+    finally:
+        file.write_bytes(before)
+
+
+_FLIPPED = []
+
+
+def flipped_dataset(tmp_path_factory):
+    """One dataset for all examples of a property; each repairs what it damaged."""
+    if not _FLIPPED:
+        _FLIPPED.append(tmp_path_factory.mktemp("flipped") / "data")
+        write(_FLIPPED[0], {"train": random_groups(np.random.default_rng(0), 4)})
+    return _FLIPPED[0]
+
+
+def test_verify_finds_missing_and_extra_files_and_rows(small, tmp_path):
+    root = Path(small.path)
+
+    def problems(change):
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(root, copy)
+        change(copy)
+        return verify(copy)
+
+    first, second = (shard.file for shard in small.manifest.splits["train"].shards[:2])
+    assert problems(lambda copy: None) == []
+    assert f"{first}: missing" in problems(lambda copy: (copy / first).unlink())
+    assert problems(lambda copy: (copy / "train/notes.txt").write_text("")) == [
+        "train/notes.txt: not in the manifest"
+    ]
+    swapped = problems(lambda copy: (copy / first).write_bytes((copy / second).read_bytes()))
+    assert any(first in problem for problem in swapped)
+
+    def with_rows(copy, change):
+        batch = shards._read_batch(copy / first, SEQ_LEN)
+        table = change(pa.Table.from_batches([batch]))
+        rewrite(copy / first, table.combine_chunks().to_batches()[0])
+        reseal(copy)
+
+    fewer = problems(lambda copy: with_rows(copy, lambda table: table.slice(0, len(table) - 1)))
+    more = problems(lambda copy: with_rows(copy, lambda table: pa.concat_tables([table, table.slice(0, 1)])))
+    assert any(f"{first}: " in p and "rows, where the manifest says" in p for p in fewer)
+    assert any(f"{first}: " in p and "rows, where the manifest says" in p for p in more)
+
+
+def rewrite(file, batch):
+    """Not in place: the batch may lie in the file, mapped."""
+    with pa.OSFile(f"{file}.new", "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    Path(f"{file}.new").replace(file)
+
+
+def reseal(root):
+    """Make sizes and hashes fit again: what is left to find is the content."""
+    manifest = shards.read_manifest(root)
+    values = manifest.model_dump()
+    for info in values["splits"].values():
+        for shard in info["shards"]:
+            file = root / shard["file"]
+            shard.update(bytes=file.stat().st_size, sha256=shards._sha256(file))
+    (root / "manifest.json").write_bytes(Manifest(**values).render())
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("inputs", VOCAB_SIZE, "row 1: inputs has token 7, outside the vocabulary of 7"),
+        ("labels", 255, "row 1: labels has token 255, outside the vocabulary of 7"),
+        ("puzzle_identifier", 9, "a puzzle identifier is outside 0..8"),
+        ("puzzle", 40, "puzzle does not count up by ones"),
+        ("group", 40, "group does not count up by ones"),
+    ],
+)
+def test_verify_checks_content(small, column, value, message):
+    root, name = Path(small.path), small.manifest.splits["train"].shards[0].file
+    batch = shards._read_batch(root / name, SEQ_LEN)
+    if column in ("inputs", "labels"):
+        tokens = shards.to_tokens(batch[column]).copy()
+        tokens[1, 2] = value
+        changed = shards.from_tokens(tokens)
+    else:
+        values = batch[column].to_numpy().copy()
+        values[1] = value
+        changed = pa.array(values)
+    index = batch.schema.get_field_index(column)
+    batch = batch.set_column(index, batch.schema.field(column), changed)
+    rewrite(root / name, batch)
+    reseal(root)
+    assert f"{name}: {message}" in verify(root)
+
+
+def test_open_says_what_is_wrong(small, tmp_path):
+    root = Path(small.path)
+    shard = small.manifest.splits["train"].shards[0]
+
+    def error(path=root):
+        with pytest.raises(UserError) as raised:
+            open_dataset(path)
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    assert "no dataset folder" in error(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "has no manifest.json: no dataset, or its build did not finish" in error(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"has no split 'tset'; it has: train, test"):
+        small.split("tset")
+
+    content = (root / "manifest.json").read_text()
+    (root / "manifest.json").write_text(content.replace('"format_version": 1', '"format_version": 2'))
+    assert "has format 2, this hrm_ray reads up to 1; upgrade hrm_ray" in error()
+    (root / "manifest.json").write_text(content[:-100])
+    assert "is damaged: not a dataset manifest" in error()
+    (root / "manifest.json").write_text(content)
+
+    data = (root / shard.file).read_bytes()
+    (root / shard.file).write_bytes(data[:-1])
+    assert f"{shard.file} is damaged: {shard.bytes - 1} bytes, not {shard.bytes}" in error()
+    (root / shard.file).unlink()
+    assert f"{shard.file} is missing" in error()
+    (root / shard.file).write_bytes(b"\0" * shard.bytes)  # right size, wrong content: found when read
+    with pytest.raises(UserError, match="is damaged: no valid Arrow file"):
+        open_dataset(root).split("train").rows(np.array([0]))
+
+
+def test_fingerprint_is_of_the_data(tmp_path):
+    groups = random_groups(np.random.default_rng(0), 3)
+    dataset = write(tmp_path / "a", {"train": groups})
+    values = dataset.manifest.model_dump()
+    assert Manifest(**{**values, "recipe": {}, "seed": 5}).fingerprint == dataset.fingerprint
+    assert Manifest(**{**values, "ignore_label_id": None}).fingerprint != dataset.fingerprint
+    groups[0][0][1][0, 0] ^= 1
+    assert write(tmp_path / "b", {"train": groups}).fingerprint != dataset.fingerprint
+
+
+def test_dataset_pickles_as_its_path(small):
+    copy = pickle.loads(pickle.dumps(small))
+    assert copy.fingerprint == small.fingerprint
+    assert (
+        copy.split("train").rows(np.array([1]))["inputs"]
+        == small.split("train").rows(np.array([1]))["inputs"]
+    ).all()
+
+
+def test_writer_leaves_nothing_behind_on_error(tmp_path):
+    with pytest.raises(RuntimeError), DatasetWriter(tmp_path / "data") as writer:
+        writer.split("train", SEQ_LEN, np.array([0, 1]))
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writer_clears_what_a_killed_build_left(tmp_path):
+    (tmp_path / "data.building" / "train").mkdir(parents=True)
+    (tmp_path / "data.building" / "train" / "shard-00000.arrow").write_text("half")
+    groups = random_groups(np.random.default_rng(0), 2)
+    write(tmp_path / "data", {"train": groups})
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_one_writer_at_a_time(tmp_path):
+    with (
+        DatasetWriter(tmp_path / "data"),
+        pytest.raises(UserError, match="another process is building"),
+        DatasetWriter(tmp_path / "data"),
+    ):
+        pass
+
+
+def test_what_may_be_replaced(small, tmp_path):
+    groups = random_groups(np.random.default_rng(5), 2)
+    with pytest.raises(
+        UserError, match="holds another dataset already; pick another out, or pass overwrite=true"
+    ):
+        write(small.path, {"train": groups})
+    assert write(small.path, {"train": groups}, overwrite=True).fingerprint != small.fingerprint
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="is a folder with other things in it"):
+        write(tmp_path / "home", {"train": groups}, overwrite=True)
+    with pytest.raises(UserError, match="is a file"):
+        write(tmp_path / "home" / "thesis.tex", {"train": groups}, overwrite=True)
+    with pytest.raises(UserError, match="built in a local folder"):
+        DatasetWriter("s3://bucket/data")
+
+
+# Remote
+
+
+@pytest.fixture
+def remote(small, tmp_path, monkeypatch):
+    """`small` behind a filesystem that is not local, and what was read from it."""
+    monkeypatch.setenv("HRM_RAY_CACHE", str(tmp_path / "cache"))
+    opened = tmp_path / "opened.txt"
+
+    class Counting(pafs.FileSystemHandler):  # only what reading needs
+        def open_input_stream(self, path):
+            with opened.open("a") as log:
+                log.write(f"{path}\n")
+            return pa.OSFile(str(tmp_path / path))
+
+    methods = set(pafs.FileSystemHandler.__abstractmethods__) - {"open_input_stream"}
+    handler = type("Handler", (Counting,), {name: lambda self, *args: None for name in methods})()
+    monkeypatch.setattr(shards, "_filesystem", lambda uri: (pafs.PyFileSystem(handler), uri.split("://")[1]))
+    return opened
+
+
+def test_remote_dataset_is_cached_once(small, remote, tmp_path):
+    dataset = open_dataset("mem://small")
+    assert dataset.fingerprint == small.fingerprint
+    assert dataset.root.is_relative_to(tmp_path / "cache")
+    assert verify("mem://small") == []
+    open_dataset("mem://small")
+    reads = remote.read_text().splitlines()
+    assert all(reads.count(f"small/{entry.file}") == 1 for entry in small.manifest.files)
+
+
+def test_processes_race_for_the_cache(small, remote, tmp_path):
+    (tmp_path / "cache" / "datasets").mkdir(parents=True)
+    context = multiprocessing.get_context("fork")
+    with context.Pool(4) as pool:
+        prints = pool.map(_fingerprint, ["mem://small"] * 8)
+    assert set(prints) == {small.fingerprint}
+    reads = remote.read_text().splitlines()
+    assert all(reads.count(f"small/{entry.file}") == 1 for entry in small.manifest.files)
+
+
+def _fingerprint(uri):
+    return open_dataset(uri).fingerprint
+
+
+def test_damaged_remote_is_refused(small, remote, tmp_path):
+    shard = Path(small.path) / small.manifest.splits["train"].shards[0].file
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"mem://small/.* is damaged: its SHA-256 differs"):
+        open_dataset("mem://small")
+    assert not [path for path in (tmp_path / "cache" / "datasets").iterdir() if path.suffix == ""]
+    with pytest.raises(UserError, match=r"has no manifest\.json"):
+        open_dataset("mem://elsewhere")
+
+
+def test_file_uri_is_read_in_place(small):
+    assert open_dataset(f"file://{small.path}").root == Path(small.path)
+
+
+def test_unknown_scheme():
+    with pytest.raises(UserError, match="cannot read dataset nowhere://x"):
+        open_dataset("nowhere://x")
+
+
+def test_manifest_is_json(small):
+    values = json.loads((Path(small.path) / "manifest.json").read_text())
+    assert values["splits"]["train"]["num_groups"] == 6
