@@ -44,12 +44,14 @@ class Solution:
 class Solver:
     """A trained model with what it needs to read and check puzzles; made by `load`."""
 
-    def __init__(self, checkpoint: Checkpoint, *, device: str = "auto", forward_dtype: str = "auto"):
+    def __init__(self, checkpoint: Checkpoint, *, device: str = "auto", forward_dtype: str | None = None):
         self.checkpoint = checkpoint
         manifest = checkpoint.manifest
         self.task: Task = get_task(manifest.dataset.task, **manifest.dataset.task_options)
         self.setup = machine.resolve(
-            device=device, forward_dtype=forward_dtype, num_tokens=manifest.dataset.seq_len
+            device=device,
+            forward_dtype=forward_dtype or manifest.config.get("forward_dtype", "auto"),
+            num_tokens=manifest.dataset.seq_len,
         )
         self.model = build_model(manifest.arch, manifest.dataset, self.setup)
         self.model.inner.load_state_dict(checkpoint.weights())
@@ -153,8 +155,12 @@ class Solver:
                 )
 
 
-def load(checkpoint: str | Path, *, device: str = "auto", forward_dtype: str = "auto") -> Solver:
+def load(checkpoint: str | Path, *, device: str = "auto", forward_dtype: str | None = None) -> Solver:
     """Load a model from a checkpoint folder, or the best one of a run folder.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+        forward_dtype: "auto", "float32" or "bfloat16"; None: as the model was trained.
 
     Raises:
         UserError: no such checkpoint, or a damaged one.

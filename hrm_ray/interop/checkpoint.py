@@ -71,7 +71,11 @@ def import_checkpoint(source: str | Path, out: str | Path, dataset: Dataset | No
             global_step=step,
             arch=arch,
             dataset=data,
-            config={"published": config, "prefix": prefix},
+            config={
+                "published": config,
+                "prefix": prefix,
+                "forward_dtype": config["arch"].get("forward_dtype", "bfloat16"),
+            },
             metrics={},
             files=dict([entry]),
         )

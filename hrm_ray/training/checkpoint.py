@@ -14,7 +14,7 @@ before it is used, and nothing is ever unpickled.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 from pydantic import Field
@@ -53,6 +53,7 @@ class DatasetInfo(Settings):
 class Manifest(Settings):
     """What `manifest.json` says; `config` is the run's whole configuration."""
 
+    kind: Literal["checkpoint"] = "checkpoint"
     format_version: int = FORMAT_VERSION
     global_step: int = Field(ge=0)
     world_size: int = 0  # workers whose carries are in it; 0: weights only
@@ -102,9 +103,11 @@ class Checkpoint:
             raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}")
         try:
             values = json.loads(content)
-            version = values["format_version"]
+            version, kind = values["format_version"], values.get("kind")
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{folder}/{MANIFEST} is damaged; use another checkpoint") from None
+        if kind != "checkpoint":
+            raise UserError(f"{folder} is not a checkpoint; give a checkpoint or a run folder")
         if version != FORMAT_VERSION:
             raise UserError(
                 f"{folder} has checkpoint format {version}, this version reads {FORMAT_VERSION}; update hrm_ray"

@@ -1,0 +1,92 @@
+"""Does Ray Train cost anything per step? One worker against the bare loop, in turns, same threads.
+
+    python -m benchmarks.ray_overhead --json
+
+Each round trains the quickstart's model for a while in this process and then in a Ray Train worker; the ratio of
+the medians of the reported `time/step_s` is the overhead. Turns, because machines are shared and noisy.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.machine import facts
+from hrm_ray.config.compose import train_config
+from hrm_ray.config.schema import TrainConfig
+from hrm_ray.data.pipeline import build
+from hrm_ray.data.recipe import load_recipe
+from hrm_ray.ray_session import ray_session
+from hrm_ray.training import trainer
+
+WARM_UP_STEPS = 10
+
+
+def step_times(config: TrainConfig) -> list[float]:
+    """Seconds a step of every report after the warm-up, in a new run."""
+    trainer.train(config, show_progress=False)
+    lines = (Path(config.storage) / str(config.run_name) / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [r["time/step_s"] for r in records if "time/step_s" in r and r["global_step"] > WARM_UP_STEPS]
+
+
+def measure(rounds: int, steps: int) -> dict:
+    cpus = os.cpu_count() or 1
+    torch.set_num_threads(cpus)
+    times: dict[str, list[float]] = {"local": [], "ray": []}
+    with tempfile.TemporaryDirectory() as folder, ray_session():
+        build(load_recipe("sudoku_4x4", {"num_train": 2000}), f"{folder}/data", show_progress=False)
+        for i in range(rounds):
+            for mode in ("local", "ray") if i % 2 else ("ray", "local"):
+                words = [
+                    "experiment=quickstart",
+                    f"data={folder}/data",
+                    f"storage={folder}/runs",
+                    "log_interval=5",
+                ]
+                words += [
+                    f"scaling={mode}",
+                    "scaling.num_workers=1",
+                    f"run_name={mode}{i}",
+                    f"max_steps={steps}",
+                ]
+                words += ["tensorboard=false", "epochs=100", "eval_interval=null"]
+                times[mode] += step_times(train_config(words))
+    medians = {mode: statistics.median(values) for mode, values in times.items()}
+    quartiles = {mode: statistics.quantiles(values, n=4)[::2] for mode, values in times.items()}
+    return {
+        "benchmark": "ray_overhead",
+        "ms_per_step": {mode: round(value * 1e3, 2) for mode, value in medians.items()},
+        "ms_quartiles": {mode: [round(q * 1e3, 2) for q in qs] for mode, qs in quartiles.items()},
+        "ray_over_local": round(medians["ray"] / medians["local"], 4),
+        "rounds": rounds,
+        "steps": steps,
+        "threads": cpus,
+        **facts(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    result = measure(args.rounds, args.steps)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"bare loop {result['ms_per_step']['local']} ms, Ray Train {result['ms_per_step']['ray']} ms a step:"
+        )
+        print(f"{result['ray_over_local'] - 1:+.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Milliseconds of a whole training step (forward, loss, backward, optimizers), ours against a plain one.
+
+    python -m benchmarks.step --json                                        the small HRM of the quickstart
+    python -m benchmarks.step arch=hrm_v1 local_batch_size=32 --json        the published 27M model, 81 cells
+
+The plain step stands in for the published code on the same machine, threads and model: eager, weights cast at
+every use, the library's fused attention, the loss in float64, the optimizer one tensor after another. Both are
+measured in turns in this process; the figures to trust are the ratio and the medians.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.machine import facts
+from hrm_ray import machine
+from hrm_ray.config.schema import HRMConfig
+from hrm_ray.models import act as act_module
+from hrm_ray.models import layers, losses
+from hrm_ray.models.act import Batch
+from hrm_ray.models.registry import build_model
+from hrm_ray.optim.adam_atan2 import AdamATan2
+from hrm_ray.training.checkpoint import DatasetInfo
+
+SMALL = {"hidden_size": 96, "num_heads": 3, "H_layers": 2, "L_layers": 2, "pos_encodings": "learned"}
+SMALL |= {"puzzle_emb_ndim": 0, "halt_max_steps": 8, "loss": {"loss_type": "softmax_cross_entropy"}}
+ARCHS = {"quickstart": (HRMConfig(**SMALL), 4), "hrm_v1": (HRMConfig(), 9)}  # architecture, Sudoku size
+
+
+class PlainLinear(layers.Linear):
+    """Casts its weight at every use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+def plain_rms_norm(x: Tensor) -> Tensor:
+    wide = x.to(torch.float32)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + layers.RMS_EPS)).to(x.dtype)
+
+
+def plain_cross_entropy(logits: Tensor, labels: Tensor, loss_type: losses.LossType) -> Tensor:
+    """In float64 for stablemax, as published."""
+    if loss_type == "softmax_cross_entropy":
+        return losses.cross_entropy(logits, labels, loss_type)
+    x = logits.to(torch.float64)
+    s = torch.where(x < 0, 1 / (1 - x + 1e-30), x + 1)
+    log_p = torch.log(s / s.sum(-1, keepdim=True))
+    valid = labels != act_module.IGNORE
+    picked = log_p.gather(-1, torch.where(valid, labels, 0)[..., None])[..., 0]
+    return torch.where(valid, -picked, 0).float()
+
+
+def make_step(
+    kind: str, arch: HRMConfig, size: int, batch_size: int, dtype: torch.dtype
+) -> Callable[[], None]:
+    """A function that trains one step; kind is "ours" or "plain"."""
+    torch.manual_seed(0)
+    seq_len, vocab_size = size * size, size + 2
+    auto = machine.resolve(num_tokens=seq_len)
+    plain = kind == "plain"
+    setup = machine.Setup(
+        device=auto.device,
+        dtype=dtype,
+        attention="sdpa" if plain else auto.attention,
+        optimizer_backend="reference" if plain else auto.optimizer_backend,
+    )
+    info = DatasetInfo(
+        task="sudoku",
+        task_options={"size": size},
+        vocab_size=vocab_size,
+        seq_len=seq_len,
+        num_puzzle_identifiers=1,
+    )
+    model = build_model(arch, info, setup)
+    if plain:
+        for module in model.modules():
+            if isinstance(module, layers.Linear):
+                module.__class__ = PlainLinear
+    optimizer = AdamATan2(model.parameters(), backend=setup.optimizer_backend)
+    tokens = torch.randint(1, vocab_size, (batch_size, seq_len), device=setup.device)
+    batch = Batch(tokens.int(), tokens, torch.zeros(batch_size, dtype=torch.int32, device=setup.device))
+    minima = torch.zeros(batch_size, dtype=torch.int32, device=setup.device)
+    carry = model.initial_carry(batch)
+
+    def step() -> None:
+        nonlocal carry
+        with Swapped(plain):
+            out = model(carry, batch, minima)
+            loss, _ = losses.act_loss(out, arch.loss.loss_type)
+            (loss / batch_size).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if arch.puzzle_emb_ndim:
+            model.inner.puzzle_emb.take_gradients()
+        carry = out.carry
+        if setup.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+class Swapped:
+    """Inside, the plain norm and loss stand in for ours."""
+
+    def __init__(self, plain: bool):
+        self._plain = plain
+
+    def __enter__(self) -> None:
+        self._own = layers.rms_norm, losses.cross_entropy
+        if self._plain:
+            layers.rms_norm, losses.cross_entropy = plain_rms_norm, plain_cross_entropy
+
+    def __exit__(self, *_: object) -> None:
+        layers.rms_norm, losses.cross_entropy = self._own
+
+
+def flops_per_example(arch: HRMConfig, seq_len: int) -> float:
+    """Multiply-adds x 2 of the matrix products of one training step; attention's own products included."""
+    D, S = arch.hidden_size, seq_len + -(-arch.puzzle_emb_ndim // arch.hidden_size)
+    F_ = layers.swiglu_width(D, arch.expansion)
+    block = 2 * S * (4 * D * D + 3 * D * F_) + 4 * S * S * D
+    updates_L = arch.H_cycles * arch.L_cycles * arch.L_layers
+    updates_H = arch.H_cycles * arch.H_layers
+    forward = block * (updates_L + updates_H)
+    backward = 2 * block * (arch.L_layers + arch.H_layers)
+    return 2 * forward + backward  # the second forward pass is the target of q_continue
+
+
+def measure(arch_name: str, batch_size: int, rounds: int, dtype: torch.dtype) -> dict:
+    arch, size = ARCHS[arch_name]
+    steps = {kind: make_step(kind, arch, size, batch_size, dtype) for kind in ("ours", "plain")}
+    times: dict[str, list[float]] = {kind: [] for kind in steps}
+    for i in range(rounds + 2):
+        for kind, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if i >= 2:  # warm-up
+                times[kind].append(time.perf_counter() - started)
+    medians = {kind: statistics.median(values) for kind, values in times.items()}
+    ours = medians["ours"] / batch_size
+    return {
+        "benchmark": "step",
+        "arch": arch_name,
+        "local_batch_size": batch_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "ms_per_example": round(ours * 1e3, 3),
+        "plain_ms_per_example": round(medians["plain"] / batch_size * 1e3, 3),
+        "speedup_over_plain": round(medians["plain"] / medians["ours"], 3),
+        "tflops": round(flops_per_example(arch, size * size) / ours / 1e12, 3),
+        "spread_ms": [round(t * 1e3 / batch_size, 3) for t in (min(times["ours"]), max(times["ours"]))],
+        "rounds": rounds,
+        **facts(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "words", nargs="*", metavar="key=value", help="arch, local_batch_size, rounds, dtype, threads"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    options = dict(word.split("=", 1) for word in args.words)
+    torch.set_num_threads(int(options.get("threads", os.cpu_count() or 1)))
+    dtype = options.get("dtype", str(machine.resolve().dtype).removeprefix("torch."))
+    result = measure(
+        options.get("arch", "quickstart"),
+        int(options.get("local_batch_size", 128)),
+        int(options.get("rounds", 8)),
+        getattr(torch, dtype),
+    )
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"{result['arch']}: {result['ms_per_example']} ms an example ({result['tflops']} TFLOP/s), plain "
+            f"{result['plain_ms_per_example']}: {result['speedup_over_plain']}x"
+        )
+
+
+if __name__ == "__main__":
+    main()

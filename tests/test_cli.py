@@ -1,0 +1,203 @@
+"""The commands as a person types them: what they print, what they leave, how they say no."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hrm_ray.cli import build_parser, main
+from hrm_ray.config.compose import train_config
+from hrm_ray.config.schema import TrainConfig
+from hrm_ray.data.recipe import load_recipe
+from hrm_ray.data.shards import DatasetWriter, Manifest, balanced_cuts
+from hrm_ray.data.tasks.base import get_task
+from hrm_ray.training import trainer
+from tests.toy import ARCH, toy_config, toy_dataset
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """Every line `hrm-ray ...` of a text's code blocks, split into words."""
+    blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("hrm-ray ")]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+def examples_of(parser) -> list[list[str]]:
+    """Every example in the help of every command."""
+    subparsers = [action for action in parser._actions if hasattr(action, "choices") and action.choices]
+    found = []
+    for action in subparsers:
+        if isinstance(action.choices, dict):
+            for child in action.choices.values():
+                lines = (child.epilog or "").splitlines()
+                found += [shlex.split(line)[1:] for line in lines if line.strip().startswith("hrm-ray ")]
+                found += examples_of(child)
+    return found
+
+
+@pytest.mark.parametrize("words", commands_in(README) + examples_of(build_parser()), ids=" ".join)
+def test_every_command_in_readme_and_help_is_understood(words):
+    args = build_parser().parse_args(words)
+    if args.command == "train":
+        train_config(args.words)
+    if words[:2] == ["data", "build"]:
+        options = dict(word.split("=", 1) for word in args.words)
+        overrides = {
+            k: json.loads(v) if v.isdigit() else v for k, v in options.items() if k not in ("recipe", "out")
+        }
+        load_recipe(options["recipe"], overrides)
+
+
+def test_every_command_has_an_example():
+    assert len(examples_of(build_parser())) >= 12
+
+
+@pytest.fixture
+def trained(tmp_path) -> tuple[Path, Path]:
+    """A toy dataset and a finished run on it."""
+    toy_dataset(tmp_path / "data")
+    trainer.train(TrainConfig(**toy_config(tmp_path / "data", tmp_path / "runs")), show_progress=False)
+    return tmp_path / "data", tmp_path / "runs" / "toy"
+
+
+def test_eval_prints_one_json_object(trained, capsys):
+    data, run = trained
+    assert main(["eval", str(run), f"data={data}", "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics.keys() == {f"eval/{n}" for n in ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps")}
+    summary = json.loads((run / "summary.json").read_text())
+    assert metrics == pytest.approx(summary["best"])
+
+
+def test_eval_saves_outputs(trained, tmp_path, capsys):
+    data, run = trained
+    out = tmp_path / "outputs.npz"
+    words = [f"data={data}", "num_examples=10", "save_outputs=[logits,q_halt_logits,labels]", f"out={out}"]
+    assert main(["eval", str(run), *words]) == 0
+    arrays = np.load(out)
+    assert {n: arrays[n].shape for n in arrays} == {
+        "logits": (10, 16, 6),
+        "q_halt_logits": (10,),
+        "labels": (10, 16),
+    }
+
+
+def test_checkpoint_folder_and_run_folder_mean_the_same(trained, capsys):
+    data, run = trained
+    best = json.loads((run / "summary.json").read_text())["checkpoint"]
+    outputs = []
+    for path in (run, best):
+        assert main(["eval", str(path), f"data={data}", "--json"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
+def test_solve_a_puzzle_a_file_and_a_dataset(trained, tmp_path, capsys):
+    data, run = trained
+    puzzle = ",".join("1234" * 4)
+    file = tmp_path / "puzzles.txt"
+    file.write_text(f"# two of them\n{puzzle}\n\n{puzzle}\n")
+    for words, count in (([puzzle], 1), ([str(file)], 2), ([f"data={data}", "index=3", "count=4"], 4)):
+        assert main(["solve", str(run), *words, "--json"]) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert len(rows) == count
+        assert all(0 <= row["confidence"] <= 1 and row["valid"] is None for row in rows)
+
+
+def test_exported_checkpoint_comes_back_the_same(trained, tmp_path, capsys):
+    data, run = trained
+    assert main(["export-checkpoint", str(run), f"out={tmp_path / 'theirs'}"]) == 0
+    assert (
+        main(["import-checkpoint", str(tmp_path / "theirs"), f"out={tmp_path / 'ours'}", f"data={data}"]) == 0
+    )
+    capsys.readouterr()
+    outputs = []
+    for path in (run, tmp_path / "ours"):
+        assert main(["eval", str(path), f"data={data}", "--json"]) == 0
+        outputs.append(json.loads(capsys.readouterr().out))
+    assert outputs[0] == pytest.approx(outputs[1])
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "training uses" in printed and "torch" in printed
+
+
+def sudoku_dataset(out: Path) -> None:
+    """A 4x4 Sudoku data set of one puzzle."""
+    task = get_task("sudoku", size=4)
+    puzzle, answer = task.parse("1..." * 4)[None], task.parse("1234341221434321")[None]
+    with DatasetWriter(out) as writer:
+        splits = {}
+        for name in ("train", "test"):
+            split = writer.split(name, 16, balanced_cuts(np.ones(1, np.int64), 10))
+            question = np.where(np.arange(16) == 0, answer, 1).astype(np.uint8)
+            split.add(question, answer, np.zeros(1, np.int32), np.zeros(1, np.int64), np.zeros(1, np.int64))
+            splits[name] = split.finish()
+        manifest = Manifest(
+            task="sudoku",
+            task_options={"size": 4},
+            vocab_size=6,
+            seq_len=16,
+            pad_id=0,
+            ignore_label_id=0,
+            blank_identifier_id=0,
+            num_puzzle_identifiers=1,
+            seed=0,
+            recipe={},
+            source_digest="",
+            report={},
+            splits=splits,
+        )
+        writer.finish(manifest)
+    del puzzle
+
+
+MISTAKES = [
+    (["eval", "{run}", "data={missing}"], "no dataset folder"),
+    (["eval", "{missing}", "data={data}"], "no such folder; give a checkpoint or a run folder"),
+    (["eval", "{data}", "data={data}"], "checkpoint"),
+    (["eval", "{run}", "data={sudoku}"], "task is sudoku, the model was trained with tokens"),
+    (["eval", "{run}", "data={data}", "split=tset"], "no split 'tset'; it has: train, test"),
+    (["eval", "{run}", "data={data}", "splt=test"], "unknown key 'splt'; did you mean 'split'?"),
+    (["eval", "{run}", "data={data}", "save_outputs=[logits]"], "go together"),
+    (["eval", "{run}", "data={data}", "save_outputs=[logit]", "out={missing}"], "unknown 'logit'"),
+    (["eval", "{run}"], "'data' is not given"),
+    (["solve", "{run}", "1,2,3"], "3 tokens, where 16 are needed"),
+    (["solve", "{run}", "data={data}", "index=24"], "holds examples 0..23"),
+    (["train", "experiment=quickstrat"], "did you mean 'quickstart'?"),
+    (["train", "experiment=quickstart", "data={missing}"], "no dataset folder"),
+    (["train", "data={data}", "lrr=1"], "unknown key 'lrr'; did you mean 'lr'?"),
+    (["train", "data={data}", "device=cuda", "scaling=local", "storage={missing}"], "no GPU"),
+    (["import-checkpoint", "{data}", "out={missing}"], "not a published checkpoint folder"),
+    (["export-checkpoint", "{run}", "out={data}"], "exists; choose another out="),
+    (["data", "show", "{data}", "index=64"], "64"),
+    (["data", "info", "{missing}"], "no dataset folder"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES])
+def test_mistakes_end_in_one_line_and_exit_code_2(trained, tmp_path, capsys, words, said):
+    data, run = trained
+    sudoku_dataset(tmp_path / "sudoku")
+    names = {"data": data, "run": run, "missing": tmp_path / "missing", "sudoku": tmp_path / "sudoku"}
+    assert main([word.format(**names) for word in words]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert errors[-1].startswith("error: ")
+    assert said in errors[-1]
+    assert not (tmp_path / "missing").exists()
+
+
+def test_a_run_of_another_model_is_refused_before_anything_starts(trained, capsys):
+    data, run = trained
+    words = [f"data={data}", f"storage={run.parent}", "run_name=toy", "global_batch_size=8"]
+    words += [f"arch.{key}={value}" for key, value in ARCH.items()] + ["arch.H_cycles=3"]
+    assert main(["train", *words]) == 2
+    assert "arch H_cycles=2, not 3" in capsys.readouterr().err

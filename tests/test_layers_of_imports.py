@@ -1,0 +1,53 @@
+"""The core knows no Ray: it imports and trains where Ray is not installed."""
+
+import subprocess
+import sys
+
+import pytest
+
+CORE = (
+    "hrm_ray.api",
+    "hrm_ray.cli",
+    "hrm_ray.config.compose",
+    "hrm_ray.data.recipe",
+    "hrm_ray.data.sampler",
+    "hrm_ray.data.shards",
+    "hrm_ray.data.sources",
+    "hrm_ray.data.tasks.sudoku",
+    "hrm_ray.doctor",
+    "hrm_ray.interop.checkpoint",
+    "hrm_ray.interop.dataset",
+    "hrm_ray.models.registry",
+    "hrm_ray.training.evaluate",
+    "hrm_ray.training.loop",
+    "hrm_ray.training.trainer",
+)
+# Makes `import ray` fail as if it were not there.
+NO_RAY = "import sys; sys.modules['ray'] = None; "
+
+
+def run(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", NO_RAY + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_imports():
+    run(f"import importlib; [importlib.import_module(m) for m in {CORE}]")
+
+
+def test_trains_and_solves(tmp_path):
+    run(
+        "from pathlib import Path; from tests.toy import *; import hrm_ray\n"
+        "from hrm_ray.config.schema import TrainConfig; from hrm_ray.training.trainer import train\n"
+        f"root = Path({str(tmp_path)!r}); toy_dataset(root / 'data')\n"
+        "train(TrainConfig(**toy_config(root / 'data', root / 'runs')), show_progress=False)\n"
+        "assert len(hrm_ray.load(root / 'runs/toy').solve(['1 2 3 4 ' * 4])) == 1"
+    )
+
+
+@pytest.mark.parametrize("room", ["hrm_ray.models.hrm", "hrm_ray.optim.adam_atan2", "hrm_ray.data.shards"])
+def test_rooms_below_do_not_import_training(room):
+    run(
+        f"import importlib; importlib.import_module({room!r}); "
+        "assert not [m for m in sys.modules if m.startswith(('hrm_ray.training', 'hrm_ray.cli'))]"
+    )
