@@ -21,6 +21,7 @@ from tqdm import tqdm
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.errors import RunFailed, UserError
+from hrm_ray.training.logging import SUMMARY_FILE
 from hrm_ray.training.loop import Hooks, Progress, Trainer, resume_point
 from hrm_ray.training.plan import Plan
 from hrm_ray.training.storage import Storage
@@ -33,7 +34,7 @@ class Channel:
     """Messages between the driver and the workers of one run, in the cluster's key-value store."""
 
     def __init__(self, name: str):
-        self._name = name
+        self.name = name
 
     def put(self, key: str, value: Any) -> None:
         from ray.experimental import internal_kv
@@ -48,7 +49,7 @@ class Channel:
         return None if content is None else json.loads(content)
 
     def _key(self, key: str) -> bytes:
-        return f"hrm_ray/{self._name}/{key}".encode()
+        return f"hrm_ray/{self.name}/{key}".encode()
 
 
 class ProgressBar:
@@ -119,6 +120,9 @@ def announce(config: TrainConfig) -> str:
     plan = Plan.of(config, dataset.split("train"))
     point = resume_point(config, run_folder(config), dataset)
     start = f"continues after step {point.manifest.global_step}" if point else "starts"
+    if point and point.manifest.global_step >= plan.last_step:
+        step = point.manifest.global_step
+        return f"run {run_folder(config)} is finished at step {step}; run_name=NAME starts another"
     scaling = config.scaling
     where = "in this process" if scaling.mode == "local" else f"on {scaling.num_workers} Ray worker(s)"
     return (
@@ -138,17 +142,20 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> tuple[dict[str,
         RunFailed: the loss is not finite, or more workers were lost than `failure.max_failures`.
     """
     dataset = open_dataset(config.data_path)
-    Plan.of(config, dataset.split("train"))
-    resume_point(config, run_folder(config), dataset)
+    plan = Plan.of(config, dataset.split("train"))
+    run = run_folder(config)
+    point = resume_point(config, run, dataset)
+    if point and point.manifest.global_step >= plan.last_step and (summary := run.read(SUMMARY_FILE)):
+        return json.loads(summary), None
     bar = ProgressBar(config.global_batch_size)
     on_progress = bar.show if show_progress else lambda progress: None
     with StopRequest().listening() as stop:
         try:
-            run = _train_here if config.scaling.mode == "local" else _train_on_ray
-            summary = run(config, on_progress, stop)
+            start = _train_here if config.scaling.mode == "local" else _train_on_ray
+            result = start(config, on_progress, stop)
         finally:
             bar.close()
-    return summary, stop.signal
+    return result, stop.signal if not result["finished"] else None
 
 
 def _train_here(
@@ -230,7 +237,7 @@ def _ray_trainer(config: TrainConfig, channel: Channel):
             "config": config.model_dump(mode="json"),
             "storage": str(storage),
             "data_path": _absolute(config.data_path),
-            "channel": channel._name,
+            "channel": channel.name,
             "cpus": cpus,
         },
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
