@@ -14,6 +14,7 @@ Ray is imported only inside functions: reading a dataset needs none of it.
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,8 +82,8 @@ def build(
     writable_folder(out, overwrite=overwrite)
     task = get_task(recipe.task, size=recipe.size)
     assert isinstance(task, Sudoku)
-    job = _Job(recipe, task, BadRows(skip=recipe.on_bad == "skip"), show_progress)
-    with DatasetWriter(out, overwrite=overwrite) as writer, ray_session(_OBJECT_STORE_BYTES):
+    with DatasetWriter(out, overwrite=overwrite) as writer, ExitStack() as stack:
+        job = _Job(recipe, task, BadRows(skip=recipe.on_bad == "skip"), show_progress, stack)
         train, test = job.load(source) if source else job.generate()
         splits = {"train": job.write(writer, "train", train, recipe.num_aug, RowSet(test.questions))}
         if len(test):
@@ -157,12 +158,13 @@ class _Sample:
 
 @dataclass
 class _Job:
-    """One build: the recipe, and what is counted on the way."""
+    """One build: the recipe, and what is counted on the way. `stack` ends what the build began."""
 
     recipe: Recipe
     task: Sudoku
     bad: BadRows
     show_progress: bool
+    stack: ExitStack
     num_groups_in_test: int = 0
     num_examples_in_test: int = 0
 
@@ -298,6 +300,7 @@ class _Job:
             return
         import ray
 
+        self._start_ray()
         per_task = max(1, _ROWS_PER_TASK // (1 + num_aug))
         blocks = [
             pa.table(
@@ -313,9 +316,14 @@ class _Job:
         for block in self._map(augment, blocks, len(rows) * (1 + num_aug), label):
             yield to_tokens(block["inputs"]), to_tokens(block["labels"]), block["group"].to_numpy()
 
+    def _start_ray(self) -> None:
+        """When there is work for it: a mistake in the source is told without waiting for Ray."""
+        self.stack.enter_context(ray_session(_OBJECT_STORE_BYTES))
+
     def _map(
         self, function: Callable[[pa.Table], pa.Table], blocks: list[pa.Table], total: int, label: str
     ) -> Iterator[pa.Table]:
+        self._start_ray()
         with tqdm(
             total=total, desc=label, unit="row", unit_scale=True, disable=not self.show_progress
         ) as bar:

@@ -80,11 +80,18 @@ class BadRows:
             UserError: unless rows are to be skipped.
         """
         if not self.skip:
-            line = _lines(file, {number})[number]
-            raise UserError(f"{file}, line {line}: {reason}; mend it, or pass on_bad=skip to leave it out")
+            self.add_line(file, _lines(file, {number})[number], reason)
         self.count += 1
         if self.wants_reasons:
             self._listed.append((file, number, reason))
+
+    def add_line(self, file: Path, line: int, reason: str) -> None:
+        """A line of `file`, from 1, is no row at all. Raises as `add` does."""
+        if not self.skip:
+            raise UserError(f"{file}, line {line}: {reason}; mend it, or pass on_bad=skip to leave it out")
+        self.count += 1
+        if self.wants_reasons:
+            self._listed.append((file, -line, reason))  # negative: a line already, no row number
 
     def listed(self) -> list[str]:
         """The first bad rows, one line each."""
@@ -96,17 +103,22 @@ class BadRows:
 
 def _lines(file: Path, numbers: set[int]) -> dict[int, int]:
     """The line in `file` of each row number. Scans the file: counting lines always would cost every good build."""
-    if file.suffix != ".csv":
-        return {number: number for number in numbers}
-    lines = {}
+    lines = {number: abs(number) for number in numbers if number < 0 or file.suffix != ".csv"}
+    wanted = numbers - set(lines)
+    if wanted:
+        full_rows = (line for line, _, num_missing in _csv_rows(file) if num_missing == 0)
+        for number, line in enumerate(islice(full_rows, max(wanted) + 1)):
+            if number in wanted:
+                lines[number] = line
+    return lines
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[int, list[str], int]]:
+    """(line, fields, how many fields it lacks) of every row under the header; blank lines are none."""
     with file.open(newline="", encoding="utf-8-sig", errors="replace") as text:
         reader = csv.reader(text)
         width = len(next(reader))
-        full_rows = (reader.line_num for row in reader if len(row) == width)
-        for number, line in enumerate(islice(full_rows, max(numbers) + 1)):
-            if number in numbers:
-                lines[number] = line
-    return lines
+        yield from ((reader.line_num, row, width - len(row)) for row in reader if row)
 
 
 @dataclass(frozen=True)
@@ -200,11 +212,12 @@ def _read_csv(file: Path, task: Sudoku, bad: BadRows, ratings: bool) -> Iterator
             f"{file} has no column 'rating', which min_difficulty needs; pass rate=true to compute it"
         )
 
-    ragged = []
+    num_ragged = 0
 
-    def on_ragged(row: pa.csv.InvalidRow) -> str:
-        ragged.append(row)
-        return "skip"
+    def on_ragged(_: pa.csv.InvalidRow) -> str:
+        nonlocal num_ragged
+        num_ragged += 1
+        return "skip" if bad.skip else "error"
 
     next_number = 0
     try:
@@ -217,25 +230,19 @@ def _read_csv(file: Path, task: Sudoku, bad: BadRows, ratings: bool) -> Iterator
             ),
         )
         for batch in batches:
-            for row in ragged:
-                _add_ragged(file, row, bad)
-            ragged.clear()
             if batch.num_rows:
                 yield _checked(
                     file, task, bad, ratings, batch, np.arange(next_number, next_number + len(batch))
                 )
             next_number += batch.num_rows
     except pa.ArrowException as error:
-        raise UserError(f"{file} is no readable CSV: {str(error).splitlines()[0]}") from None
-    for row in ragged:
-        _add_ragged(file, row, bad)
-
-
-def _add_ragged(file: Path, row: pa.csv.InvalidRow, bad: BadRows) -> None:
-    reason = f"{row.actual_columns} columns instead of {row.expected_columns} ('{row.text[:100]}')"
-    if not bad.skip:
-        raise UserError(f"{file}: a row has {reason}; mend it, or pass on_bad=skip to leave it out")
-    bad.count += 1
+        if not num_ragged:
+            raise UserError(f"{file} is no readable CSV: {str(error).splitlines()[0]}") from None
+    if num_ragged:
+        for line, row, num_missing in _csv_rows(file):
+            if num_missing:
+                reason = f"{len(row)} columns instead of {len(row) + num_missing} ('{','.join(row)[:100]}')"
+                bad.add_line(file, line, reason)
 
 
 def _read_text(file: Path, task: Sudoku, bad: BadRows, ratings: bool) -> Iterator[Rows]:
