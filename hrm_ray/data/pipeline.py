@@ -240,7 +240,7 @@ class _Job:
         recipe, seq_len = self.recipe, self.task.seq_len
         assert recipe.num_train is not None and recipe.num_test is not None and recipe.num_clues is not None
         num_wanted = recipe.num_train + recipe.num_test
-        make = partial(_generate_block, self.task, recipe.seed, recipe.num_clues)
+        make = partial(_generate_block, self.task, recipe.seed, recipe.num_clues, _MAX_TRIES)
         questions = answers = np.empty((0, seq_len), np.uint8)
         next_index = 0
         while len(questions) < num_wanted:
@@ -249,8 +249,9 @@ class _Job:
                     f"only {len(questions)} different {recipe.size}x{recipe.size} puzzles with {recipe.num_clues} "
                     f"clues found where {num_wanted} are wished; ask for fewer, or for another num_clues"
                 )
-            num_missing = num_wanted - len(questions)
-            indices = np.arange(next_index, next_index + num_missing + num_missing // 50 + 64)
+            # A few more than are missing, for some will be equal; doubling, lest the last ones take many rounds.
+            num_more = max(int(1.02 * (num_wanted - len(questions))) + 64, next_index)
+            indices = np.arange(next_index, next_index + num_more)
             next_index = int(indices[-1]) + 1
             blocks = [
                 pa.table({"index": indices[i : i + _GENERATED_PER_TASK]})
@@ -366,9 +367,9 @@ def _solve_block(task: Sudoku, block: pa.Table) -> pa.Table:
     )
 
 
-def _generate_block(task: Sudoku, seed: int, num_clues: int, block: pa.Table) -> pa.Table:
+def _generate_block(task: Sudoku, seed: int, num_clues: int, max_tries: int, block: pa.Table) -> pa.Table:
     first = block["index"][0].as_py()
-    questions, answers = task.generate(seed, first, block.num_rows, num_clues, _MAX_TRIES)
+    questions, answers = task.generate(seed, first, block.num_rows, num_clues, max_tries)
     return pa.table({"inputs": from_tokens(questions), "labels": from_tokens(answers)})
 
 

@@ -190,7 +190,7 @@ class Sudoku(Task):
 
         Returns:
             Questions and answers, uint8[count, seq_len]; a question is all zeros if `max_tries` boards did not
-            yield it.
+            yield it, and so are all after it.
         """
         return self._kernels.generate(seed, first, count, num_clues, max_tries, *self._geometry)
 

@@ -198,7 +198,8 @@ def generate(seed, first, count, num_clues, max_tries, cells_of_unit, unit_of_ce
     A random full board is dug in random order, keeping the solution unique; a board that cannot be dug deep
     enough is thrown away and another is tried, up to `max_tries` times.
 
-    Returns questions and answers, uint8[count, S]; a question that could not be made is all zeros.
+    Returns questions and answers, uint8[count, S]; a question that could not be made is all zeros, and so are all
+    after it: there is no hope, and trying takes long.
     """
     num_cells = unit_of_cell.shape[0]
     questions = np.zeros((count, num_cells), np.uint8)
@@ -227,6 +228,8 @@ def generate(seed, first, count, num_clues, max_tries, cells_of_unit, unit_of_ce
             if left == num_clues:
                 questions[i] = board
                 break
+        if questions[i, 0] == 0:
+            break
     return questions, answers
 
 
