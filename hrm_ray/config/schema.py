@@ -77,6 +77,7 @@ class TrainConfig(Settings):
     global_batch_size: PositiveInt = 384  # puzzles in one optimizer step, over all workers
     epochs: PositiveInt = 20000  # visits of every group
     eval_interval: PositiveInt | None = 2000  # epochs between evaluations; null: only at the end
+    num_eval_examples: PositiveInt | None = None  # only the first so many test examples; null: all
     max_steps: PositiveInt | None = None  # end early; schedules still follow `epochs`
     drop_last: bool = True  # false: the last step takes what is left, a partial batch
 

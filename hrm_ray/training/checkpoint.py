@@ -60,7 +60,8 @@ class Manifest(Settings):
     arch: HRMConfig
     dataset: DatasetInfo
     config: dict[str, Any]
-    metrics: dict[str, float]  # of the evaluation at this step; empty if there was none
+    # Of the evaluation at this step, added after it; empty if there was none.
+    metrics: dict[str, float] = Field(default_factory=dict)
     train_s: float = 0.0  # seconds trained so far
     files: dict[str, FileInfo]
 

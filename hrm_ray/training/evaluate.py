@@ -46,9 +46,14 @@ def run_to_halt(model: ACT, batch: Batch) -> Step:
         carry = step.carry
 
 
+class Interrupted(Exception):
+    """An evaluation was given up; raised on every worker alike."""
+
+
 def _spans(num_examples: int, batch_size: int, world: World) -> Iterator[tuple[int, int]]:
-    """This worker's runs of example ids: batches dealt to the workers in turn."""
-    for start in range(world.rank * batch_size, num_examples, world.size * batch_size):
+    """This worker's runs of example ids: batches dealt in turn, as many to each worker, the last ones empty."""
+    for first in range(0, num_examples, world.size * batch_size):
+        start = min(first + world.rank * batch_size, num_examples)
         yield start, min(start + batch_size, num_examples)
 
 
@@ -63,6 +68,7 @@ def evaluate(
     num_examples: int | None = None,
     save_outputs: Sequence[str] = (),
     on_batch: Callable[[int], object] | None = None,
+    interrupt: Callable[[], bool] | None = None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Evaluate. Collective; the result is the same on every worker.
 
@@ -71,6 +77,7 @@ def evaluate(
         num_examples: only the first so many; None: all.
         save_outputs: names from `OUTPUTS` to collect; only with one worker.
         on_batch: called with the number of examples done by this worker after each batch.
+        interrupt: asked by all workers alike after each batch; true ends the evaluation with `Interrupted`.
 
     Returns:
         `EVAL_METRICS` as means over the examples, and the collected arrays, rows in the order of the split.
@@ -83,6 +90,11 @@ def evaluate(
     was_training = model.training
     model.eval()
     for start, stop in _spans(num_examples, batch_size, world):
+        if interrupt and interrupt():
+            model.train(was_training)
+            raise Interrupted
+        if start == stop:
+            continue
         batch = make_batch(split, np.arange(start, stop), ignore_label_id).to(device)
         step = run_to_halt(model, batch)
         _, metrics = act_loss(step, loss_type)

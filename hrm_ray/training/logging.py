@@ -24,15 +24,17 @@ class Records:
         run: the run's folder.
         config: the run.
         global_step: where it starts or goes on; later reports of an earlier attempt are dropped.
+        evaluates_again: drop a report of the evaluation at `global_step` too.
     """
 
-    def __init__(self, run: Storage, config: TrainConfig, global_step: int):
+    def __init__(self, run: Storage, config: TrainConfig, global_step: int, *, evaluates_again: bool = False):
         self._run = run
         run.write("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
         self._lines = [
             line
             for line in (run.read(METRICS_FILE) or b"").decode().splitlines()
-            if _step_of(line) <= global_step
+            if (step := _step_of(line)) <= global_step
+            and not (evaluates_again and step == global_step and '"eval/' in line)
         ]
         self.last: dict[str, Any] = {}
         for line in self._lines:

@@ -23,8 +23,16 @@ from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.models.act import ACT, Batch, Carry
 from hrm_ray.models.losses import METRICS, LossType, act_loss
 from hrm_ray.optim.sign_sgd import sparse_sign_sgd
-from hrm_ray.training.checkpoint import BEST_METRIC, FOLDER, Checkpoint, best, finished, prune
-from hrm_ray.training.evaluate import evaluate, make_batch
+from hrm_ray.training.checkpoint import (
+    FOLDER,
+    Checkpoint,
+    best,
+    finished,
+    prune,
+    step_name,
+    write_manifest,
+)
+from hrm_ray.training.evaluate import Interrupted, evaluate, make_batch
 from hrm_ray.training.logging import Records
 from hrm_ray.training.plan import Plan
 from hrm_ray.training.state import TrainState
@@ -50,12 +58,10 @@ class Hooks:
 
     Attributes:
         progress: called after every step and every evaluated batch.
-        report: called with every record that goes to metrics.jsonl.
         stop: whether to end after the step at hand.
     """
 
     progress: Callable[[Progress], None] = lambda progress: None
-    report: Callable[[dict[str, float]], None] = lambda record: None
     stop: Callable[[], bool] = lambda: False
 
 
@@ -128,10 +134,10 @@ class Meter:
         self._reset()
         return record
 
-    def restart_clock(self, checkpoint_s: float) -> None:
-        """Do not count an evaluation and a checkpoint as time of steps; report the latter with the next steps."""
+    def restart_clock(self, checkpoint_s: float | None = None) -> None:
+        """Do not count an evaluation or a checkpoint as time of steps; report the latter with the next steps."""
         self._started = time.perf_counter()
-        self._checkpoint_s = checkpoint_s
+        self._checkpoint_s = checkpoint_s or self._checkpoint_s
 
 
 class Trainer:
@@ -166,6 +172,15 @@ class Trainer:
         if world.size > 1:
             module = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.module = module
+        self._meter = Meter(self.setup.device)
+        self._stopping = False
+        # The last step whose evaluation is done; a checkpoint without metrics was not evaluated.
+        self._evaluated_step = self.state.global_step if checkpoint and checkpoint.manifest.metrics else 0
+        self._records: Records | None = None
+        if world.is_first:
+            self._records = Records(
+                run, config, self.state.global_step, evaluates_again=self._evaluation_is_due
+            )
 
     def train(self) -> dict[str, Any]:
         """Run to the end, or to the step after which `hooks.stop` asks to stop. Collective.
@@ -174,37 +189,23 @@ class Trainer:
             the summary, which the first worker also writes to summary.json.
         """
         state, plan = self.state, self.plan
-        records = Records(self.run, self.config, state.global_step) if self.world.is_first else None
-        meter = Meter(self.setup.device)
-        progress = Progress(state.global_step, plan.last_step, "train", {})
         state.model.train()
-        clock = time.perf_counter()
-        stopping = False
-        while state.global_step < plan.last_step and not stopping:
+        self._evaluate_if_due()  # what a stop or a crash prevented
+        while state.global_step < plan.last_step and not self._stopping:
             step = state.global_step + 1
-            self._step(step, meter)
-            stopping = self._any_asks_to_stop()
-            if plan.reports(step) or stopping:
-                self._report(
-                    meter.report(self.config.global_batch_size, self._lr, self.world), records, progress
-                )
-            metrics = {}
-            if plan.evaluates(step):
-                metrics = self._evaluate(progress)
-                self._report(metrics, records, progress)
-            state.train_s += time.perf_counter() - clock
-            clock = time.perf_counter()
-            if plan.saves(step) or stopping:
-                self._save(metrics)
-                if records:
-                    records.flush()
-                meter.restart_clock(checkpoint_s=time.perf_counter() - clock)
-            progress.step = step
-            if self.world.is_first:
-                self.hooks.progress(progress)
-        summary = self._summary(records)
-        if records:
-            records.close(summary)
+            started = time.perf_counter()
+            self._step(step)
+            self._stopping = self._any_asks_to_stop()
+            if plan.reports(step) or self._stopping:
+                self._report(self._meter.report(self.config.global_batch_size, self._lr, self.world))
+            state.train_s += time.perf_counter() - started
+            if plan.saves(step) or self._stopping:
+                self._save()
+            self._show("train")
+            self._evaluate_if_due()
+        summary = self._summary()
+        if self._records:
+            self._records.close(summary)
         return summary
 
     @property
@@ -228,7 +229,7 @@ class Trainer:
         device = self.setup.device
         return batch.to(device), torch.from_numpy(np.ascontiguousarray(minima[slots])).to(device)
 
-    def _step(self, step: int, meter: Meter) -> None:
+    def _step(self, step: int) -> None:
         config, state = self.config, self.state
         started = time.perf_counter()
         batch, minima = self._batch(step)
@@ -255,53 +256,80 @@ class Trainer:
             )
         state.global_step = step
         state.update_averages(config.ema_rate)
-        meter.add(metrics, loss, step, data_wait_s)
+        self._meter.add(metrics, loss, step, data_wait_s)
 
     def _any_asks_to_stop(self) -> bool:
         return bool(self.world.sum(torch.tensor(int(self.hooks.stop()))).item())
 
-    def _evaluate(self, progress: Progress) -> dict[str, float]:
-        if "test" not in self.dataset.splits:
-            return {}
+    @property
+    def _evaluation_is_due(self) -> bool:
+        step, test = self.state.global_step, self.dataset.splits.get("test")
+        return step > 0 and bool(test) and self.plan.evaluates(step) and self._evaluated_step != step
 
-        def on_batch(_: int) -> None:
-            if self.world.is_first:
-                self.hooks.progress(Progress(progress.step, progress.last_step, "eval", progress.metrics))
-
-        with self.state.averaged_weights():
-            metrics, _ = evaluate(
-                self.state.model,
-                self.dataset.split("test"),
-                ignore_label_id=self.dataset.manifest.ignore_label_id,
-                loss_type=self.config.arch.loss.loss_type,
-                batch_size=self.config.global_batch_size // self.world.size,
-                world=self.world,
-                on_batch=on_batch,
-            )
-        return {f"eval/{name}": value for name, value in metrics.items()}
-
-    def _save(self, metrics: dict[str, float]) -> None:
-        self.state.save(self.run, self.config, self.dataset, metrics, self.world)
+    def _evaluate_if_due(self) -> None:
+        """Evaluate and note the metrics in the checkpoint of this step, which was saved first: an evaluation may be
+        long, and what comes during it must not cost training."""
+        if self._stopping or not self._evaluation_is_due:
+            return
+        started = time.perf_counter()
+        try:
+            with self.state.averaged_weights():
+                metrics, _ = evaluate(
+                    self.state.model,
+                    self.dataset.split("test"),
+                    ignore_label_id=self.dataset.manifest.ignore_label_id,
+                    loss_type=self.config.arch.loss.loss_type,
+                    batch_size=self.config.global_batch_size // self.world.size,
+                    num_examples=self.config.num_eval_examples,
+                    world=self.world,
+                    on_batch=lambda _: self._show("eval"),
+                    interrupt=self._any_asks_to_stop,
+                )
+        except Interrupted:
+            self._stopping = True
+            return
+        self.state.train_s += time.perf_counter() - started
+        self._evaluated_step = self.state.global_step
+        named = {f"eval/{name}": value for name, value in metrics.items()}
+        self._report(named)
         if self.world.is_first:
+            folder = self.run / FOLDER / step_name(self.state.global_step)
+            manifest = Checkpoint(folder).manifest
+            update = {"metrics": named, "train_s": self.state.train_s}
+            write_manifest(folder, manifest.model_copy(update=update))
             prune(self.run, keep_last=self.config.keep_last)
+        self._meter.restart_clock()
+        self._show("train")
 
-    def _report(self, values: dict[str, float], records: Records | None, progress: Progress) -> None:
-        if records is None or not values:
+    def _save(self) -> None:
+        started = time.perf_counter()
+        self.state.save(self.run, self.config, self.dataset, self.world)
+        if self._records:
+            self._records.flush()
+            prune(self.run, keep_last=self.config.keep_last)
+        self._meter.restart_clock(checkpoint_s=time.perf_counter() - started)
+
+    def _report(self, values: dict[str, float]) -> None:
+        """Write one record of metrics, which every worker has alike."""
+        if self._records is None:
             return
         step = self.state.global_step
-        record = {"global_step": step, "epoch": round(self.plan.epoch(step), 4), **values}
-        records.write(record)
-        progress.metrics = {**progress.metrics, **values}
-        self.hooks.report(record)
+        self._records.write({"global_step": step, "epoch": round(self.plan.epoch(step), 4), **values})
 
-    def _summary(self, records: Records | None) -> dict[str, Any]:
+    def _show(self, phase: str) -> None:
+        if self._records:
+            progress = Progress(self.state.global_step, self.plan.last_step, phase, self._records.last)
+            self.hooks.progress(progress)
+
+    def _summary(self) -> dict[str, Any]:
         """What summary.json holds; metrics of the end and of the best checkpoint."""
-        chosen = best(finished(self.run))
+        chosen = best(finished(self.run)) if self._records else None
+        done = self.state.global_step >= self.plan.last_step
         return {
-            "final": records.last if records else {},
+            "final": self._records.last if self._records else {},
             "best": chosen.manifest.metrics if chosen else {},
             "global_step": self.state.global_step,
-            "finished": self.state.global_step >= self.plan.last_step,
+            "finished": done and not self._evaluation_is_due,
             "train_s": round(self.state.train_s, 3),
             "num_params": sum(p.numel() for p in self.state.model.parameters()),
             "checkpoint": str(chosen.folder) if chosen else None,
@@ -347,6 +375,3 @@ def _short(there: Any, here: Any) -> str:
             ", ".join(f"{key}={a[key]}" for key in changed) + ", not " + ", ".join(f"{b[k]}" for k in changed)
         )
     return f"{str(there)[:16]}, not {str(here)[:16]}"
-
-
-__all__ = ["BEST_METRIC", "FOLDER", "Hooks", "Progress", "Trainer", "resume_point"]

@@ -81,9 +81,7 @@ class TrainState:
         finally:
             _assign(parameters, own)
 
-    def save(
-        self, run: Storage, config: TrainConfig, dataset: Dataset, metrics: dict[str, float], world: World
-    ):
+    def save(self, run: Storage, config: TrainConfig, dataset: Dataset, world: World) -> str:
         """Write a checkpoint of the whole state. Collective: every worker writes its own carry.
 
         Returns:
@@ -103,7 +101,6 @@ class TrainState:
                 arch=config.arch,
                 dataset=dataset_info(dataset),
                 config=config.model_dump(mode="json"),
-                metrics=metrics,
                 train_s=self.train_s,
                 files=files,
             )

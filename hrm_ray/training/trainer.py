@@ -145,8 +145,10 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> tuple[dict[str,
     plan = Plan.of(config, dataset.split("train"))
     run = run_folder(config)
     point = resume_point(config, run, dataset)
-    if point and point.manifest.global_step >= plan.last_step and (summary := run.read(SUMMARY_FILE)):
-        return json.loads(summary), None
+    if point and point.manifest.global_step >= plan.last_step:
+        summary = json.loads(run.read(SUMMARY_FILE) or b"{}")
+        if summary.get("finished") and summary["global_step"] == point.manifest.global_step:
+            return summary, None
     bar = ProgressBar(config.global_batch_size)
     on_progress = bar.show if show_progress else lambda progress: None
     with StopRequest().listening() as stop:

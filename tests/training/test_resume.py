@@ -41,14 +41,29 @@ def config(tmp_path):
     return toy_config(tmp_path / "data", tmp_path / "runs", ema=True)
 
 
-@pytest.mark.parametrize("stop_after", [1, 7, 16])
-def test_continued_equals_undisturbed(config, stop_after):
+# The loop asks whether to stop after every step, and before every batch of the evaluations after steps 8, 16, 20.
+@pytest.mark.parametrize(
+    ("asked", "step", "evaluated"),
+    [
+        (1, 1, False),
+        (7, 7, False),
+        (8, 8, False),
+        (9, 8, False),
+        (11, 8, False),
+        (18, 9, True),
+        (40, 20, True),
+    ],
+)
+def test_continued_equals_undisturbed(config, asked, step, evaluated):
     undisturbed = run({**config, "run_name": "whole"})
-    steps = iter(range(1, 100))
-    first = run({**config, "run_name": "parts"}, Hooks(stop=lambda: next(steps) == stop_after))
-    assert first.state.global_step == stop_after
+    asks = iter(range(1, 100))
+    first = run({**config, "run_name": "parts"}, Hooks(stop=lambda: next(asks) == asked))
+    assert first.state.global_step == step
+    assert any("eval/accuracy" in r for r in records(first)) == evaluated
+    assert not json.loads((first.run.local_path / "summary.json").read_text())["finished"]
     second = run({**config, "run_name": "parts"})
     assert_same_state(undisturbed, second)
+    assert json.loads((second.run.local_path / "summary.json").read_text())["finished"]
     # What the stop reported early is there beside what the undisturbed run reported.
     whole = [r for r in records(undisturbed) if "eval/accuracy" in r]
     parts = [r for r in records(second) if "eval/accuracy" in r]
