@@ -34,6 +34,9 @@ SMALL |= {"puzzle_emb_ndim": 0, "halt_max_steps": 8, "loss": {"loss_type": "soft
 ARCHS = {"quickstart": (HRMConfig(**SMALL), 4), "hrm_v1": (HRMConfig(), 9)}  # architecture, Sudoku size
 
 
+own_rms_norm, own_cross_entropy = layers.rms_norm, losses.cross_entropy
+
+
 class PlainLinear(layers.Linear):
     """Casts its weight at every use."""
 
@@ -49,7 +52,7 @@ def plain_rms_norm(x: Tensor) -> Tensor:
 def plain_cross_entropy(logits: Tensor, labels: Tensor, loss_type: losses.LossType) -> Tensor:
     """In float64 for stablemax, as published."""
     if loss_type == "softmax_cross_entropy":
-        return losses.cross_entropy(logits, labels, loss_type)
+        return own_cross_entropy(logits, labels, loss_type)
     x = logits.to(torch.float64)
     s = torch.where(x < 0, 1 / (1 - x + 1e-30), x + 1)
     log_p = torch.log(s / s.sum(-1, keepdim=True))
@@ -114,12 +117,11 @@ class Swapped:
         self._plain = plain
 
     def __enter__(self) -> None:
-        self._own = layers.rms_norm, losses.cross_entropy
         if self._plain:
             layers.rms_norm, losses.cross_entropy = plain_rms_norm, plain_cross_entropy
 
     def __exit__(self, *_: object) -> None:
-        layers.rms_norm, losses.cross_entropy = self._own
+        layers.rms_norm, losses.cross_entropy = own_rms_norm, own_cross_entropy
 
 
 def flops_per_example(arch: HRMConfig, seq_len: int) -> float:
