@@ -612,7 +612,7 @@ def verify(path: str | Path) -> list[str]:
     except UserError as error:
         if not (root / MANIFEST).is_file():
             raise
-        return [str(error)]
+        return [f"{MANIFEST}: {error}"]
     problems = []
     if (root / MANIFEST).read_bytes() != manifest.render():
         problems.append(f"{MANIFEST}: changed after it was written")
