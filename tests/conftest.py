@@ -4,6 +4,7 @@ import logging
 import os
 
 import pytest
+import torch
 
 # Private clusters of tests; set before Ray is imported anywhere.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -22,3 +23,12 @@ def ray_cluster():
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def one_thread():
+    """Torch on one thread, as the golden numbers were computed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

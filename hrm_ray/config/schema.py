@@ -105,7 +105,7 @@ class TrainConfig(Settings):
 
     # records
     storage: str = "runs"  # folder or URI that holds the runs
-    run_name: str | None = None  # null: named after the experiment and the data set
+    run_name: str | None = None  # null: the name of the experiment
     project_name: str = "hrm_ray"  # in Weights & Biases
     log_interval: PositiveInt = 10  # steps between reports of training metrics
     checkpoint_interval: PositiveInt | None = None  # steps; null: at every evaluation and at the end

@@ -29,6 +29,16 @@ from hrm_ray.models.layers import (
 Q_HEAD_BIAS = -5.0  # "do not halt yet" until the Q head has learned something
 
 
+def num_puzzle_tokens(config: HRMConfig) -> int:
+    """P, leading tokens that a puzzle's embedding takes."""
+    return math.ceil(config.puzzle_emb_ndim / config.hidden_size)
+
+
+def num_tokens(config: HRMConfig, seq_len: int) -> int:
+    """S, tokens that the model sees for a puzzle of `seq_len` cells."""
+    return num_puzzle_tokens(config) + seq_len
+
+
 class State(NamedTuple):
     """Hidden states of the two modules, each [B, S, D] in the compute dtype, detached."""
 
@@ -71,8 +81,8 @@ class HRM(nn.Module):
         self.config = config
         self.dtype = dtype
         self.seq_len = seq_len
-        self.num_puzzle_tokens = math.ceil(config.puzzle_emb_ndim / D)
-        self.num_tokens = self.num_puzzle_tokens + seq_len
+        self.num_puzzle_tokens = num_puzzle_tokens(config)
+        self.num_tokens = num_tokens(config, seq_len)
 
         self.embed_tokens = TokenEmbedding(vocab_size, D)
         self.lm_head = Linear(D, vocab_size)

@@ -31,6 +31,7 @@ def sparse_sign_sgd(
     if gather is not None:
         identifiers, gradients = gather(identifiers), gather(gradients)
     rows, position = identifiers.unique(return_inverse=True)
-    summed = torch.zeros(len(rows), table.shape[1], device=table.device)
-    summed.index_add_(0, position, gradients)
+    # As a product, because index_add_ on a GPU adds in an order that changes, and a sign near zero with it.
+    is_of_row = position == torch.arange(len(rows), device=table.device)[:, None]
+    summed = is_of_row.to(gradients.dtype) @ gradients
     table[rows] = table[rows] * (1 - lr * weight_decay) - lr * summed.sign()

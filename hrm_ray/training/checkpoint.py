@@ -65,10 +65,6 @@ class Manifest(Settings):
     train_s: float = 0.0  # seconds trained so far
     files: dict[str, FileInfo]
 
-    @property
-    def resumable(self) -> bool:
-        return self.world_size > 0
-
 
 def step_name(global_step: int) -> str:
     """The folder of the checkpoint at `global_step`."""
@@ -129,7 +125,8 @@ class Checkpoint:
             raise UserError(f"{self.folder}/{name} is missing; use another checkpoint")
         if len(content) != info.bytes or hashlib.sha256(content).hexdigest() != info.sha256:
             raise UserError(
-                f"{self.folder}/{name} is damaged (size or SHA-256 differs); use another checkpoint"
+                f"{self.folder}/{name} is damaged (size or SHA-256 differs); use another checkpoint, or "
+                "delete that folder to go on from the one before"
             )
         try:
             return safetensors.torch.load(content)
@@ -148,9 +145,21 @@ BEST_METRIC = "eval/exact_accuracy"
 
 
 def finished(run: Storage) -> list[Checkpoint]:
-    """The checkpoints of `run` that have a manifest, oldest first."""
+    """The checkpoints of `run` that have a manifest, oldest first; older ones that cannot be read are left out.
+
+    Raises:
+        UserError: the newest cannot be read.
+    """
     folder = run / FOLDER
-    return [Checkpoint(folder / n) for n in folder.folders() if folder.read(f"{n}/{MANIFEST}") is not None]
+    names = [name for name in folder.folders() if folder.read(f"{name}/{MANIFEST}") is not None]
+    readable = []
+    for name in names:
+        try:
+            readable.append(Checkpoint(folder / name))
+        except UserError as error:
+            if name == names[-1]:
+                raise UserError(f"{error}, or delete that folder to go on from the one before") from None
+    return readable
 
 
 def best(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:

@@ -6,15 +6,18 @@ checkpoint is cut off before the loop reports it again.
 
 import json
 import sys
+import uuid
 from typing import Any
 
 import yaml
 
 from hrm_ray.config.schema import TrainConfig
+from hrm_ray.errors import UserError, first_line
 from hrm_ray.training.storage import Storage
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+WANDB_ID_FILE = "wandb_id"
 
 
 class Records:
@@ -63,14 +66,18 @@ class Records:
         if self._run.local_path is None:
             self._flush()
 
-    def close(self, summary: dict[str, Any]) -> None:
-        """Write summary.json and close everything."""
+    def summarise(self, summary: dict[str, Any]) -> None:
+        """Write summary.json."""
         self.flush()
         self._run.write(SUMMARY_FILE, (json.dumps(summary, indent=2) + "\n").encode())
+        if self._wandb:
+            self._wandb.summary.update(summary)
+
+    def close(self) -> None:
+        """Let go of what is open, also when the run has failed."""
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
-            self._wandb.summary.update(summary)
             self._wandb.finish()
 
     def _remember(self, record: dict[str, Any]) -> None:
@@ -102,15 +109,23 @@ def _wandb(run: Storage, config: TrainConfig):
         return None
     import wandb
 
-    session = wandb.init(
-        mode=config.wandb,
-        project=config.project_name,
-        name=config.run_name,
-        id=config.run_name,  # the same run goes on after a restart
-        resume="allow",
-        dir=str(run.local_path) if run.local_path else None,
-        config=config.model_dump(mode="json"),
-        settings=wandb.Settings(silent=True, console="off"),
-    )
+    known = run.read(WANDB_ID_FILE)  # the same run goes on after a restart
+    identity = known.decode() if known else uuid.uuid4().hex[:12]
+    run.write(WANDB_ID_FILE, identity.encode())
+    try:
+        session = wandb.init(
+            mode=config.wandb,
+            project=config.project_name,
+            name=config.run_name,
+            id=identity,
+            resume="allow",
+            dir=str(run.local_path) if run.local_path else None,
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"wandb={config.wandb}: {first_line(error)}; use wandb=offline, or wandb login"
+        ) from None
     session.define_metric("*", step_metric="global_step")
     return session

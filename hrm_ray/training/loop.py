@@ -21,6 +21,7 @@ from hrm_ray.data.sampler import Sampler, min_halt_steps
 from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.models.act import ACT, Batch, Carry
+from hrm_ray.models.hrm import num_tokens
 from hrm_ray.models.losses import METRICS, LossType, act_loss
 from hrm_ray.optim.sign_sgd import sparse_sign_sgd
 from hrm_ray.training.checkpoint import (
@@ -49,6 +50,7 @@ class Progress:
     step: int
     last_step: int
     phase: str  # "train" or "eval"
+    setup: str  # what of the machine the first worker uses
     metrics: dict[str, float]
 
 
@@ -101,18 +103,20 @@ class Meter:
         self._num_steps += 1
         self._data_wait_s += data_wait_s
 
-    def report(self, global_batch_size: int, lr: float, world: World) -> dict[str, float]:
-        """Metrics since the last report, over all workers. Collective.
+    def report(
+        self, step: int, global_batch_size: int, lr: Callable[[int], float], world: World
+    ) -> dict[str, float]:
+        """Metrics since the last report, over all workers, at `step`; `lr` is a function of it. Collective.
 
         Raises:
             RunFailed: a loss was not finite; says at which step, on which rank, at which learning rate.
         """
         bad_steps = world.gather_objects(int(self._bad_step))
         if min(bad_steps) < NEVER:
-            step = min(bad_steps)
+            bad = min(bad_steps)
             raise RunFailed(
-                f"the loss is not finite at step {step} on rank {bad_steps.index(step)} (lr {lr:.3g}); "
-                "lower lr or lengthen lr_warmup_steps, then run the same command: it goes on from the last checkpoint"
+                f"the loss is not finite at step {bad} on rank {bad_steps.index(bad)} (lr {lr(bad):.3g}); lower lr or "
+                "lengthen lr_warmup_steps; the same command goes on from the last checkpoint, run_name=NAME starts anew"
             )
         sums = dict(zip(METRICS, world.sum(self._sums).tolist(), strict=True))
         slots = max(1, self._num_steps) * global_batch_size
@@ -126,7 +130,7 @@ class Meter:
         if halted:
             for name in ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps"):
                 record[f"train/{name}"] = sums[name] / halted
-        record["train/lr"] = lr
+        record["train/lr"] = lr(step)
         record["time/step_s"] = (time.perf_counter() - self._started) / max(1, self._num_steps)
         record["time/data_wait_s"] = self._data_wait_s / max(1, self._num_steps)
         if self._checkpoint_s is not None:
@@ -160,12 +164,16 @@ class Trainer:
             forward_dtype=config.forward_dtype,
             attention=config.attention,
             optimizer_backend=config.optimizer_backend,
-            num_tokens=self.dataset.manifest.seq_len,
+            num_tokens=num_tokens(config.arch, self.dataset.manifest.seq_len),
             local_rank=world.local_rank,
         )
         self.state = TrainState.initial(config, self.dataset, self.setup)
-        checkpoint = resume_point(config, run, self.dataset)
-        if checkpoint is not None:
+        # The first worker decides where the run goes on, and keeps others off it.
+        self._lock = run.lock() if world.is_first else None
+        checkpoint = resume_point(config, run, self.dataset) if world.is_first else None
+        name = world.from_first(checkpoint.name if checkpoint else None)
+        if name is not None:
+            checkpoint = checkpoint or Checkpoint(run / FOLDER / name)
             self.state.restore(checkpoint, world)
         self.sampler = Sampler(self.split, config.seed, config.global_batch_size, self.plan.num_examples)
         module: nn.Module = LossModule(self.state.model, config.arch.loss.loss_type)
@@ -188,6 +196,19 @@ class Trainer:
         Returns:
             the summary, which the first worker also writes to summary.json.
         """
+        try:
+            self._run()
+            summary = self._summary()
+            if self._records:
+                self._records.summarise(summary)
+            return summary
+        finally:
+            if self._records:
+                self._records.close()
+            if self._lock:
+                self._lock.close()
+
+    def _run(self) -> None:
         state, plan = self.state, self.plan
         state.model.train()
         self._evaluate_if_due()  # what a stop or a crash prevented
@@ -197,20 +218,15 @@ class Trainer:
             self._step(step)
             self._stopping = self._any_asks_to_stop()
             if plan.reports(step) or self._stopping:
-                self._report(self._meter.report(self.config.global_batch_size, self._lr, self.world))
+                self._report(self._meter.report(step, self.config.global_batch_size, self._lr, self.world))
             state.train_s += time.perf_counter() - started
             if plan.saves(step) or self._stopping:
                 self._save()
             self._show("train")
             self._evaluate_if_due()
-        summary = self._summary()
-        if self._records:
-            self._records.close(summary)
-        return summary
 
-    @property
-    def _lr(self) -> float:
-        return self.config.lr * self.plan.lr_share(self.state.global_step)
+    def _lr(self, step: int) -> float:
+        return self.config.lr * self.plan.lr_share(step)
 
     def _batch(self, step: int) -> tuple[Batch, Tensor]:
         """This worker's puzzles and exploration minima for `step`."""
@@ -240,7 +256,7 @@ class Trainer:
         (loss * (self.world.size / config.global_batch_size)).backward()
 
         share = self.plan.lr_share(step)
-        state.optimizer.param_groups[0]["lr"] = config.lr * share
+        state.optimizer.param_groups[0]["lr"] = self._lr(step)
         state.optimizer.step()
         state.optimizer.zero_grad()
         if config.arch.puzzle_emb_ndim:
@@ -303,6 +319,11 @@ class Trainer:
 
     def _save(self) -> None:
         started = time.perf_counter()
+        if not all(bool(p.isfinite().all()) for p in self.state.model.parameters()):
+            raise RunFailed(
+                f"the weights are not finite after step {self.state.global_step}; lower lr or lengthen "
+                "lr_warmup_steps; the same command goes on from the last checkpoint, run_name=NAME starts anew"
+            )
         self.state.save(self.run, self.config, self.dataset, self.world)
         if self._records:
             self._records.flush()
@@ -318,7 +339,9 @@ class Trainer:
 
     def _show(self, phase: str) -> None:
         if self._records:
-            progress = Progress(self.state.global_step, self.plan.last_step, phase, self._records.last)
+            progress = Progress(
+                self.state.global_step, self.plan.last_step, phase, self.setup.describe(), self._records.last
+            )
             self.hooks.progress(progress)
 
     def _summary(self) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class TrainState:
         }
 
     def restore(self, checkpoint: Checkpoint, world: World) -> None:
-        """Continue from `checkpoint`, which must fit (see `loop.check_resume`)."""
+        """Continue from `checkpoint`, which must fit (see `loop.resume_point`)."""
         device = next(self.model.parameters()).device
         self.model.inner.load_state_dict(checkpoint.tensors("model.safetensors"))
         moments = checkpoint.tensors("optimizer.safetensors")
@@ -138,7 +138,7 @@ class TrainState:
         if self.averages:
             averages = checkpoint.tensors("ema.safetensors")
             self.averages = {name: averages[name].to(device) for name in self.averages}
-        self.carry = _unflatten_carry(_deal(checkpoint, world), device)
+        self.carry = _unflatten_carry(_deal(checkpoint, world), device, self.model.inner.dtype)
         self.global_step = checkpoint.manifest.global_step
         self.train_s = checkpoint.manifest.train_s
 
@@ -174,10 +174,10 @@ def _flatten_carry(carry: Carry) -> Tensors:
     }
 
 
-def _unflatten_carry(tensors: Tensors, device: torch.device) -> Carry:
+def _unflatten_carry(tensors: Tensors, device: torch.device, dtype: torch.dtype) -> Carry:
     t = {name: tensor.to(device) for name, tensor in tensors.items()}
     return Carry(
-        State(t["z_H"], t["z_L"]),
+        State(t["z_H"].to(dtype), t["z_L"].to(dtype)),  # a run may go on in another precision
         t["steps"],
         t["halted"],
         Batch(t["inputs"], t["labels"], t["puzzle_identifiers"]),

@@ -1,8 +1,11 @@
 """Files of a run on a local folder or any pyarrow filesystem, whole or not there at all."""
 
+import fcntl
 import os
+import time
 import uuid
 from pathlib import Path
+from typing import IO
 
 from pyarrow import fs as pafs
 
@@ -61,6 +64,32 @@ class Storage:
                 return stream.read()
         except FileNotFoundError:
             return None
+
+    def lock(self, wait_s: float = 20) -> IO[str] | None:
+        """Keep other processes off this folder until the returned file is closed or this process ends.
+
+        Waits `wait_s` seconds, since the workers of a killed driver live on for some; None where the folder is not
+        on a local filesystem, which knows no locks.
+
+        Raises:
+            UserError: another process has it.
+        """
+        if self.local_path is None:
+            return None
+        self.local_path.mkdir(parents=True, exist_ok=True)
+        file = (self.local_path / "lock").open("w")
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return file
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.close()
+                    raise UserError(
+                        f"another process is training {self}; stop it, or choose another run_name="
+                    ) from None
+                time.sleep(0.2)
 
     def exists(self) -> bool:
         return self._fs.get_file_info(self._root).type == pafs.FileType.Directory

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.errors import RunFailed, UserError
+from hrm_ray.training.checkpoint import Checkpoint
 from hrm_ray.training.logging import SUMMARY_FILE
 from hrm_ray.training.loop import Hooks, Progress, Trainer, resume_point
 from hrm_ray.training.plan import Plan
@@ -61,6 +62,7 @@ class ProgressBar:
 
     def show(self, progress: Progress) -> None:
         if self._bar is None:
+            print(f"using {progress.setup}", file=sys.stderr)
             self._bar = tqdm(
                 initial=progress.step,
                 total=progress.last_step,
@@ -127,8 +129,18 @@ def announce(config: TrainConfig) -> str:
     where = "in this process" if scaling.mode == "local" else f"on {scaling.num_workers} Ray worker(s)"
     return (
         f"run {run_folder(config)} {start}: {plan.last_step} steps of {config.global_batch_size} puzzles from "
-        f"{config.data_path}, {where}"
+        f"{config.data_path}, {where}{_changes(point, config)}"
     )
+
+
+def _changes(point: Checkpoint | None, config: TrainConfig) -> str:
+    """What a continued run does otherwise than before, if anything."""
+    if point is None:
+        return ""
+    now, before = config.model_dump(mode="json"), point.manifest.config
+    ours = ("data_path", "storage", "device", "scaling")  # where it runs, not what it does
+    changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if k not in ours and before.get(k) != v]
+    return f"; changed: {', '.join(changed)}" if changed else ""
 
 
 def train(config: TrainConfig, *, show_progress: bool = True) -> tuple[dict[str, Any], int | None]:
@@ -210,41 +222,26 @@ def _receiving_again(stop: StopRequest):
 
 
 def _ray_trainer(config: TrainConfig, channel: Channel):
-    import ray
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    scaling = config.scaling
-    available = ray.cluster_resources()
-    gpus = available.get("GPU", 0)
-    use_gpu = gpus >= scaling.num_workers if scaling.use_gpu == "auto" else scaling.use_gpu
-    cpus = scaling.cpus_per_worker
-    if cpus == "auto":
-        cpus = 1 if use_gpu else max(1, int(available.get("CPU", 1)) // scaling.num_workers)
-    needed = scaling.num_workers * cpus
-    private = not os.environ.get("RAY_ADDRESS")
-    if private and needed > available.get("CPU", 0):
-        raise UserError(
-            f"scaling.num_workers={scaling.num_workers} with {cpus} CPU each needs {needed} CPUs, this machine has "
-            f"{int(available.get('CPU', 0))}; use fewer workers"
-        )
-    if private and use_gpu and gpus < scaling.num_workers:
-        raise UserError(
-            f"scaling.num_workers={scaling.num_workers} needs as many GPUs; this machine has {int(gpus)}"
-        )
+    num_workers = config.scaling.num_workers
+    cpus, use_gpu = _resources(config)
+    values = config.model_dump(mode="json") | {"data_path": _absolute(config.data_path)}
+    if not use_gpu:  # Ray hides no GPU from a worker that asked for none
+        values["device"] = "cpu"
     storage = run_folder(config)
     return TorchTrainer(
         _worker,  # type: ignore[arg-type]  # what it returns becomes Result.return_value
         train_loop_config={
-            "config": config.model_dump(mode="json"),
+            "config": values,
             "storage": str(storage),
-            "data_path": _absolute(config.data_path),
             "channel": channel.name,
             "cpus": cpus,
         },
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.num_workers,
+            num_workers=num_workers,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)},
         ),
@@ -257,9 +254,71 @@ def _ray_trainer(config: TrainConfig, channel: Channel):
     )
 
 
+def _resources(config: TrainConfig) -> tuple[int, bool]:
+    """CPUs of each worker, and whether each has a GPU.
+
+    Raises:
+        UserError: a private cluster, which does not grow, has too little.
+    """
+    import ray
+
+    num_workers, scaling = config.scaling.num_workers, config.scaling
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    total_cpus, total_gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
+    use_gpu = total_gpus >= num_workers if scaling.use_gpu == "auto" else scaling.use_gpu
+    if config.device != "auto":
+        use_gpu = config.device == "cuda"
+    if scaling.cpus_per_worker != "auto":
+        cpus = scaling.cpus_per_worker
+    else:
+        on_largest_node = int(max(node.get("CPU", 0) for node in nodes))
+        cpus = 1 if use_gpu else max(1, min(total_cpus // num_workers, on_largest_node))
+    if not os.environ.get("RAY_ADDRESS"):
+        wanted = [(num_workers * cpus, total_cpus, "CPUs"), (num_workers * use_gpu, total_gpus, "GPUs")]
+        for needed, there, kind in wanted:
+            if needed > there:
+                raise UserError(
+                    f"scaling.num_workers={num_workers} needs {needed} {kind}, this machine has {there}; use fewer"
+                )
+    return cpus, use_gpu
+
+
 def _absolute(path: str) -> str:
     """Workers have another working directory."""
     return path if "://" in path else os.path.abspath(path)  # noqa: PTH100 - a path may be a URI
+
+
+def worker_hooks(channel: Channel, world: World) -> Hooks:
+    """Hooks that talk to the driver through `channel`, each at most every `POLL_S`; only the first worker does."""
+    due_progress, due_stop = Every(POLL_S), Every(POLL_S)
+    stopping = False
+
+    def progress(progress: Progress) -> None:
+        if due_progress() or progress.step == progress.last_step:
+            channel.put("progress", vars(progress))
+
+    def stop() -> bool:
+        nonlocal stopping
+        if world.is_first and not stopping and due_stop():
+            stopping = bool(channel.get("stop"))
+        return stopping
+
+    return Hooks(progress=progress, stop=stop)
+
+
+class Every:
+    """Calling it says whether `seconds` have passed since it last said yes; the first call does."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._next = 0.0
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        due = now >= self._next
+        if due:
+            self._next = now + self._seconds
+        return due
 
 
 def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -273,30 +332,9 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(parameters["cpus"])
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
-    config = TrainConfig.model_validate(parameters["config"] | {"data_path": parameters["data_path"]})
-    next_look = 0.0
-    stopping = False
-
-    def due() -> bool:
-        nonlocal next_look
-        now = time.monotonic()
-        if now < next_look:
-            return False
-        next_look = now + POLL_S
-        return True
-
-    def progress(progress: Progress) -> None:
-        if due() or progress.step == progress.last_step:
-            channel.put("progress", vars(progress))
-
-    def stop() -> bool:
-        nonlocal stopping
-        if world.is_first and not stopping and time.monotonic() >= next_look:
-            stopping = bool(channel.get("stop"))
-        return stopping
-
-    hooks = Hooks(progress=progress, stop=stop)
+    config = TrainConfig.model_validate(parameters["config"])
     try:
+        hooks = worker_hooks(channel, world)
         return Trainer(config, Storage(parameters["storage"]), world, hooks).train()
     except UserError as error:
         channel.put("failure", {"message": str(error), "exit_code": error.exit_code})

@@ -11,7 +11,7 @@ from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.storage import Storage
-from hrm_ray.training.trainer import run_folder
+from hrm_ray.training.trainer import announce, run_folder
 from hrm_ray.training.world import World
 from tests.toy import ARCH, toy_config, toy_dataset
 
@@ -164,3 +164,43 @@ def test_averages_are_evaluated_and_saved(config):
     name = "lm_head.weight"
     np.testing.assert_array_equal(averaged[name], trainer.state.averages[name])
     np.testing.assert_array_equal(own[name], trainer.state.model.inner.lm_head.weight.detach())
+
+
+def test_a_run_may_go_on_in_another_precision(config):
+    run({**config, "max_steps": 6})
+    assert run({**config, "forward_dtype": "bfloat16"}).state.global_step == 20
+
+
+def test_only_one_process_trains_a_run(config):
+    first = TrainConfig(**config)
+    holder = Trainer(first, run_folder(first), World(), Hooks())
+    with pytest.raises(UserError, match="another process is training"):
+        run_folder(first).lock(wait_s=0)
+    holder.train()
+    run_folder(first).lock(wait_s=0).close()
+
+
+def test_a_damaged_older_checkpoint_is_left_out_and_a_damaged_newest_is_named(config):
+    trainer = run({**config, "keep_last": 9})
+    folders = sorted((trainer.run.local_path / "checkpoints").iterdir())
+    (folders[0] / "manifest.json").write_text("{")
+    assert [c.manifest.global_step for c in finished(trainer.run)] == [16, 20]
+    (folders[-1] / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"step-00000020.* delete that folder to go on from the one before"):
+        run(config)
+
+
+def test_what_changes_is_said(config):
+    run({**config, "max_steps": 2})
+    said = announce(TrainConfig(**{**config, "lr": 5e-4}))
+    assert "continues after step 2" in said and "lr 0.001 -> 0.0005" in said
+
+
+def test_weights_that_are_not_finite_are_never_saved(config):
+    parsed = TrainConfig(**config)
+    trainer = Trainer(parsed, run_folder(parsed), World(), Hooks())
+    with torch.no_grad():
+        trainer.state.model.inner.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(RunFailed, match="not finite"):
+        trainer.train()
+    assert finished(trainer.run) == []
