@@ -18,9 +18,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +29,7 @@ from pyarrow import fs as pafs
 
 from hrm_ray.config.validate import Settings, validated
 from hrm_ray.data.tasks.base import Task, get_task
-from hrm_ray.errors import UserError
+from hrm_ray.errors import UserError, first_line
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -393,14 +394,33 @@ class _HashingFile:
         return self._hash.hexdigest()
 
 
-def _write_durably(path: Path, content: bytes) -> None:
-    """Write aside, flush to disk, rename: the file is there whole or not at all."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write which is at `path` whole or not at all: written aside, flushed to disk, renamed at the end."""
     aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    with whole_file(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turns what the disk says no to into a UserError that names `folder`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(f"cannot write to {folder}: {reason}; mend that, or pick another out") from None
 
 
 def _sha256(path: Path) -> str:
@@ -444,7 +464,8 @@ class SplitWriter:
         self._shards: list[Shard] = []
         self._num_examples = self._num_puzzles = self._num_groups = 0
         self._last = (-1, -1)  # puzzle and group as given, of the last row written
-        (root / name).mkdir(parents=True)
+        with _writing(root):
+            (root / name).mkdir(parents=True)
 
     def add(
         self,
@@ -494,10 +515,11 @@ class SplitWriter:
         self._num_groups += int(starts_group.sum())
 
         file = f"{self._name}/shard-{len(self._shards):05d}.arrow"
-        sink = _HashingFile(self._root / file)
         batch = pa.record_batch(columns, schema=schema(self._seq_len))
-        with pa.PythonFile(sink, mode="w") as out, pa.ipc.new_file(out, batch.schema) as writer:
-            writer.write_batch(batch)
+        with _writing(self._root):
+            sink = _HashingFile(self._root / file)
+            with pa.PythonFile(sink, mode="w") as out, pa.ipc.new_file(out, batch.schema) as writer:
+                writer.write_batch(batch)
         self._shards.append(Shard(file=file, rows=len(inputs), bytes=sink.size, sha256=sink.hexdigest()))
 
     def finish(self) -> SplitInfo:
@@ -519,7 +541,7 @@ class DatasetWriter:
     left behind is removed by the next build of the same OUT.
 
     Raises:
-        UserError: OUT exists and may not be replaced, or another process is building it.
+        UserError: OUT exists and may not be replaced, cannot be written, or another process is building it.
     """
 
     def __init__(self, out: str | Path, *, overwrite: bool = False):
@@ -528,7 +550,8 @@ class DatasetWriter:
         self._overwrite = overwrite
 
     def __enter__(self) -> "DatasetWriter":
-        self.root.mkdir(parents=True, exist_ok=True)
+        with _writing(self.out):
+            self.root.mkdir(parents=True, exist_ok=True)
         # Dies with the process, unlike a file that says "in use".
         self._lock = os.open(self.root, os.O_RDONLY)
         try:
@@ -552,7 +575,8 @@ class DatasetWriter:
 
     def add_file(self, name: str, content: bytes) -> File:
         """Write a file that belongs to no split."""
-        _write_durably(self.root / name, content)
+        with _writing(self.out):
+            _write_durably(self.root / name, content)
         return File(file=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
     def finish(self, manifest: Manifest) -> None:
@@ -561,18 +585,20 @@ class DatasetWriter:
         Raises:
             UserError: what is on the disk is not what was written.
         """
-        _write_durably(self.root / MANIFEST, manifest.render())
+        with _writing(self.out):
+            _write_durably(self.root / MANIFEST, manifest.render())
         if problems := verify(self.root):
             raise UserError(f"what was written does not read back: {problems[0]} ({len(problems)} problems)")
         writable_folder(self.out, overwrite=self._overwrite)  # somebody may have made it meanwhile
-        if self.out.exists():
-            replaced = self.out.with_name(self.out.name + ".replaced")
-            shutil.rmtree(replaced, ignore_errors=True)
-            self.out.rename(replaced)
-            self.root.rename(self.out)
-            shutil.rmtree(replaced)
-        else:
-            self.root.rename(self.out)
+        with _writing(self.out):
+            if self.out.exists():
+                replaced = self.out.with_name(self.out.name + ".replaced")
+                shutil.rmtree(replaced, ignore_errors=True)
+                self.out.rename(replaced)
+                self.root.rename(self.out)
+                shutil.rmtree(replaced)
+            else:
+                self.root.rename(self.out)
 
 
 def writable_folder(out: str | Path, *, overwrite: bool) -> Path:
@@ -583,7 +609,7 @@ def writable_folder(out: str | Path, *, overwrite: bool) -> Path:
     """
     if "://" in str(out):
         raise UserError(f"out={out}: datasets are built in a local folder; build there and copy the folder")
-    path = Path(out)
+    path = Path(out).resolve()
     if path.is_dir() and any(path.iterdir()):
         if not (path / MANIFEST).is_file():
             raise UserError(f"out={out} is a folder with other things in it; pick another out")

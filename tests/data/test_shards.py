@@ -1,3 +1,4 @@
+import errno
 import json
 import multiprocessing
 import pickle
@@ -339,6 +340,18 @@ def test_writer_leaves_nothing_behind_on_error(tmp_path):
     with pytest.raises(RuntimeError), DatasetWriter(tmp_path / "data") as writer:
         writer.split("train", SEQ_LEN, np.array([0, 1]))
         raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["write", "close"])
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, method):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    tokens = np.ones((2, SEQ_LEN), np.uint8)
+    monkeypatch.setattr(shards._HashingFile, method, full)
+    with pytest.raises(UserError, match=f"{tmp_path}/data.*: No space left on device; .* another out"):
+        write(tmp_path / "data", {"train": [[(1, tokens, tokens)]]})
     assert list(tmp_path.iterdir()) == []
 
 
