@@ -1,4 +1,4 @@
-"""The published dataset layout, both ways: a folder a split with dataset.json and {set}__*.npy.
+"""The published dataset layout, for import: a folder a split with dataset.json and {set}__*.npy.
 
     DIR/identifiers.json                     names of the puzzle identifiers
     DIR/SPLIT/dataset.json                   vocabulary, ids, counts, names of the sets
@@ -14,12 +14,11 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from hrm_ray.config.validate import Settings, validated
-from hrm_ray.data.shards import DatasetWriter, Manifest, SplitInfo, balanced_cuts, open_dataset
+from hrm_ray.data.shards import DatasetWriter, Manifest, SplitInfo, balanced_cuts
 from hrm_ray.data.tasks.base import Task, Tokens
 from hrm_ray.data.tasks.sudoku import BOX_SHAPES, Sudoku
 from hrm_ray.errors import UserError
@@ -184,33 +183,3 @@ def _digest(folder: Path) -> str:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
             total.update(f"{file.relative_to(folder)}:{digest}\n".encode())
     return total.hexdigest()
-
-
-def export_npy(path: str | Path, out: str | Path) -> None:
-    """Write a dataset in the published layout, each split as one set "all". `out` must not exist.
-
-    Raises:
-        UserError: the dataset cannot be opened, or `out` exists.
-    """
-    dataset = open_dataset(path)
-    out = Path(out)
-    if out.exists():
-        raise UserError(f"out={out} exists; pick another out")
-    manifest = dataset.manifest
-    for name, split in dataset.splits.items():
-        (out / name).mkdir(parents=True)
-        rows = split.rows(np.arange(split.num_examples))
-        about: dict[str, Any] = {field: getattr(manifest, field) for field in _About.model_fields}
-        about |= {"total_groups": split.num_groups, "mean_puzzle_examples": split.info.mean_puzzle_examples}
-        (out / name / "dataset.json").write_text(json.dumps({**about, "sets": ["all"]}))
-        arrays = {
-            "inputs": rows["inputs"],
-            "labels": rows["labels"],
-            "puzzle_identifiers": rows["puzzle_identifiers"][split.puzzle_starts[:-1]],
-            "puzzle_indices": split.puzzle_starts.astype(np.int32),
-            "group_indices": split.group_starts.astype(np.int32),
-        }
-        for field, array in arrays.items():
-            np.save(out / name / f"all__{field}.npy", array)
-    kept = dataset.root / IDENTIFIERS
-    (out / IDENTIFIERS).write_bytes(kept.read_bytes() if kept.is_file() else b'["<blank>"]')

@@ -6,7 +6,7 @@ import pytest
 from hrm_ray.data.shards import open_dataset, verify
 from hrm_ray.data.tasks.base import get_task
 from hrm_ray.errors import UserError
-from hrm_ray.interop.dataset import export_npy, import_npy
+from hrm_ray.interop.dataset import import_npy
 
 ABOUT = {
     "pad_id": 0,
@@ -68,18 +68,6 @@ def test_import_keeps_groups_puzzles_and_identifiers(published, tmp_path):
     identifiers = np.concatenate([first["puzzle_identifiers"], more["puzzle_identifiers"]])
     assert (rows["puzzle_identifiers"] == np.repeat(identifiers, np.diff(split.puzzle_starts))).all()
     assert (tmp_path / "data" / "identifiers.json").read_bytes() == (root / "identifiers.json").read_bytes()
-
-
-def test_round_trip(published, tmp_path):
-    root, _ = published
-    import_npy(root, tmp_path / "data")
-    export_npy(tmp_path / "data", tmp_path / "again")
-    about = json.loads((tmp_path / "again" / "train" / "dataset.json").read_text())
-    assert about["total_groups"] == 4 and about["mean_puzzle_examples"] == 15 / 6 and about["sets"] == ["all"]
-    import_npy(tmp_path / "again", tmp_path / "back")
-    assert open_dataset(tmp_path / "back").fingerprint == open_dataset(tmp_path / "data").fingerprint
-    with pytest.raises(UserError, match="exists; pick another out"):
-        export_npy(tmp_path / "data", tmp_path / "again")
 
 
 def test_sudoku_is_recognised(tmp_path):
