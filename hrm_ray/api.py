@@ -58,11 +58,21 @@ class Solver:
         self.model.eval()
 
     def parse(self, puzzle: str, where: str = "") -> np.ndarray:
-        """Tokens uint8 [seq_len] of a puzzle's text. Raises UserError, which begins with `where`."""
+        """Tokens uint8 [seq_len] of a puzzle's text.
+
+        Raises:
+            UserError: no puzzle of the task, or one without solution as far as the task can tell; begins with `where`.
+        """
+        where = where or repr(puzzle)
         try:
-            return self.task.parse(puzzle)
+            question = self.task.parse(puzzle)
         except UserError as error:
-            raise UserError(f"{where or repr(puzzle)}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
+        if contradiction := self.task.contradiction(question):
+            raise UserError(f"{where}: its clues contradict: {contradiction}")
+        if self.task.num_solutions(question) == 0:
+            raise UserError(f"{where}: it has no solution")
+        return question
 
     def questions(
         self, data: str | Path, *, split: str = "test", index: int = 0, count: int = 1
@@ -85,7 +95,7 @@ class Solver:
         """Answer puzzles given as texts or as tokens (integers [seq_len]).
 
         Raises:
-            UserError: a text that is no puzzle of this task.
+            UserError: a text that is no puzzle of this task, or has no solution.
         """
         questions = [self.parse(p) if isinstance(p, str) else np.asarray(p, np.uint8) for p in puzzles]
         solutions = []

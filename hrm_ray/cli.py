@@ -8,44 +8,103 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from hrm_ray.config.validate import nearest
-from hrm_ray.errors import UserError
+from hrm_ray.config.validate import Settings, read_words, validated
+from hrm_ray.errors import UserError, about_file
 
 if TYPE_CHECKING:
     import numpy as np
 
     from hrm_ray.api import Solver
+    from hrm_ray.data.recipe import Recipe
+    from hrm_ray.data.shards import Manifest
 
 TRACEBACK = "HRM_RAY_TRACEBACK"  # set it to see where an error came from
 
 
-class Options(dict[str, Any]):
-    """``key=value`` words of a command that takes a fixed set of them; values are read as YAML."""
-
-    def __init__(self, words: Sequence[str], known: Sequence[str], required: Sequence[str] = ()):
-        super().__init__()
-        for word in words:
-            key, equals, value = word.partition("=")
-            if not equals:
-                raise UserError(f"'{word}' is not of the form key=value; known keys: {', '.join(known)}")
-            if key not in known:
-                raise UserError(f"unknown key '{key}'; {nearest(key, known)}")
-            self[key] = _yaml_value(key, value)
-        for key in required:
-            if key not in self:
-                raise UserError(f"'{key}' is not given; add {key}=VALUE")
+# What may follow a command as key=value
 
 
-def _yaml_value(key: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{key}={text}: not a value; quote it if it holds special characters") from None
+class BuildOptions(Settings):
+    """Of ``data build``, beside the keys of the recipe."""
+
+    recipe: str
+    out: str
+    overwrite: bool = False
+
+
+class ShowOptions(Settings):
+    """Of ``data show``."""
+
+    split: str = "train"
+    index: NonNegativeInt = 0
+
+
+class OutOptions(Settings):
+    """Of what converts one thing into another."""
+
+    out: str
+
+
+class ImportOptions(OutOptions):
+    """Of ``import-checkpoint``; `data` says which task the model was trained on."""
+
+    data: str | None = None
+
+
+class SolveOptions(Settings):
+    """Of ``solve``, in place of puzzles: which examples of a dataset."""
+
+    data: str
+    split: str = "test"
+    index: NonNegativeInt = 0
+    count: PositiveInt = 1
+
+
+class EvalOptions(Settings):
+    """Of ``eval``; names in `save_outputs` are those of `hrm_ray.training.evaluate.OUTPUTS`."""
+
+    data: str
+    split: str = "test"
+    num_examples: PositiveInt | None = None
+    batch_size: PositiveInt = 256
+    save_outputs: tuple[str, ...] = ()
+    out: str | None = None
+
+    @field_validator("save_outputs", mode="before")
+    @classmethod
+    def _one_is_a_list_too(cls, names: Any) -> Any:
+        return [names] if isinstance(names, str) else names
+
+    @model_validator(mode="after")
+    def _outputs_go_somewhere(self) -> "EvalOptions":
+        if bool(self.save_outputs) != (self.out is not None):
+            raise ValueError("save_outputs=[NAME,...] and out=FILE.npz go together")
+        if self.out is not None and Path(self.out).is_dir():
+            raise ValueError(f"out={self.out} is a folder; give a file")
+        if self.out is not None and not Path(self.out).parent.is_dir():
+            raise ValueError(f"out={self.out}: there is no folder {Path(self.out).parent}")
+        return self
+
+
+def options_of(args: argparse.Namespace) -> Any:
+    """The key=value words of a command as an object of its options class. Raises UserError."""
+    return validated(args.options, read_words(args.words, args.options), args.title)
+
+
+def build_options(words: Sequence[str]) -> tuple[BuildOptions, "Recipe"]:
+    """What the words of ``data build`` mean. Raises UserError."""
+    from hrm_ray.data.recipe import Recipe, load_recipe
+
+    values = read_words(words, BuildOptions, Recipe)
+    own = {key: values.pop(key) for key in BuildOptions.model_fields if key in values}
+    options = validated(BuildOptions, own, "data build")
+    return options, load_recipe(options.recipe, values)
 
 
 # data
@@ -53,11 +112,12 @@ def _yaml_value(key: str, text: str) -> Any:
 
 def data_build(args: argparse.Namespace) -> None:
     from hrm_ray.data.pipeline import build
-    from hrm_ray.data.recipe import Recipe, load_recipe
 
-    options = Options(args.words, ["recipe", "out", "overwrite", *Recipe.model_fields], ["recipe", "out"])
-    name, out, overwrite = options.pop("recipe"), options.pop("out"), options.pop("overwrite", False)
-    manifest = build(load_recipe(str(name), options), str(out), overwrite=bool(overwrite))
+    options, recipe = build_options(args.words)
+    _print_sizes(options.out, build(recipe, options.out, overwrite=options.overwrite))
+
+
+def _print_sizes(out: str, manifest: "Manifest") -> None:
     sizes = ", ".join(f"{split} {info.num_examples:,}" for split, info in manifest.splits.items())
     print(f"{out}: {sizes} examples")
 
@@ -82,17 +142,15 @@ def data_verify(args: argparse.Namespace) -> int:
 def data_show(args: argparse.Namespace) -> None:
     from hrm_ray.data.inspect import show
 
-    options = Options(args.words, ["split", "index"])
-    print(show(args.dir, options.get("split", "train"), options.get("index", 0)))
+    options: ShowOptions = options_of(args)
+    print(show(args.dir, options.split, options.index))
 
 
 def data_import_npy(args: argparse.Namespace) -> None:
     from hrm_ray.interop.dataset import import_npy
 
-    options = Options(args.words, ["out"], ["out"])
-    manifest = import_npy(args.dir, options["out"])
-    sizes = ", ".join(f"{split} {info.num_examples:,}" for split, info in manifest.splits.items())
-    print(f"{options['out']}: {sizes} examples")
+    options: OutOptions = options_of(args)
+    _print_sizes(options.out, import_npy(args.dir, options.out))
 
 
 # training and what comes after
@@ -121,28 +179,24 @@ def evaluate(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from hrm_ray.api import load
-    from hrm_ray.data.shards import open_dataset
+    from hrm_ray.data.shards import open_dataset, whole_file
 
-    options = Options(
-        args.words, ["data", "split", "num_examples", "batch_size", "save_outputs", "out"], ["data"]
-    )
-    data, split = str(options["data"]), options.get("split", "test")
-    outputs = options.get("save_outputs") or []
-    if bool(outputs) != ("out" in options):
-        raise UserError("save_outputs=[NAME,...] and out=FILE.npz go together")
-    total = open_dataset(data).split(split).num_examples
+    options: EvalOptions = options_of(args)
+    total = open_dataset(options.data).split(options.split).num_examples
     solver = load(args.checkpoint)
-    with tqdm(total=min(total, options.get("num_examples", total)), unit="puzzle", disable=args.json) as bar:
+    bar = tqdm(total=min(total, options.num_examples or total), unit="puzzle", disable=args.json)
+    # Opened before the evaluation: where nothing can be written is told at once.
+    with bar, whole_file(Path(options.out)) if options.out else nullcontext() as file:
         metrics, arrays = solver.evaluate(
-            data,
-            split=split,
-            num_examples=options.get("num_examples"),
-            batch_size=options.get("batch_size", 256),
-            save_outputs=[outputs] if isinstance(outputs, str) else outputs,
+            options.data,
+            split=options.split,
+            num_examples=options.num_examples,
+            batch_size=options.batch_size,
+            save_outputs=options.save_outputs,
             on_batch=bar.update,
         )
-    if outputs:
-        np.savez(options["out"], **arrays)  # type: ignore[arg-type]
+        if file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
     named = {f"eval/{name}": value for name, value in metrics.items()}
     if args.json:
         print(json.dumps(named))
@@ -155,7 +209,7 @@ def solve(args: argparse.Namespace) -> None:
     from hrm_ray.api import load
 
     solver = load(args.checkpoint)
-    puzzles = _read_puzzles(solver, args.words)
+    puzzles = _read_puzzles(solver, args)
     solutions = solver.solve(puzzles)
     if args.json:
         for s in solutions:
@@ -170,43 +224,53 @@ def solve(args: argparse.Namespace) -> None:
         print(f"{sum(bool(s.is_valid) for s in solutions)} of {len(solutions)} valid")
 
 
-def _read_puzzles(solver: "Solver", words: Sequence[str]) -> list["np.ndarray"]:
+def _read_puzzles(solver: "Solver", args: argparse.Namespace) -> list["np.ndarray"]:
     """The puzzles that the words of `solve` mean: one puzzle, a file of them, or examples of a dataset."""
+    words = args.words
     if not words or "=" in words[0]:
-        options = Options(words, ["data", "split", "index", "count"], ["data"])
-        return solver.questions(**options)
+        options: SolveOptions = options_of(args)
+        return solver.questions(**options.model_dump())
     if len(words) > 1:
         raise UserError("give one puzzle (without spaces), one file, or data=DIR")
     word = words[0]
     file = Path(word)
     if len(word) < 255 and file.is_file():
-        lines = [(f"{file}:{n}", line.strip()) for n, line in enumerate(file.read_text().splitlines(), 1)]
-        puzzles = [solver.parse(line, where) for where, line in lines if line and not line.startswith("#")]
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"{file} is no text file; give one with a puzzle on each line") from None
+        numbered = [(f"{file}:{n}", line.strip()) for n, line in enumerate(lines, 1)]
+        puzzles = [_read_puzzle(solver, t, where) for where, t in numbered if t and not t.startswith("#")]
         if not puzzles:
             raise UserError(f"{file} holds no puzzle")
         return puzzles
-    return [solver.parse(word, f"'{word}' is no file and no puzzle")]
+    return [_read_puzzle(solver, word, f"'{word}' is no file and no puzzle to solve")]
+
+
+def _read_puzzle(solver: "Solver", text: str, where: str) -> "np.ndarray":
+    question = solver.parse(text, where)
+    if solver.task.num_solutions(question) == 2:
+        print(f"note: '{text}' has several solutions; any of them counts as valid", file=sys.stderr)
+    return question
 
 
 def import_checkpoint(args: argparse.Namespace) -> None:
     from hrm_ray.data.shards import open_dataset
     from hrm_ray.interop.checkpoint import import_checkpoint
 
-    options = Options(args.words, ["out", "data"], ["out"])
-    dataset = open_dataset(options["data"]) if "data" in options else None
-    manifest = import_checkpoint(args.dir, options["out"], dataset)
-    print(
-        f"{options['out']}: {manifest.arch.name}, task {manifest.dataset.task}, step {manifest.global_step}"
-    )
+    options: ImportOptions = options_of(args)
+    dataset = open_dataset(options.data) if options.data else None
+    manifest = import_checkpoint(args.dir, options.out, dataset)
+    print(f"{options.out}: {manifest.arch.name}, task {manifest.dataset.task}, step {manifest.global_step}")
 
 
 def export_checkpoint(args: argparse.Namespace) -> None:
     from hrm_ray.interop.checkpoint import export_checkpoint
     from hrm_ray.training.checkpoint import find
 
-    options = Options(args.words, ["out"], ["out"])
-    export_checkpoint(find(args.checkpoint), options["out"])
-    print(f"{options['out']}: written in the published layout")
+    options: OutOptions = options_of(args)
+    export_checkpoint(find(args.checkpoint), options.out)
+    print(f"{options.out}: written in the published layout")
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -228,7 +292,7 @@ def _add(commands: Any, name: str, run: Command, help: str, example: str) -> arg
         epilog="examples:\n" + "\n".join(f"  {line}" for line in example.splitlines()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, title=parser.prog.partition(" ")[2])
     return parser
 
 
@@ -267,6 +331,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("dir", help="dataset folder or URI")
     p.add_argument("words", **key_value, help="split=train index=0")
+    p.set_defaults(options=ShowOptions)
     p = _add(
         kinds,
         "import-npy",
@@ -276,6 +341,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("dir", help="folder with train/ and test/")
     p.add_argument("words", **key_value, help="out=DIR")
+    p.set_defaults(options=OutOptions)
 
     p = _add(
         commands,
@@ -300,8 +366,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "words",
         **key_value,
-        help="data=DIR [split=test] [num_examples=N] [save_outputs=[NAME,...] out=FILE.npz]",
+        help="data=DIR [split=test] [num_examples=N] [batch_size=N] [save_outputs=[NAME,...] out=FILE.npz]",
     )
+    p.set_defaults(options=EvalOptions)
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p = _add(
         commands,
@@ -317,8 +384,9 @@ def build_parser() -> argparse.ArgumentParser:
         "words",
         nargs="*",
         metavar="PUZZLE",
-        help="a puzzle, a file with one a line, or data=DIR [split=test] [index=0]",
+        help="a puzzle, a file with one a line, or data=DIR [split=test] [index=0] [count=1]",
     )
+    p.set_defaults(options=SolveOptions)
     p.add_argument("--json", action="store_true", help="print one JSON object a puzzle")
     p = _add(
         commands,
@@ -329,6 +397,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("dir", help="folder with all_config.yaml and the weights")
     p.add_argument("words", **key_value, help="out=DIR [data=DIR]")
+    p.set_defaults(options=ImportOptions)
     p = _add(
         commands,
         "export-checkpoint",
@@ -338,6 +407,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("checkpoint", help="checkpoint folder, or run folder (then its best)")
     p.add_argument("words", **key_value, help="out=DIR")
+    p.set_defaults(options=OutOptions)
     _add(commands, "doctor", doctor, "show what this machine has and what will be used", "hrm-ray doctor")
     return parser
 
@@ -347,16 +417,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return args.run(args) or 0
-    except UserError as error:
-        if os.environ.get(TRACEBACK):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (UserError, OSError) as error:
+        mistake = error if isinstance(error, UserError) else about_file(error)
+        if mistake is None or os.environ.get(TRACEBACK):
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
+        return mistake.exit_code
 
 
 if __name__ == "__main__":

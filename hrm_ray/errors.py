@@ -17,6 +17,15 @@ class RunFailed(UserError):
     exit_code = 1
 
 
+def about_file(error: OSError) -> UserError | None:
+    """The error as one about the file that it names; None if it names none (then it is no mistake of the user's)."""
+    if error.filename is not None:
+        return UserError(f"{error.filename}: {error.strerror}")
+    if "Detail: [errno " in str(error):  # pyarrow's, which name the file in the message
+        return UserError(error.strerror)
+    return None
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for use in one of ours; its type's name if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hrm_ray.cli import build_parser, main
+from hrm_ray.cli import build_options, build_parser, main, options_of
 from hrm_ray.config.compose import train_config
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.data.recipe import load_recipe
 from hrm_ray.data.shards import DatasetWriter, Manifest, balanced_cuts
 from hrm_ray.data.tasks.base import get_task
 from hrm_ray.training import trainer
@@ -47,11 +46,9 @@ def test_every_command_in_readme_and_help_is_understood(words):
     if args.command == "train":
         train_config(args.words)
     if words[:2] == ["data", "build"]:
-        options = dict(word.split("=", 1) for word in args.words)
-        overrides = {
-            k: json.loads(v) if v.isdigit() else v for k, v in options.items() if k not in ("recipe", "out")
-        }
-        load_recipe(options["recipe"], overrides)
+        build_options(args.words)
+    if "options" in args and all("=" in word for word in args.words):  # the others are puzzles
+        options_of(args)
 
 
 def test_every_command_has_an_example():
@@ -133,7 +130,7 @@ def test_doctor(capsys):
 def sudoku_dataset(out: Path) -> None:
     """A 4x4 Sudoku data set of one puzzle."""
     task = get_task("sudoku", size=4)
-    puzzle, answer = task.parse("1..." * 4)[None], task.parse("1234341221434321")[None]
+    answer = task.parse("1234341221434321")[None]
     with DatasetWriter(out) as writer:
         splits = {}
         for name in ("train", "test"):
@@ -157,9 +154,9 @@ def sudoku_dataset(out: Path) -> None:
             splits=splits,
         )
         writer.finish(manifest)
-    del puzzle
 
 
+TINY = ["global_batch_size=8", "device=cpu", *(f"arch.{key}={value}" for key, value in ARCH.items())]
 MISTAKES = [
     (["eval", "{run}", "data={missing}"], "no dataset folder"),
     (["eval", "{missing}", "data={data}"], "no such folder; give a checkpoint or a run folder"),
@@ -169,16 +166,44 @@ MISTAKES = [
     (["eval", "{run}", "data={data}", "splt=test"], "unknown key 'splt'; did you mean 'split'?"),
     (["eval", "{run}", "data={data}", "save_outputs=[logits]"], "go together"),
     (["eval", "{run}", "data={data}", "save_outputs=[logit]", "out={missing}"], "unknown 'logit'"),
-    (["eval", "{run}"], "'data' is not given"),
+    (["eval", "{run}"], "eval: 'data' is not given; add data=VALUE"),
+    (
+        ["eval", "{run}", "data={data}", "num_examples=abc"],
+        "num_examples='abc': input should be a valid integer",
+    ),
+    (["eval", "{run}", "data={data}", "num_examples=2.5"], "num_examples=2.5: "),
+    (["eval", "{run}", "data={data}", "num_examples=-3"], "num_examples=-3: input should be greater than 0"),
+    (["eval", "{run}", "data={data}", "num_examples=0"], "num_examples=0: input should be greater than 0"),
+    (["eval", "{run}", "data={data}", "num_examples=0x_"], "num_examples=0x_: not a value"),
+    (["eval", "{run}", "data={data}", "num_examples="], "num_examples= is empty"),
+    (["eval", "{run}", "data={data}", "batch_size=x"], "batch_size='x': input should be a valid integer"),
+    (["eval", "{run}", "data={data}", "batch_size=0"], "batch_size=0: input should be greater than 0"),
+    (["eval", "{run}", "data={data}", "save_outputs=[logits]", "out={missing}/x.npz"], "there is no folder"),
+    (["eval", "{run}", "data={data}", "save_outputs=[logits]", "out={data}"], "is a folder; give a file"),
+    (["eval", "{run}", "data={data}", "save_outputs=[logits]", "out=/proc/x.npz"], "/proc/x.npz"),
+    (["solve", "{run}", "data={data}", "index=foo"], "solve: index='foo': input should be a valid integer"),
+    (["solve", "{run}", "data={data}", "count=0"], "count=0: input should be greater than 0"),
+    (["solve", "{run}"], "solve: 'data' is not given"),
+    (["solve", "{run}", "{binary}"], "is no text file"),
     (["solve", "{run}", "1,2,3"], "3 tokens, where 16 are needed"),
     (["solve", "{run}", "data={data}", "index=24"], "holds examples 0..23"),
     (["train", "experiment=quickstrat"], "did you mean 'quickstart'?"),
     (["train", "experiment=quickstart", "data={missing}"], "no dataset folder"),
+    (["train", "data={data}", "scaling=local", "storage=/proc/x", *TINY], "/proc/x"),
+    (["train", "data={data}", "run_name=a/b"], "run_name=a/b is no plain folder name"),
+    (["train", "data={data}", "run_name="], "run_name= is empty"),
     (["train", "data={data}", "lrr=1"], "unknown key 'lrr'; did you mean 'lr'?"),
     (["train", "data={data}", "device=cuda", "scaling=local", "storage={missing}"], "no GPU"),
     (["import-checkpoint", "{data}", "out={missing}"], "not a published checkpoint folder"),
     (["export-checkpoint", "{run}", "out={data}"], "exists; choose another out="),
     (["data", "show", "{data}", "index=64"], "64"),
+    (["data", "show", "{data}", "index=-1"], "data show: index=-1: "),
+    (["data", "build", "recipe=sudoku_4x4", "out=/proc/x"], "cannot write to /proc/x"),
+    (["data", "build", "recipe=sudoku_4x4", "out={missing}", "overwite=true"], "did you mean 'overwrite'?"),
+    (["data", "build", "recipe=sudoku_4x4", "out={missing}", "overwrite=5"], "overwrite=5: "),
+    (["data", "build", "recipe=sudoku_4x4"], "data build: 'out' is not given; add out=VALUE"),
+    (["data", "build", "recipe={binary}.yaml", "out={missing}"], "is no valid YAML"),
+    (["data", "import-npy", "{data}"], "data import-npy: 'out' is not given"),
     (["data", "info", "{missing}"], "no dataset folder"),
 ]
 
@@ -187,7 +212,9 @@ MISTAKES = [
 def test_mistakes_end_in_one_line_and_exit_code_2(trained, tmp_path, capsys, words, said):
     data, run = trained
     sudoku_dataset(tmp_path / "sudoku")
-    names = {"data": data, "run": run, "missing": tmp_path / "missing", "sudoku": tmp_path / "sudoku"}
+    for name in ("binary", "binary.yaml"):
+        (tmp_path / name).write_bytes(b"\xff\x00\xfe")
+    names = {name: tmp_path / name for name in ("missing", "sudoku", "binary")} | {"data": data, "run": run}
     assert main([word.format(**names) for word in words]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert errors[-1].startswith("error: ")
@@ -197,7 +224,45 @@ def test_mistakes_end_in_one_line_and_exit_code_2(trained, tmp_path, capsys, wor
 
 def test_a_run_of_another_model_is_refused_before_anything_starts(trained, capsys):
     data, run = trained
-    words = [f"data={data}", f"storage={run.parent}", "run_name=toy", "global_batch_size=8"]
-    words += [f"arch.{key}={value}" for key, value in ARCH.items()] + ["arch.H_cycles=3"]
+    words = [f"data={data}", f"storage={run.parent}", "run_name=toy"]
+    words += [*TINY, "arch.H_cycles=3"]
     assert main(["train", *words]) == 2
     assert "arch H_cycles=2, not 3" in capsys.readouterr().err
+
+
+def test_an_error_of_the_system_that_names_no_file_is_no_mistake_of_the_user(monkeypatch):
+    def broken() -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("hrm_ray.doctor.report", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        main(["doctor"])
+
+
+@pytest.fixture
+def sudoku_run(tmp_path) -> Path:
+    """A run on 4x4 Sudoku which has learned nothing."""
+    sudoku_dataset(tmp_path / "sudoku")
+    values = toy_config(
+        tmp_path / "sudoku", tmp_path / "runs", global_batch_size=1, max_steps=1, run_name="sudoku"
+    )
+    trainer.train(TrainConfig(**values), show_progress=False)
+    return tmp_path / "runs" / "sudoku"
+
+
+def test_solve_refuses_what_has_no_solution_and_remarks_on_several(sudoku_run, tmp_path, capsys):
+    file = tmp_path / "puzzles.txt"
+    for puzzle, said in (
+        ("11..............", "its clues contradict: 1 twice in row 1"),
+        ("123....4........", "it has no solution"),
+    ):
+        assert main(["solve", str(sudoku_run), puzzle]) == 2
+        assert capsys.readouterr().err == f"error: '{puzzle}' is no file and no puzzle to solve: {said}\n"
+        file.write_text(f"# one\n{puzzle}\n")
+        assert main(["solve", str(sudoku_run), str(file)]) == 2
+        assert capsys.readouterr().err == f"error: {file}:2: {said}\n"
+    assert main(["solve", str(sudoku_run), "1...............", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "has several solutions" in printed.err and json.loads(printed.out)["puzzle"] == "1..............."
+    assert main(["solve", str(sudoku_run), "12343412214343.."]) == 0
+    assert capsys.readouterr().err == ""

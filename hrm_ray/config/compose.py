@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.config.validate import known_keys, nearest, validated
+from hrm_ray.config.validate import as_typed, is_text, known_keys, nearest, split_word, validated
 from hrm_ray.errors import UserError, first_line
 
 GROUPS = ("arch", "scaling", "experiment")
@@ -26,27 +26,22 @@ def choices(group: str) -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
-def split_override(word: str) -> tuple[str, str]:
-    """(key, value) of ``key=value``. Raises UserError if it is not of that form."""
-    key, equals, value = word.partition("=")
-    if not equals or not key:
-        raise UserError(f"'{word}' is not of the form key=value")
-    return key, value
-
-
 def train_config(words: Sequence[str]) -> TrainConfig:
     """Compose the configuration of a training run from ``key=value`` words.
 
     `run_name`, if not given, is the experiment's name.
+
+    Paths, URIs and names are taken as they are typed; all other values have Hydra's syntax.
 
     Raises:
         UserError: an unknown key, group choice, or a value that does not fit.
     """
     overrides = []
     chosen = {}
+    texts = {}
     known = known_keys(TrainConfig)
     for word in words:
-        key, value = split_override(word)
+        key, value = split_word(word)
         key = ALIASES.get(key, key)
         if key in GROUPS:
             chosen[key] = value
@@ -54,11 +49,14 @@ def train_config(words: Sequence[str]) -> TrainConfig:
                 raise UserError(f"unknown {key} '{value}'; {nearest(value, choices(key))}")
         elif key not in known:
             raise UserError(f"unknown key '{key}'; {nearest(key, [*known, *GROUPS])}")
-        overrides.append(f"{key}={value}")
+        if is_text(TrainConfig, key):
+            texts[key] = as_typed(value)
+        else:
+            overrides.append(f"{key}={value}")
     if chosen.get("scaling") == "local" and not any(o.startswith("scaling.num_workers=") for o in overrides):
         overrides.append("scaling.num_workers=1")  # whatever the experiment says
     where = f"experiment {chosen['experiment']}" if "experiment" in chosen else "configuration"
-    values = _compose(overrides)
+    values = _compose(overrides) | texts
     values.pop("experiment", None)
     if values.get("data_path") is None:
         raise UserError(
@@ -67,6 +65,10 @@ def train_config(words: Sequence[str]) -> TrainConfig:
         )
     if values["run_name"] is None:
         values["run_name"] = chosen.get("experiment", "train")
+    if "/" in values["run_name"] or values["run_name"] in (".", ".."):
+        raise UserError(
+            f"run_name={values['run_name']} is no plain folder name; storage=DIR says where runs lie"
+        )
     return validated(TrainConfig, values, where)
 
 

@@ -5,9 +5,11 @@ are errors that name the nearest known key, wrong values are errors that name th
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hrm_ray.errors import UserError
@@ -37,6 +39,49 @@ def known_keys(settings: type[Settings], prefix: str = "") -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
             keys += known_keys(field.annotation, f"{prefix}{name}.")
     return keys
+
+
+def split_word(word: str) -> tuple[str, str]:
+    """(key, value) of ``key=value``. Raises UserError if it is not of that form."""
+    key, equals, value = word.partition("=")
+    if not equals or not key:
+        raise UserError(f"'{word}' is not of the form key=value")
+    if not value:
+        raise UserError(f"{key}= is empty; give {key}=VALUE")
+    return key, value
+
+
+def is_text(settings: type[Settings], key: str) -> bool:
+    """Whether the value of `key` is text, to be taken as it was typed: a path, a URI or a name."""
+    field = settings.model_fields.get(key)
+    return field is not None and field.annotation in (str, str | None)
+
+
+def as_typed(text: str) -> str:
+    """`text`, but for a leading ``~/``, which not every shell replaces behind an equals sign."""
+    return str(Path(text).expanduser()) if text.startswith("~/") else text
+
+
+def read_words(words: Sequence[str], *kinds: type[Settings]) -> dict[str, Any]:
+    """The values of ``key=value`` words, to be `validated`: text as it was typed, everything else read as YAML.
+
+    Args:
+        kinds: the classes whose keys may be given.
+
+    Raises:
+        UserError: a word of another form, an unknown key, or no YAML.
+    """
+    kind_of = {key: kind for kind in kinds for key in kind.model_fields}
+    values: dict[str, Any] = {}
+    for word in words:
+        key, text = split_word(word)
+        if key not in kind_of:
+            raise UserError(f"unknown key '{key}'; {nearest(key, kind_of)}")
+        try:
+            values[key] = as_typed(text) if is_text(kind_of[key], key) else yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError):  # PyYAML lets the ValueError of a wrong date or number through
+            raise UserError(f"{key}={text}: not a value; quote it if it holds special characters") from None
+    return values
 
 
 def validated(settings: type[SettingsT], values: Mapping[str, Any], where: str) -> SettingsT:

@@ -48,7 +48,7 @@ def show(path: str | Path, split: str = "train", index: int = 0) -> str:
     """
     dataset = open_dataset(path)
     part = dataset.split(split)
-    if not isinstance(index, int) or not 0 <= index < part.num_examples:
+    if not 0 <= index < part.num_examples:
         raise UserError(f"index={index}: split '{split}' of {path} has examples 0..{part.num_examples - 1}")
     row = part.rows(np.array([index]))
     question, answer = row["inputs"][0], row["labels"][0]

@@ -102,7 +102,7 @@ def load_recipe(name_or_file: str, overrides: Mapping[str, Any] | None = None) -
     elif not file.is_file():
         raise UserError(f"recipe file {file} does not exist")
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.safe_load(file.read_bytes())
     except yaml.YAMLError as error:
         raise UserError(f"recipe {file} is no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -30,6 +30,15 @@ def test_published_names_are_understood():
     assert train_config(words.split()).arch.L_cycles == 8
 
 
+def test_paths_uris_and_names_are_taken_as_typed(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    uri = "s3://b/p?endpoint_override=h:9000&scheme=http"
+    config = train_config(["data=~/my, data", f"storage={uri}", "run_name=7", "project_name=a: {b}"])
+    assert config.data_path == "/home/me/my, data"
+    assert (config.storage, config.run_name, config.project_name) == (uri, "7", "a: {b}")
+    assert train_config(["data=d", "storage=~/x"]).storage == "/home/me/x"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -43,6 +52,9 @@ def test_published_names_are_understood():
         (["data=d", "arch.hidden_size=72"], "heads of odd width 9"),
         (["data=d", "scaling.num_workers=5"], "global_batch_size=384 cannot be divided"),
         (["data=d", "scaling=local", "scaling.num_workers=2"], "scaling=local runs one worker"),
+        (["data=d", "run_name=a/b"], "run_name=a/b is no plain folder name"),
+        (["data=d", "run_name=.."], "run_name=.. is no plain folder name"),
+        (["data=d", "run_name="], "run_name= is empty"),
         (["data=d", "epochs"], "'epochs' is not of the form key=value"),
         (["lr=1e-3"], "data_path is not given; add data=DIR"),
     ],

@@ -131,7 +131,7 @@ def test_symmetry_keeps_validity_and_fits_question_to_answer(size, seed):
 @settings(max_examples=50, deadline=None)
 def test_symmetries_form_a_group(size, first, second):
     """Inverses and compositions of symmetries are of the same kind: they too map units onto units."""
-    cells_of_unit, _ = kernels.geometry(size, *BOX_SHAPES[size])
+    cells_of_unit, _ = get_task("sudoku", size=size)._geometry
     unit_sets = {frozenset(cells.tolist()) for cells in cells_of_unit}
     boards = puzzles(size, 2)[1]
     source, digits = draw(size, first)

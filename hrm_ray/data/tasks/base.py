@@ -51,6 +51,14 @@ class Task(ABC):
     def is_solution(self, inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
         """Whether each row of outputs (integers [n, seq_len]) fully and rightly solves its question; bool[n]."""
 
+    def contradiction(self, question: np.ndarray) -> str | None:
+        """What in a question (uint8[seq_len]) breaks the rules, in words; None: nothing, or the task cannot tell."""
+        return None
+
+    def num_solutions(self, question: np.ndarray) -> int | None:
+        """Solutions of a question (uint8[seq_len]): 0, 1, or 2 for several; None: the task cannot tell."""
+        return None
+
 
 class Tokens(Task):
     """A data set of an unknown family (imported): shown as numbers, answers cannot be checked."""

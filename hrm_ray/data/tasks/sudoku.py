@@ -134,8 +134,8 @@ class Sudoku(Task):
             inputs = self.parse(question)
         except UserError as error:
             return f"question '{_shorten(question)}': {error}"
-        if self.contradicts(inputs[None])[0]:
-            return f"question '{question}': its clues contradict: {self._contradiction(inputs)}"
+        if contradiction := self.contradiction(inputs):
+            return f"question '{question}': its clues contradict: {contradiction}"
         if not answer:
             return None
         try:
@@ -150,16 +150,16 @@ class Sudoku(Task):
             return f"answer '{answer}' does not fit its question: clue in row {row + 1}, column {col + 1} differs"
         if (outputs == BLANK).any():
             return f"answer '{answer}' is not complete"
-        return f"answer '{answer}' is no solution: {self._contradiction(outputs)}"
+        return f"answer '{answer}' is no solution: {self.contradiction(outputs)}"
 
-    def _contradiction(self, tokens: np.ndarray) -> str:
+    def contradiction(self, question: np.ndarray) -> str | None:
         cells_of_unit, _ = self._geometry
         for unit, cells in enumerate(cells_of_unit):
-            digits, counts = np.unique(tokens[cells], return_counts=True)
+            digits, counts = np.unique(question[cells], return_counts=True)
             for digit in digits[(counts > 1) & (digits >= FIRST_DIGIT)]:
                 kind = ("row", "column", "box")[unit // self.size]
                 return f"{digit - 1} twice in {kind} {unit % self.size + 1}"
-        raise ValueError("no contradiction")
+        return None
 
     # Compiled: solver, generator, symmetries
 
@@ -171,7 +171,13 @@ class Sudoku(Task):
 
     @cached_property
     def _geometry(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._kernels.geometry(self.size, self.box_rows, self.box_cols)
+        """The cells of every unit, int64[3 * size, size] (rows, columns, boxes), and the three units of every cell,
+        int64[size * size, 3]."""
+        row, col = np.divmod(np.arange(self.seq_len), self.size)
+        box = (row // self.box_rows) * (self.size // self.box_cols) + col // self.box_cols
+        unit_of_cell = np.stack([row, self.size + col, 2 * self.size + box], axis=1)
+        units = range(3 * self.size)
+        return np.stack([np.flatnonzero((unit_of_cell == unit).any(axis=1)) for unit in units]), unit_of_cell
 
     def solve(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Solve questions uint8[n, seq_len].
@@ -182,6 +188,13 @@ class Sudoku(Task):
             from single candidates and single places, to find the solution and prove it the only one.
         """
         return self._kernels.solve(np.ascontiguousarray(inputs), *self._geometry)
+
+    def num_solutions(self, question: np.ndarray) -> int | None:
+        try:
+            _, counts, _ = self.solve(question[None])
+        except ImportError:  # no numba
+            return None
+        return int(counts[0])
 
     def generate(
         self, seed: int, first: int, count: int, num_clues: int, max_tries: int

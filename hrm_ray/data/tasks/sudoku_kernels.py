@@ -1,7 +1,7 @@
 """Compiled inner loops of Sudoku: solve, generate, augment.
 
-A board is uint8[S] of tokens (1 blank, digits from 2), row by row. Geometry comes in as two small tables made by
-`geometry`, so that the same code serves every size and box shape. Candidates are bit masks: bit d stands for
+A board is uint8[S] of tokens (1 blank, digits from 2), row by row. Geometry comes in as two small tables
+(Sudoku._geometry), so that the same code serves every size and box shape. Candidates are bit masks: bit d stands for
 token d + 2. Random decisions are keyed (see keyed_random): the same whoever computes them.
 """
 
@@ -12,16 +12,6 @@ from hrm_ray.data.keyed_random import below, shuffle, stream
 
 BLANK = 1
 FIRST_DIGIT = 2
-
-
-def geometry(size: int, box_rows: int, box_cols: int) -> tuple[np.ndarray, np.ndarray]:
-    """The cells of every unit, int64[3 * size, size] (rows, columns, boxes), and the three units of every cell,
-    int64[size * size, 3]."""
-    row, col = np.divmod(np.arange(size * size), size)
-    box = (row // box_rows) * (size // box_cols) + col // box_cols
-    unit_of_cell = np.stack([row, size + col, 2 * size + box], axis=1)
-    cells_of_unit = np.stack([np.flatnonzero((unit_of_cell == unit).any(axis=1)) for unit in range(3 * size)])
-    return cells_of_unit, unit_of_cell
 
 
 @njit(cache=True)
