@@ -12,7 +12,8 @@ import torch
 from hrm_ray.errors import UserError
 from hrm_ray.optim.adam_atan2 import resolve_backend
 
-# Longest sequence for which two batched products beat the fused kernel on a CPU (docs/performance.md).
+# Longest sequence for which two batched products beat the fused kernel on a CPU in bfloat16; in float32 they do
+# not (docs/performance.md; 17 and 82 tokens measured).
 CPU_MATMUL_MAX_TOKENS = 128
 
 
@@ -73,7 +74,7 @@ def resolve(
         if on_gpu:
             attention = "flash" if half and flash_attention_present() else "sdpa"
         else:
-            attention = "matmul" if num_tokens <= CPU_MATMUL_MAX_TOKENS else "sdpa"
+            attention = "matmul" if half and num_tokens <= CPU_MATMUL_MAX_TOKENS else "sdpa"
     elif attention == "flash" and not (on_gpu and half and flash_attention_present()):
         raise UserError(
             "attention=flash needs a GPU, bfloat16 and the flash-attn package; use attention=auto"
