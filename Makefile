@@ -9,17 +9,19 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow lint format clean
+.PHONY: help quickstart test lint format clean
 
 help:
 	@sed -n 's/^# //p' Makefile
 
-# The marker is younger than what it depends on: the environment is made again only if they change.
+# The marker is younger than what it depends on: the environment is made again only if they change. An environment
+# whose making was interrupted has no pip yet, and is thrown away.
 $(READY): pyproject.toml constraints.txt
 	@echo "making the environment in $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than Python 3.11; use make PYTHON=python3.12"; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); } || \
+		{ echo "error: $(PYTHON) cannot make environments; install its venv package (apt install python3-venv)"; exit 2; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -37,9 +39,6 @@ quickstart: $(READY)
 
 test: $(READY) lint
 	@$(BIN)/python -m pytest
-
-test-slow: $(READY)
-	@$(BIN)/python -m pytest -m slow --timeout 3600
 
 lint: $(READY)
 	@$(BIN)/ruff check .

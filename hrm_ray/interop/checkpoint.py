@@ -111,7 +111,7 @@ def _read_config(source: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{source} has no {CONFIG_FILE}: not a published checkpoint folder")
     try:
-        config = yaml.safe_load(file.read_text())
+        config = yaml.safe_load(file.read_bytes())
     except yaml.YAMLError as error:
         raise UserError(f"{file} is no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict) or not isinstance(config.get("arch"), dict):

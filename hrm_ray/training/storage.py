@@ -32,7 +32,12 @@ class Storage:
         return self._where
 
     def __truediv__(self, name: str) -> "Storage":
-        return Storage(f"{self._where.rstrip('/')}/{name}")
+        folder, mark, query = self._where.partition("?")  # a URI's options stay at its end
+        return Storage(f"{folder.rstrip('/')}/{name}{mark}{query}")
+
+    def create(self) -> None:
+        """Make the folder, if need be. Raises OSError if that cannot be."""
+        self._fs.create_dir(self._root, recursive=True)
 
     @property
     def local_path(self) -> Path | None:

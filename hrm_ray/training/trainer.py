@@ -161,6 +161,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> tuple[dict[str,
         summary = json.loads(run.read(SUMMARY_FILE) or b"{}")
         if summary.get("finished") and summary["global_step"] == point.manifest.global_step:
             return summary, None
+    run.create()  # fails here, and not in a worker, where it cannot be
     bar = ProgressBar(config.global_batch_size)
     on_progress = bar.show if show_progress else lambda progress: None
     with StopRequest().listening() as stop:

@@ -1,0 +1,24 @@
+"""The pages say nothing that is not there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere_and_nothing_is_left_to_fill_in(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    for link in links:
+        assert link.startswith("http") or (page.parent / link).exists(), link
+    assert not re.findall(r"\b[A-Z]{3,}_[A-Z_]{3,}\b", re.sub(r"`[^`]*`|RAY_ADDRESS", "", text))
+
+
+def test_every_recipe_and_experiment_is_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for file in [*(ROOT / "datasets").glob("*.yaml"), *(ROOT / "hrm_ray/config/experiment").glob("*.yaml")]:
+        assert f"`{file.stem}`" in readme, file

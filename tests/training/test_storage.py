@@ -1,0 +1,41 @@
+"""Files of a run: whole or not there, on any filesystem."""
+
+import pytest
+
+from hrm_ray.errors import UserError
+from hrm_ray.training.storage import Storage
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_write_read_list_delete(tmp_path, scheme):
+    run = Storage(f"{scheme}{tmp_path}/a/run")
+    assert not run.exists() and run.folders() == [] and run.read("x") is None
+    run.write("one/x", b"1")
+    run.write("one/x", b"2")
+    (run / "two").write("y", b"3")
+    assert run.read("one/x") == b"2" and (run / "one").read("x") == b"2"
+    assert run.folders() == ["one", "two"]
+    run.delete("one")
+    assert run.folders() == ["two"]
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["y"]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    run = Storage(tmp_path)
+    run.write("x", b"old")
+    monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        run.write("x", b"new")
+    assert run.read("x") == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_options_of_a_uri_stay_at_its_end():
+    run = Storage("s3://bucket/runs?endpoint_override=127.0.0.1:9&scheme=http") / "name"
+    assert str(run) == "s3://bucket/runs/name?endpoint_override=127.0.0.1:9&scheme=http"
+    assert run._root == "bucket/runs/name" and run.local_path is None
+
+
+def test_an_unknown_scheme_is_named():
+    with pytest.raises(UserError, match="storage sftp://host/runs"):
+        Storage("sftp://host/runs")
