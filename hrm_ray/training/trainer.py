@@ -161,7 +161,6 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> tuple[dict[str,
         summary = json.loads(run.read(SUMMARY_FILE) or b"{}")
         if summary.get("finished") and summary["global_step"] == point.manifest.global_step:
             return summary, None
-    run.create()  # fails here, and not in a worker, where it cannot be
     bar = ProgressBar(config.global_batch_size)
     on_progress = bar.show if show_progress else lambda progress: None
     with StopRequest().listening() as stop:
@@ -232,6 +231,7 @@ def _ray_trainer(config: TrainConfig, channel: Channel):
     if not use_gpu:  # Ray hides no GPU from a worker that asked for none
         values["device"] = "cpu"
     storage = run_folder(config)
+    storage.create()  # if that cannot be, it is said here and not by a worker
     return TorchTrainer(
         _worker,  # type: ignore[arg-type]  # what it returns becomes Result.return_value
         train_loop_config={

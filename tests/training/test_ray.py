@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import RunFailed
+from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.training import trainer
 from hrm_ray.training.checkpoint import finished
 from tests.toy import toy_config, toy_dataset
@@ -135,3 +135,10 @@ def _wait_for(condition, process) -> None:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline, "nothing happened in 90 s"
         time.sleep(0.05)
+
+
+def test_more_workers_than_the_machine_has_is_said_at_once(config, ray_cluster):
+    many = TrainConfig(**config | {"scaling": on_ray(4)})
+    with pytest.raises(UserError, match="needs 4 CPUs, this machine has 2; use fewer"):
+        trainer.train(many, show_progress=False)
+    assert not trainer.run_folder(many).exists()
