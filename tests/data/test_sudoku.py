@@ -252,6 +252,8 @@ def test_render():
         ]
     )
     assert "| 1  2' | 3' 4' |" in task.render(answer, question)
+    wrong = np.where(question == 2, 3, answer)  # a clue of 1 answered with 2
+    assert "| 2! 2' | 3' 4' |" in task.render(wrong, question)
     assert len({len(line) for line in get_task("sudoku", size=6).render(np.ones(36)).splitlines()}) == 1
 
 

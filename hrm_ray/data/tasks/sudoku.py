@@ -71,10 +71,15 @@ class Sudoku(Task):
         return str(int(token) - 1) if FIRST_DIGIT <= token < self.vocab_size else "?"
 
     def render(self, tokens: np.ndarray, given: np.ndarray | None = None) -> str:
-        """A grid with box lines; digits that answer a blank of `given` are followed by an apostrophe."""
-        answered = np.zeros(self.seq_len, bool) if given is None else np.asarray(given) == BLANK
-        mark = "" if given is None else " "
-        cells = [self._symbol(t) + ("'" if a else mark) for t, a in zip(tokens, answered, strict=True)]
+        """A grid with box lines. Digits that answer a blank of `given` are followed by an apostrophe, those that
+        contradict a clue of it by an exclamation mark."""
+        if given is None:
+            marks = [""] * self.seq_len
+        else:
+            marks = [
+                "'" if g == BLANK else " " if g == t else "!" for t, g in zip(tokens, given, strict=True)
+            ]
+        cells = [self._symbol(token) + mark for token, mark in zip(tokens, marks, strict=True)]
         width = self.box_cols * (len(cells[0]) + 1) + 1
         line = "+".join(["", *["-" * width] * (self.size // self.box_cols), ""])
         lines = [line]
