@@ -1,4 +1,4 @@
-"""Train and tune recursive reasoning models (HRM, TRM) on Ray, from a laptop CPU to a GPU cluster."""
+"""Train and evaluate recursive reasoning models (HRM) on Ray, from a laptop CPU to GPU workers."""
 
 from typing import TYPE_CHECKING, Any
 

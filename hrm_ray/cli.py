@@ -300,7 +300,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All commands; each knows an example of its use."""
     parser = argparse.ArgumentParser(
         prog="hrm-ray",
-        description="Train and tune recursive reasoning models on Ray.",
+        description="Train and evaluate recursive reasoning models on Ray.",
         epilog="Start with: make quickstart. `hrm-ray COMMAND --help` shows examples.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
