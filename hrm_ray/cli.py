@@ -167,6 +167,18 @@ def train(args: argparse.Namespace) -> int:
     if stopped_by is not None:
         print(f"stopped at step {summary['global_step']}; the same command continues", file=sys.stderr)
         return 128 + stopped_by
+    if summary["stop_reason"] == "max_time_s":
+        step = summary["global_step"]
+        print(
+            f"max_time_s={config.max_time_s:g} are over at step {step}; the same command continues",
+            file=sys.stderr,
+        )
+    if summary["stop_reason"] == "early_stopping":
+        print(
+            f"{config.early_stopping} evaluations without a better {config.best_metric}: the run ends early; "
+            "early_stopping=null or a larger number continues it",
+            file=sys.stderr,
+        )
     final = summary["best"] or summary["final"]
     exact = final.get("eval/exact_accuracy")
     print(f"{run}: step {summary['global_step']}, {summary['train_s']:.0f} s of training", end="")

@@ -6,6 +6,10 @@ import os
 import pytest
 import torch
 
+# The models here are small: more threads gain nothing, and lose much where other processes want the cores too.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
 # Private clusters of tests; set before Ray is imported anywhere.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -23,12 +27,3 @@ def ray_cluster():
     )
     yield
     ray.shutdown()
-
-
-@pytest.fixture
-def one_thread():
-    """Torch on one thread, as the golden numbers were computed."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

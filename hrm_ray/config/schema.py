@@ -54,17 +54,39 @@ class ScalingConfig(Settings):
     """Where the loop runs: `mode=ray` in Ray Train workers, `mode=local` in this process without Ray."""
 
     mode: Literal["ray", "local"] = "ray"
-    num_workers: PositiveInt = 1
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1  # [MIN,MAX]: as many as there is room for
     use_gpu: bool | Literal["auto"] = "auto"  # auto: when the cluster has one for each worker
     cpus_per_worker: PositiveInt | Literal["auto"] = (
         "auto"  # auto: the node's CPUs shared evenly; 1 beside a GPU
     )
 
+    @model_validator(mode="after")
+    def _range_is_one(self) -> "ScalingConfig":
+        if self.min_workers > self.max_workers:
+            raise ValueError(
+                f"scaling.num_workers=[{self.min_workers},{self.max_workers}] is [MIN,MAX] with MIN above MAX; "
+                f"try [{self.max_workers},{self.min_workers}]"
+            )
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether workers may come and go."""
+        return self.min_workers < self.max_workers
+
 
 class FailureConfig(Settings):
     """What a run survives."""
 
-    max_failures: int = Field(default=3, ge=0)  # lost workers or nodes before giving up
+    max_failures: int = Field(default=3, ge=0)  # lost workers or nodes in one command before giving up
 
 
 class TrainConfig(Settings):
@@ -79,6 +101,10 @@ class TrainConfig(Settings):
     eval_interval: PositiveInt | None = 2000  # epochs between evaluations; null: only at the end
     num_eval_examples: PositiveInt | None = None  # only the first so many test examples; null: all
     max_steps: PositiveInt | None = None  # end early; schedules still follow `epochs`
+    max_time_s: PositiveFloat | None = (
+        None  # end this command after so long, with a checkpoint; null: no limit
+    )
+    early_stopping: PositiveInt | None = None  # evaluations without a better `best_metric` before ending
     drop_last: bool = True  # false: the last step takes what is left, a partial batch
 
     # optimizers
@@ -103,28 +129,44 @@ class TrainConfig(Settings):
     scaling: ScalingConfig = ScalingConfig()
     failure: FailureConfig = FailureConfig()
 
+    # what is done about faults
+    resume: Literal["auto", "weights"] = (
+        "auto"  # weights: start anew from the weights of a run that does not fit
+    )
+    watchdog_s: PositiveFloat | None = 900  # seconds without progress after which a worker counts as dead
+    on_nonfinite: Literal["stop", "rollback"] = (
+        "stop"  # rollback: to the last checkpoint, skipping those batches
+    )
+    max_rollbacks: PositiveInt = 10  # of one run, before giving up
+    max_loss: PositiveFloat = 1e4  # mean loss of a batch above which it counts as not finite
+    checksum_interval: PositiveInt | None = (
+        100  # steps between comparisons of the workers' weights; null: never
+    )
+
     # records
     storage: str = "runs"  # folder or URI that holds the runs
     run_name: str | None = None  # null: the name of the experiment
     project_name: str = "hrm_ray"  # in Weights & Biases
     log_interval: PositiveInt = 10  # steps between reports of training metrics
     checkpoint_interval: PositiveInt | None = None  # steps; null: at every evaluation and at the end
-    keep_last: PositiveInt = 2  # newest checkpoints kept, beside the best
+    checkpoint_interval_s: PositiveFloat | None = (
+        300  # seconds after which one is written anyway; null: never
+    )
+    keep_last: PositiveInt = 2  # newest checkpoints kept
+    keep_best: PositiveInt = 1  # and as many with the best `best_metric`
+    best_metric: Literal["eval/exact_accuracy", "eval/accuracy", "eval/q_halt_accuracy"] = (
+        "eval/exact_accuracy"
+    )
     wandb: Literal["off", "offline", "online"] = "off"
     tensorboard: bool = True
 
     @model_validator(mode="after")
-    def _workers_divide_the_batch(self) -> "TrainConfig":
-        if self.global_batch_size % self.scaling.num_workers:
+    def _workers_fit_the_batch(self) -> "TrainConfig":
+        if self.global_batch_size < self.scaling.max_workers:
             raise ValueError(
-                f"global_batch_size={self.global_batch_size} cannot be divided among "
-                f"scaling.num_workers={self.scaling.num_workers}; "
-                f"try global_batch_size={_next_multiple(self.global_batch_size, self.scaling.num_workers)}"
+                f"global_batch_size={self.global_batch_size} is too few puzzles for "
+                f"{self.scaling.max_workers} workers; use fewer workers or a larger batch"
             )
-        if self.scaling.mode == "local" and self.scaling.num_workers > 1:
+        if self.scaling.mode == "local" and self.scaling.max_workers > 1:
             raise ValueError("scaling=local runs one worker; use scaling=ray for more")
         return self
-
-
-def _next_multiple(number: int, divisor: int) -> int:
-    return -(-number // divisor) * divisor

@@ -1,7 +1,5 @@
 """Sign-SGD with decoupled decay for the rows of an embedding that occur in a batch."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -14,7 +12,6 @@ def sparse_sign_sgd(
     *,
     lr: float,
     weight_decay: float,
-    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Update in place the rows of `table` that occur in the global batch; the others stay untouched.
 
@@ -22,14 +19,11 @@ def sparse_sign_sgd(
 
     Args:
         table: [rows, size] float32, the same on every worker before and after.
-        identifiers: [n] int, the rows looked up by this worker, with repetitions.
+        identifiers: [n] int, the rows looked up by the whole global batch, with repetitions.
         gradients: [n, size] float32.
         lr: learning rate.
         weight_decay: decoupled, multiplied by `lr`.
-        gather: concatenates a tensor over all workers along its first axis (collective); None for one worker.
     """
-    if gather is not None:
-        identifiers, gradients = gather(identifiers), gather(gradients)
     rows, position = identifiers.unique(return_inverse=True)
     # As a product, because index_add_ on a GPU adds in an order that changes, and a sign near zero with it.
     is_of_row = position == torch.arange(len(rows), device=table.device)[:, None]

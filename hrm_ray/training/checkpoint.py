@@ -4,16 +4,19 @@
         model.safetensors                     weights and buffers, under their published names
         ema.safetensors                       averaged weights, if the run keeps them
         optimizer.safetensors                 first and second moments
-        carry-00000-of-00002.safetensors      hidden states and puzzles of one worker's slots
+        carry-00000-of-00002.safetensors      one worker's hidden states, puzzles, and sums not yet reported
         manifest.json                         what it is; sizes and SHA-256 of the files; written last
 
+        ../saved                              that the run has had a whole checkpoint at all
+
 Weights alone (an imported model) make a checkpoint too: one to evaluate, not to resume. Every file is verified
-before it is used, and nothing is ever unpickled.
+before it is used, and nothing is ever unpickled. What is damaged is passed over for the checkpoint before it; a run
+whose checkpoints are all damaged is not started over.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import safetensors.torch
@@ -23,13 +26,23 @@ from torch import Tensor
 
 from hrm_ray.config.schema import HRMConfig
 from hrm_ray.config.validate import Settings, validated
-from hrm_ray.errors import UserError
+from hrm_ray.errors import UserError, first_line
 from hrm_ray.training.storage import Storage
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
+SAVED = "saved"
+BEST_METRIC = "eval/exact_accuracy"  # unless the run says otherwise
 Tensors = dict[str, Tensor]
+
+
+class Damaged(UserError):
+    """A checkpoint that is not as it was written. `what` is the message without its advice."""
+
+    @property
+    def what(self) -> str:
+        return str(self).rpartition("; ")[0]
 
 
 class FileInfo(Settings):
@@ -63,6 +76,9 @@ class Manifest(Settings):
     # Of the evaluation at this step, added after it; empty if there was none.
     metrics: dict[str, float] = Field(default_factory=dict)
     train_s: float = 0.0  # seconds trained so far
+    unreported_steps: int = 0  # steps whose metrics are in the carries' sums
+    skipped_steps: list[int] = Field(default_factory=list)  # left out after a loss that was not finite
+    num_rollbacks: int = 0
     files: dict[str, FileInfo]
 
 
@@ -97,23 +113,26 @@ class Checkpoint:
         self.folder = folder
         content = folder.read(MANIFEST)
         if content is None:
-            raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}")
+            raise Damaged(f"{folder} has no {MANIFEST}; give a checkpoint or a run folder")
         try:
             values = json.loads(content)
             version, kind = values["format_version"], values.get("kind")
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{folder}/{MANIFEST} is damaged; use another checkpoint") from None
+            raise Damaged(f"{folder}/{MANIFEST} is damaged; use another checkpoint") from None
         if kind != "checkpoint":
             raise UserError(f"{folder} is not a checkpoint; give a checkpoint or a run folder")
         if version != FORMAT_VERSION:
             raise UserError(
                 f"{folder} has checkpoint format {version}, this version reads {FORMAT_VERSION}; update hrm_ray"
             )
-        self.manifest = validated(Manifest, values, f"{folder}/{MANIFEST}")
+        try:
+            self.manifest = validated(Manifest, values, f"{folder}/{MANIFEST}")
+        except UserError as error:
+            raise Damaged(f"{error}; use another checkpoint") from None
 
     @property
     def name(self) -> str:
-        return str(self.folder).rstrip("/").rpartition("/")[2]
+        return self.folder.name
 
     def tensors(self, name: str) -> Tensors:
         """One file's tensors, on the CPU, after checking its size and SHA-256."""
@@ -122,16 +141,20 @@ class Checkpoint:
             raise UserError(f"{self.folder} has no {name}; it has: {', '.join(self.manifest.files)}")
         content = self.folder.read(name)
         if content is None:
-            raise UserError(f"{self.folder}/{name} is missing; use another checkpoint")
+            raise Damaged(f"{self.folder}/{name} is missing; use another checkpoint")
         if len(content) != info.bytes or hashlib.sha256(content).hexdigest() != info.sha256:
-            raise UserError(
-                f"{self.folder}/{name} is damaged (size or SHA-256 differs); use another checkpoint, or "
-                "delete that folder to go on from the one before"
+            raise Damaged(
+                f"{self.folder}/{name} is damaged (size or SHA-256 differs); use another checkpoint"
             )
         try:
             return safetensors.torch.load(content)
         except SafetensorError as error:
-            raise UserError(f"{self.folder}/{name}: {error}") from None
+            raise Damaged(f"{self.folder}/{name}: {first_line(error)}; use another checkpoint") from None
+
+    def verify(self) -> None:
+        """Check every byte."""
+        for name in self.manifest.files:
+            self.tensors(name)
 
     def weights(self) -> Tensors:
         """What to evaluate: the averaged weights if the run kept them, else the weights."""
@@ -141,39 +164,66 @@ class Checkpoint:
         return weights
 
 
-BEST_METRIC = "eval/exact_accuracy"
-
-
 def finished(run: Storage) -> list[Checkpoint]:
-    """The checkpoints of `run` that have a manifest, oldest first; older ones that cannot be read are left out.
+    """The checkpoints of `run` with a readable manifest, oldest first; their files are not verified."""
+    readable = []
+    for name in (run / FOLDER).folders():
+        try:
+            readable.append(Checkpoint(run / FOLDER / name))
+        except Damaged:
+            continue
+    return readable
+
+
+def newest_whole(run: Storage, on_damage: Callable[[str], object]) -> Checkpoint | None:
+    """The newest checkpoint of `run` whose every byte is as written; None if the run never had one.
+
+    Args:
+        on_damage: told of each newer one that is not whole.
 
     Raises:
-        UserError: the newest cannot be read.
+        UserError: there were some, and none is whole.
     """
     folder = run / FOLDER
-    names = [name for name in folder.folders() if folder.read(f"{name}/{MANIFEST}") is not None]
-    readable = []
-    for name in names:
+    problems = []
+    for name in reversed(folder.folders()):
         try:
-            readable.append(Checkpoint(folder / name))
-        except UserError as error:
-            if name == names[-1]:
-                raise UserError(f"{error}, or delete that folder to go on from the one before") from None
-    return readable
+            checkpoint = Checkpoint(folder / name)
+            checkpoint.verify()
+        except Damaged as problem:
+            problems.append(problem.what)
+            on_damage(f"{problem.what}; it is passed over")
+            continue
+        return checkpoint
+    if folder.read(SAVED) is None:
+        return None
+    raise UserError(
+        f"{run}: no checkpoint is whole ({problems[0] if problems else 'all are gone'}); bring one back from a "
+        "copy, or choose another run_name= to start anew"
+    )
 
 
 def best(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
     """The one whose evaluation was best, the later of equals; the newest if none was evaluated."""
-    evaluated = [c for c in checkpoints if BEST_METRIC in c.manifest.metrics]
-    if not evaluated:
+    ranked = _by_metric(checkpoints)
+    if not ranked:
         return checkpoints[-1] if checkpoints else None
-    return max(evaluated, key=lambda c: (c.manifest.metrics[BEST_METRIC], c.manifest.global_step))
+    return ranked[-1]
 
 
-def prune(run: Storage, *, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the best one, and what was never finished."""
+def _by_metric(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Those that were evaluated, best last."""
+    if not checkpoints:
+        return []
+    metric = checkpoints[-1].manifest.config.get("best_metric", BEST_METRIC)
+    evaluated = [c for c in checkpoints if metric in c.manifest.metrics]
+    return sorted(evaluated, key=lambda c: (c.manifest.metrics[metric], c.manifest.global_step))
+
+
+def prune(run: Storage, *, keep_last: int, keep_best: int) -> None:
+    """Delete all but the newest `keep_last` and the best `keep_best` checkpoints, and what was never finished."""
     checkpoints = finished(run)
-    keep = {c.name for c in [*checkpoints[-keep_last:], best(checkpoints)] if c}
+    keep = {c.name for c in [*checkpoints[-keep_last:], *_by_metric(checkpoints)[-keep_best:]]}
     for name in (run / FOLDER).folders():
         if name not in keep:
             (run / FOLDER).delete(name)

@@ -1,11 +1,13 @@
-"""What a run writes down: config.yaml, metrics.jsonl, summary.json, TensorBoard files, Weights & Biases.
+"""What a run writes down: config.yaml, metrics.jsonl, events.jsonl, summary.json, TensorBoard, Weights & Biases.
 
 metrics.jsonl holds one JSON object a report, each exactly once: on resuming, what was reported after the
-checkpoint is cut off before the loop reports it again.
+checkpoint is cut off before the loop reports it again. events.jsonl tells what happened to the run, with the time:
+every start, checkpoint passed over, rollback and end; nothing is ever cut off it.
 """
 
 import json
 import sys
+import time
 import uuid
 from typing import Any
 
@@ -16,6 +18,7 @@ from hrm_ray.errors import UserError, first_line
 from hrm_ray.training.storage import Storage
 
 METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
 SUMMARY_FILE = "summary.json"
 WANDB_ID_FILE = "wandb_id"
 
@@ -33,28 +36,37 @@ class Records:
     def __init__(self, run: Storage, config: TrainConfig, global_step: int, *, evaluates_again: bool = False):
         self._run = run
         run.write("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+        self._lines: list[str] = []
+        self.last: dict[str, Any] = {}
+        self.rewind(global_step, evaluates_again=evaluates_again)
+        self._tensorboard = _tensorboard(run, config, global_step)
+        self._wandb = _wandb(run, config)
+
+    def rewind(self, global_step: int, *, evaluates_again: bool = False) -> None:
+        """Drop what was reported after `global_step`; for `evaluates_again`, see the class."""
         self._lines = [
             line
-            for line in (run.read(METRICS_FILE) or b"").decode().splitlines()
+            for line in (self._run.read(METRICS_FILE) or b"").decode().splitlines()
             if (step := _step_of(line)) <= global_step
             and not (evaluates_again and step == global_step and '"eval/' in line)
         ]
-        self.last: dict[str, Any] = {}
+        self.last = {}
         for line in self._lines:
             self._remember(json.loads(line))
         self._flush()
-        self._tensorboard = _tensorboard(run, config, global_step)
-        self._wandb = _wandb(run, config)
+
+    def evaluations(self, metric: str) -> list[float]:
+        """The values of `metric` in all evaluations so far."""
+        reports = (json.loads(line) for line in self._lines)
+        return [report[metric] for report in reports if metric in report]
 
     def write(self, record: dict[str, Any]) -> None:
         """Add one report; `global_step` is among its keys."""
         self._remember(record)
         line = json.dumps(record)
         self._lines.append(line)
-        path = self._run.local_path
-        if path is not None:
-            with (path / METRICS_FILE).open("a") as stream:
-                stream.write(line + "\n")
+        if self._run.local_path is not None:
+            self._run.append(METRICS_FILE, line + "\n")
         for name, value in record.items():
             if self._tensorboard and "/" in name:
                 self._tensorboard.add_scalar(name, value, record["global_step"])
@@ -62,9 +74,11 @@ class Records:
             self._wandb.log(record)
 
     def flush(self) -> None:
-        """Make what was written visible on storage that cannot append; called with every checkpoint."""
+        """Make what was written last: through a power cut, and on storage that cannot append."""
         if self._run.local_path is None:
             self._flush()
+        else:
+            self._run.sync(METRICS_FILE)
 
     def summarise(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
@@ -86,6 +100,13 @@ class Records:
 
     def _flush(self) -> None:
         self._run.write(METRICS_FILE, "".join(line + "\n" for line in self._lines).encode())
+
+
+def note_event(run: Storage, event: str, **values: Any) -> dict[str, Any]:
+    """Add to events.jsonl what has happened, and return it: `event` and `values`, with the `time` in epoch seconds."""
+    entry = {"time": round(time.time(), 3), "event": event, **values}
+    run.append(EVENTS_FILE, json.dumps(entry) + "\n")
+    return entry
 
 
 def _step_of(line: str) -> int:

@@ -18,29 +18,32 @@ from torch.nn.parallel import DistributedDataParallel
 from hrm_ray import machine
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.sampler import Sampler, min_halt_steps
-from hrm_ray.data.shards import Dataset, open_dataset
-from hrm_ray.errors import RunFailed, UserError
+from hrm_ray.data.shards import open_dataset
+from hrm_ray.errors import RunFailed
 from hrm_ray.models.act import ACT, Batch, Carry
 from hrm_ray.models.hrm import num_tokens
-from hrm_ray.models.losses import METRICS, LossType, act_loss
+from hrm_ray.models.losses import LossType, act_loss
 from hrm_ray.optim.sign_sgd import sparse_sign_sgd
+from hrm_ray.training.agreement import WorkersDisagree, all_finite, bit_sum, odd_ones_out
 from hrm_ray.training.checkpoint import (
     FOLDER,
     Checkpoint,
     best,
     finished,
-    prune,
+    newest_whole,
     step_name,
     write_manifest,
 )
 from hrm_ray.training.evaluate import Interrupted, evaluate, make_batch
-from hrm_ray.training.logging import Records
-from hrm_ray.training.plan import Plan
+from hrm_ray.training.logging import Records, note_event
+from hrm_ray.training.meter import Diverged, Meter
+from hrm_ray.training.plan import Plan, out_of_patience
+from hrm_ray.training.resume import check_fits, weights_source
+from hrm_ray.training.saver import Saver
 from hrm_ray.training.state import TrainState
-from hrm_ray.training.storage import Storage
+from hrm_ray.training.storage import Storage, is_full
+from hrm_ray.training.watchdog import Watchdog
 from hrm_ray.training.world import World
-
-NEVER = 2**31 - 1  # a step that no run reaches
 
 
 @dataclass
@@ -60,11 +63,15 @@ class Hooks:
 
     Attributes:
         progress: called after every step and every evaluated batch.
-        stop: whether to end after the step at hand.
+        stop: why to end after the step at hand; None to go on.
+        save: whether to write a checkpoint after the step at hand.
+        event: told of every entry of events.jsonl.
     """
 
     progress: Callable[[Progress], None] = lambda progress: None
-    stop: Callable[[], bool] = lambda: False
+    stop: Callable[[], str | None] = lambda: None
+    save: Callable[[], bool] = lambda: False
+    event: Callable[[dict[str, Any]], None] = lambda entry: None
 
 
 class LossModule(nn.Module):
@@ -81,67 +88,13 @@ class LossModule(nn.Module):
         return loss, metrics, step.carry
 
 
-class Meter:
-    """Sums the metrics of this worker's steps on its device until they are reported."""
+@dataclass(frozen=True)
+class Votes:
+    """What the workers agree on after every step."""
 
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._reset()
-
-    def _reset(self) -> None:
-        self._sums = torch.zeros(len(METRICS), dtype=torch.float64, device=self._device)
-        self._bad_step = torch.full((), NEVER, device=self._device)
-        self._num_steps = 0
-        self._data_wait_s = 0.0
-        self._checkpoint_s: float | None = None
-        self._started = time.perf_counter()
-
-    def add(self, metrics: Tensor, loss: Tensor, step: int, data_wait_s: float) -> None:
-        self._sums += metrics
-        bad = torch.where(loss.detach().isfinite(), NEVER, step)
-        self._bad_step = torch.minimum(self._bad_step, bad)
-        self._num_steps += 1
-        self._data_wait_s += data_wait_s
-
-    def report(
-        self, step: int, global_batch_size: int, lr: Callable[[int], float], world: World
-    ) -> dict[str, float]:
-        """Metrics since the last report, over all workers, at `step`; `lr` is a function of it. Collective.
-
-        Raises:
-            RunFailed: a loss was not finite; says at which step, on which rank, at which learning rate.
-        """
-        bad_steps = world.gather_objects(int(self._bad_step))
-        if min(bad_steps) < NEVER:
-            bad = min(bad_steps)
-            raise RunFailed(
-                f"the loss is not finite at step {bad} on rank {bad_steps.index(bad)} (lr {lr(bad):.3g}); lower lr or "
-                "lengthen lr_warmup_steps; the same command goes on from the last checkpoint, run_name=NAME starts anew"
-            )
-        sums = dict(zip(METRICS, world.sum(self._sums).tolist(), strict=True))
-        slots = max(1, self._num_steps) * global_batch_size
-        halted = sums.pop("count")
-        record = {
-            f"train/{name}": sums[name] / slots for name in ("lm_loss", "q_halt_loss", "q_continue_loss")
-        }
-        record["train/loss"] = record["train/lm_loss"] + 0.5 * (
-            record["train/q_halt_loss"] + record["train/q_continue_loss"]
-        )
-        if halted:
-            for name in ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps"):
-                record[f"train/{name}"] = sums[name] / halted
-        record["train/lr"] = lr(step)
-        record["time/step_s"] = (time.perf_counter() - self._started) / max(1, self._num_steps)
-        record["time/data_wait_s"] = self._data_wait_s / max(1, self._num_steps)
-        if self._checkpoint_s is not None:
-            record["time/checkpoint_s"] = self._checkpoint_s
-        self._reset()
-        return record
-
-    def restart_clock(self, checkpoint_s: float | None = None) -> None:
-        """Do not count an evaluation or a checkpoint as time of steps; report the latter with the next steps."""
-        self._started = time.perf_counter()
-        self._checkpoint_s = checkpoint_s or self._checkpoint_s
+    stop: bool
+    save: bool
+    written: bool  # every worker has written its part of the pending checkpoint
 
 
 class Trainer:
@@ -159,6 +112,7 @@ class Trainer:
         self.dataset = open_dataset(config.data_path)
         self.split = self.dataset.split("train")
         self.plan = Plan.of(config, self.split)
+        self.sampler = Sampler(self.split, config.seed, config.global_batch_size, self.plan.num_examples)
         self.setup = machine.resolve(
             device=config.device,
             forward_dtype=config.forward_dtype,
@@ -167,63 +121,130 @@ class Trainer:
             num_tokens=num_tokens(config.arch, self.dataset.manifest.seq_len),
             local_rank=world.local_rank,
         )
-        self.state = TrainState.initial(config, self.dataset, self.setup)
         # The first worker decides where the run goes on, and keeps others off it.
         self._lock = run.lock() if world.is_first else None
-        checkpoint = resume_point(config, run, self.dataset) if world.is_first else None
-        name = world.from_first(checkpoint.name if checkpoint else None)
-        if name is not None:
-            checkpoint = checkpoint or Checkpoint(run / FOLDER / name)
-            self.state.restore(checkpoint, world)
-        self.sampler = Sampler(self.split, config.seed, config.global_batch_size, self.plan.num_examples)
-        module: nn.Module = LossModule(self.state.model, config.arch.loss.loss_type)
-        if world.size > 1:
-            module = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.module = module
-        self._meter = Meter(self.setup.device)
-        self._stopping = False
-        # The last step whose evaluation is done; a checkpoint without metrics was not evaluated.
-        self._evaluated_step = self.state.global_step if checkpoint and checkpoint.manifest.metrics else 0
+        self._stop_reason: str | None = None
+        try:
+            self._begin()
+        except BaseException:
+            self._unlock()
+            raise
         self._records: Records | None = None
         if world.is_first:
             self._records = Records(
                 run, config, self.state.global_step, evaluates_again=self._evaluation_is_due
             )
+        self._saver = Saver(run, world, keep_last=config.keep_last, keep_best=config.keep_best)
+        self._watchdog = Watchdog(config.watchdog_s)
+
+    def _begin(self) -> None:
+        """Make the state of the newest whole checkpoint, or of a new run. Collective."""
+        config = self.config
+        self.state = TrainState.initial(config, self.dataset, self.setup)
+        checkpoint = self._newest_checkpoint()
+        self._meter = Meter(self.setup.device, config.max_loss)
+        if checkpoint is not None:
+            sums = self.state.restore(checkpoint, self.world)
+            manifest = checkpoint.manifest
+            self._meter = Meter(self.setup.device, config.max_loss, sums, manifest.unreported_steps)
+        elif config.resume == "weights":
+            self._start_from_weights()
+        module: nn.Module = LossModule(self.state.model, config.arch.loss.loss_type)
+        if self.world.size > 1:
+            # DDP would lay out its buckets anew after the first step, and with them the order of summation: a
+            # continued run would differ in its last bits. It does not if it looks for unused parameters.
+            module = DistributedDataParallel(
+                module, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+            )
+        self.module = module
+        self._saved_at = time.monotonic()
+        # The last step whose evaluation is done; a checkpoint without metrics was not evaluated.
+        self._evaluated_step = self.state.global_step if checkpoint and checkpoint.manifest.metrics else 0
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        """Where the run goes on; the first worker verifies it and decides for all. Collective."""
+        checkpoint = None
+        if self.world.is_first:
+            checkpoint = newest_whole(self.run, lambda what: self._note("damaged_checkpoint", what))
+            if checkpoint is not None:
+                check_fits(checkpoint, self.config, self.run, self.dataset)
+        name = self.world.from_first(checkpoint.name if checkpoint else None)
+        return checkpoint or (Checkpoint(self.run / FOLDER / name) if name else None)
+
+    def _start_from_weights(self) -> None:
+        source = weights_source(self.run)
+        left = self.state.load_weights(source.weights())
+        anew = f" ({', '.join(left)} anew)" if left else ""
+        self._note("weights_taken", f"starts anew from the weights of {source.folder}{anew}")
 
     def train(self) -> dict[str, Any]:
         """Run to the end, or to the step after which `hooks.stop` asks to stop. Collective.
 
         Returns:
             the summary, which the first worker also writes to summary.json.
+
+        Raises:
+            RunFailed: the loss is not finite, or there is no room on the disk.
+            WorkersDisagree: their weights differ; the last checkpoint is from before.
         """
         try:
+            step, workers = self.state.global_step, f"on {self.world.size} worker(s)"
+            step, workers = self.state.global_step, f"on {self.world.size} worker(s)"
+            self._note("started", f"goes on from step {step} {workers}" if step else f"starts {workers}")
             self._run()
             summary = self._summary()
             if self._records:
                 self._records.summarise(summary)
+            self._note("finished" if summary["finished"] else "stopped", summary["stop_reason"] or "done")
             return summary
+        except OSError as error:
+            if is_full(error):
+                raise RunFailed(
+                    f"{self.run}: the disk is full; make room, and the same command goes on from the last checkpoint"
+                ) from None
+            raise
         finally:
+            self._watchdog.close()
+            self._saver.close()
             if self._records:
                 self._records.close()
-            if self._lock:
-                self._lock.close()
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock:
+            self._lock.close()
 
     def _run(self) -> None:
-        state, plan = self.state, self.plan
-        state.model.train()
+        self.state.model.train()
         self._evaluate_if_due()  # what a stop or a crash prevented
-        while state.global_step < plan.last_step and not self._stopping:
-            step = state.global_step + 1
-            started = time.perf_counter()
-            self._step(step)
-            self._stopping = self._any_asks_to_stop()
-            if plan.reports(step) or self._stopping:
-                self._report(self._meter.report(step, self.config.global_batch_size, self._lr, self.world))
-            state.train_s += time.perf_counter() - started
-            if plan.saves(step) or self._stopping:
-                self._save()
-            self._show("train")
-            self._evaluate_if_due()
+        self._stop_if_out_of_patience()
+        while self.state.global_step < self.plan.last_step and self._stop_reason is None:
+            try:
+                self._advance()
+            except Diverged as problem:
+                self._roll_back(problem)
+            self._watchdog.beat()
+        self._finish_saving()
+
+    def _advance(self) -> None:
+        """One step and what is due after it."""
+        state, plan = self.state, self.plan
+        step = state.global_step + 1
+        started = time.perf_counter()
+        self._step(step)
+        votes = self._vote()
+        if plan.reports(step):
+            self._report(self._meter.report(step, self.config.global_batch_size, self._lr, self.world))
+        interval = self.config.checksum_interval
+        if interval is not None and step % interval == 0:
+            self._check_weights()
+        state.train_s += time.perf_counter() - started
+        if plan.saves(step) or votes.stop or votes.save:
+            self._save()
+        elif votes.written:
+            self._finish_saving()
+        self._show("train")
+        self._evaluate_if_due()
 
     def _lr(self, step: int) -> float:
         return self.config.lr * self.plan.lr_share(step)
@@ -252,6 +273,9 @@ class Trainer:
         data_wait_s = time.perf_counter() - started
         if state.carry is None:
             state.carry = state.model.initial_carry(batch)
+        state.global_step = step
+        if step in state.skipped_steps:
+            return
         loss, metrics, state.carry = self.module(state.carry, batch, minima)
         (loss * (self.world.size / config.global_batch_size)).backward()
 
@@ -261,21 +285,29 @@ class Trainer:
         state.optimizer.zero_grad()
         if config.arch.puzzle_emb_ndim:
             table = state.model.inner.puzzle_emb
-            identifiers, gradients = table.take_gradients()
+            of_all = [self.world.gather(rows, config.global_batch_size) for rows in table.take_gradients()]
             sparse_sign_sgd(
                 table.weights,
-                identifiers,
-                gradients,
+                *of_all,
                 lr=config.puzzle_emb_lr * share,
                 weight_decay=config.puzzle_emb_weight_decay,
-                gather=self.world.gather,
             )
-        state.global_step = step
         state.update_averages(config.ema_rate)
-        self._meter.add(metrics, loss, step, data_wait_s)
+        self._meter.add(metrics, loss, step, len(minima), data_wait_s)
 
-    def _any_asks_to_stop(self) -> bool:
-        return bool(self.world.sum(torch.tensor(int(self.hooks.stop()))).item())
+    def _vote(self) -> Votes:
+        """The one collective of every step besides the gradients'."""
+        reason = self.hooks.stop()
+        save = self.world.is_first and (self.hooks.save() or self._is_time_to_save())
+        votes = torch.tensor([reason is not None, save, self._saver.is_writing], dtype=torch.int64)
+        stop, save, writing = self.world.sum(votes).tolist()
+        if stop:
+            self._stop_reason = reason or "another worker"
+        return Votes(bool(stop), bool(save), self._saver.is_pending and not writing)
+
+    def _is_time_to_save(self) -> bool:
+        interval_s = self.config.checkpoint_interval_s
+        return interval_s is not None and time.monotonic() - self._saved_at > interval_s
 
     @property
     def _evaluation_is_due(self) -> bool:
@@ -285,7 +317,7 @@ class Trainer:
     def _evaluate_if_due(self) -> None:
         """Evaluate and note the metrics in the checkpoint of this step, which was saved first: an evaluation may be
         long, and what comes during it must not cost training."""
-        if self._stopping or not self._evaluation_is_due:
+        if self._stop_reason is not None or not self._evaluation_is_due:
             return
         started = time.perf_counter()
         try:
@@ -295,40 +327,114 @@ class Trainer:
                     self.dataset.split("test"),
                     ignore_label_id=self.dataset.manifest.ignore_label_id,
                     loss_type=self.config.arch.loss.loss_type,
-                    batch_size=self.config.global_batch_size // self.world.size,
+                    batch_size=max(1, self.config.global_batch_size // self.world.size),
                     num_examples=self.config.num_eval_examples,
                     world=self.world,
-                    on_batch=lambda _: self._show("eval"),
-                    interrupt=self._any_asks_to_stop,
+                    on_batch=self._show_evaluation,
+                    interrupt=self._interrupts_evaluation,
                 )
         except Interrupted:
-            self._stopping = True
             return
         self.state.train_s += time.perf_counter() - started
         self._evaluated_step = self.state.global_step
         named = {f"eval/{name}": value for name, value in metrics.items()}
         self._report(named)
+        self._finish_saving()
         if self.world.is_first:
             folder = self.run / FOLDER / step_name(self.state.global_step)
             manifest = Checkpoint(folder).manifest
             update = {"metrics": named, "train_s": self.state.train_s}
             write_manifest(folder, manifest.model_copy(update=update))
-            prune(self.run, keep_last=self.config.keep_last)
-        self._meter.restart_clock()
+            self._saver.prune()
+        self._meter.exclude(time.perf_counter() - started)
         self._show("train")
+        self._stop_if_out_of_patience()
+
+    def _interrupts_evaluation(self) -> bool:
+        votes = self._vote()
+        if votes.written:
+            self._finish_saving()
+        return votes.stop
+
+    def _show_evaluation(self, num_examples: int) -> None:
+        self._watchdog.beat()
+        self._show("eval")
+
+    def _stop_if_out_of_patience(self) -> None:
+        stops = self._records is not None and out_of_patience(
+            self._records.evaluations(self.config.best_metric), self.config.early_stopping
+        )
+        if self.world.from_first(stops):
+            self._stop_reason = "early_stopping"
+
+    def _check_weights(self) -> None:
+        """Compare the workers' weights, and whether they are finite. Collective.
+
+        Raises:
+            WorkersDisagree, Diverged.
+        """
+        weights = list(self.state.model.inner.state_dict().values())
+        sums = self.world.gather_objects(bit_sum(weights))
+        step = self.state.global_step
+        if len(set(sums)) > 1:
+            what = f"the weights of {odd_ones_out(sums)} differ from the others' after step {step}"
+            self._note("workers_disagree", what)
+            raise WorkersDisagree(what)
+        if not all_finite(weights):
+            raise Diverged(step, f"the weights are not finite after step {step}")
 
     def _save(self) -> None:
+        """Begin to write a checkpoint of what is known to be sound. Collective."""
         started = time.perf_counter()
-        if not all(bool(p.isfinite().all()) for p in self.state.model.parameters()):
+        self._finish_saving()
+        self._meter.check(self.world)
+        self._check_weights()
+        snapshot = self.state.snapshot(
+            self.config,
+            self.dataset,
+            self.world,
+            sums=self._meter.sums,
+            unreported_steps=self._meter.num_steps,
+        )
+        self._saver.start(snapshot)
+        self._saved_at = time.monotonic()
+        self._meter.exclude(time.perf_counter() - started, checkpoint=True)
+
+    def _finish_saving(self) -> None:
+        """Make the pending checkpoint valid, if there is one. Collective."""
+        if self._saver.is_pending:
+            started = time.perf_counter()
+            self._saver.finish(self._records.flush if self._records else lambda: None)
+            self._meter.exclude(time.perf_counter() - started, checkpoint=True)
+
+    def _roll_back(self, problem: Diverged) -> None:
+        """Go back to the last checkpoint and leave out the batches around `problem`. Collective.
+
+        Raises:
+            RunFailed: the run is to stop instead, or was rolled back too often.
+        """
+        before, config = self.state, self.config
+        if config.on_nonfinite == "stop" or before.num_rollbacks >= config.max_rollbacks:
+            often = f" again, after {before.num_rollbacks} rollbacks" if before.num_rollbacks else ""
             raise RunFailed(
-                f"the weights are not finite after step {self.state.global_step}; lower lr or lengthen "
-                "lr_warmup_steps; the same command goes on from the last checkpoint, run_name=NAME starts anew"
+                f"{problem.what}{often} (lr {self._lr(problem.step):.3g}); lower lr or lengthen lr_warmup_steps, or "
+                "leave out such batches with on_nonfinite=rollback; the same command goes on from the last "
+                "checkpoint, run_name=NAME starts anew"
             )
-        self.state.save(self.run, self.config, self.dataset, self.world)
+        self._finish_saving()
+        self._begin()
+        state = self.state
+        # The batch that shows it, and the one whose update may have caused it.
+        skipped = {step for step in (problem.step - 1, problem.step) if step > state.global_step}
+        state.skipped_steps = before.skipped_steps | skipped
+        state.num_rollbacks = before.num_rollbacks + 1
+        state.model.train()
         if self._records:
-            self._records.flush()
-            prune(self.run, keep_last=self.config.keep_last)
-        self._meter.restart_clock(checkpoint_s=time.perf_counter() - started)
+            self._records.rewind(state.global_step)
+        self._note(
+            "rolled_back",
+            f"{problem.what}; back to step {state.global_step}, leaving out the batches of steps {sorted(skipped)}",
+        )
 
     def _report(self, values: dict[str, float]) -> None:
         """Write one record of metrics, which every worker has alike."""
@@ -336,6 +442,12 @@ class Trainer:
             return
         step = self.state.global_step
         self._records.write({"global_step": step, "epoch": round(self.plan.epoch(step), 4), **values})
+
+    def _note(self, event: str, message: str) -> None:
+        """Write down what has happened to the run."""
+        if self.world.is_first:
+            place = {"global_step": self.state.global_step, "num_workers": self.world.size}
+            self.hooks.event(note_event(self.run, event, **place, message=message))
 
     def _show(self, phase: str) -> None:
         if self._records:
@@ -347,54 +459,15 @@ class Trainer:
     def _summary(self) -> dict[str, Any]:
         """What summary.json holds; metrics of the end and of the best checkpoint."""
         chosen = best(finished(self.run)) if self._records else None
-        done = self.state.global_step >= self.plan.last_step
+        done = self.state.global_step >= self.plan.last_step or self._stop_reason == "early_stopping"
         return {
             "final": self._records.last if self._records else {},
             "best": chosen.manifest.metrics if chosen else {},
             "global_step": self.state.global_step,
             "finished": done and not self._evaluation_is_due,
+            "stop_reason": self._stop_reason,
+            "num_rollbacks": self.state.num_rollbacks,
             "train_s": round(self.state.train_s, 3),
             "num_params": sum(p.numel() for p in self.state.model.parameters()),
             "checkpoint": str(chosen.folder) if chosen else None,
         }
-
-
-def resume_point(config: TrainConfig, run: Storage, dataset: Dataset) -> Checkpoint | None:
-    """The newest checkpoint of `run`, or None for a new run.
-
-    Raises:
-        UserError: it belongs to another model, data set, seed or batch size.
-    """
-    checkpoints = finished(run)
-    if not checkpoints:
-        return None
-    newest = checkpoints[-1]
-    manifest = newest.manifest
-    there = {
-        "data set": manifest.dataset.fingerprint,
-        "arch": manifest.arch,
-        **{key: manifest.config[key] for key in ("seed", "global_batch_size", "ema")},
-    }
-    here = {
-        "data set": dataset.fingerprint,
-        "arch": config.arch,
-        **{key: getattr(config, key) for key in ("seed", "global_batch_size", "ema")},
-    }
-    for key, value in here.items():
-        if there[key] != value:
-            raise UserError(
-                f"{run} was trained with {key} {_short(there[key], value)}; "
-                "choose another run_name=, or the same values to continue it"
-            )
-    return newest
-
-
-def _short(there: Any, here: Any) -> str:
-    """Both values, or of two architectures the fields that differ."""
-    if hasattr(there, "model_dump"):
-        a, b = there.model_dump(), here.model_dump()
-        changed = [key for key in a if a[key] != b.get(key)]
-        return (
-            ", ".join(f"{key}={a[key]}" for key in changed) + ", not " + ", ".join(f"{b[k]}" for k in changed)
-        )
-    return f"{str(there)[:16]}, not {str(here)[:16]}"

@@ -1,5 +1,6 @@
 """The arithmetic of a run: how long it is and what happens after which step. Pure functions of the clock."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hrm_ray.config.schema import TrainConfig
@@ -62,4 +63,11 @@ class Plan:
 
     def reports(self, step: int) -> bool:
         """Whether training metrics are reported after `step`."""
-        return step % self.config.log_interval == 0 or self.saves(step)
+        return step % self.config.log_interval == 0 or self.evaluates(step)
+
+
+def out_of_patience(evaluations: Sequence[float], patience: int | None) -> bool:
+    """Whether the last `patience` evaluations (higher is better) brought nothing better than those before."""
+    if patience is None or len(evaluations) <= patience:
+        return False
+    return max(evaluations[-patience:]) <= max(evaluations[:-patience])

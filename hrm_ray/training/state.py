@@ -1,6 +1,6 @@
 """Everything a run is at one moment, and how it is saved and restored.
 
-What always holds: `save` then `restore` on the same number of workers continues bit for bit; on another number,
+What always holds: `snapshot` then `restore` on the same number of workers continues bit for bit; on another number,
 the slots of all workers are put in line and dealt again, so the global batches go on unchanged. There are no
 random states to save: every draw is a function of (seed, global step).
 """
@@ -10,29 +10,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hrm_ray import machine
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset
+from hrm_ray.errors import UserError
 from hrm_ray.machine import Setup
 from hrm_ray.models.act import ACT, Batch, Carry
 from hrm_ray.models.hrm import State
 from hrm_ray.models.registry import build_model
 from hrm_ray.optim.adam_atan2 import AdamATan2
 from hrm_ray.training.checkpoint import (
-    FOLDER,
     Checkpoint,
     DatasetInfo,
-    FileInfo,
     Manifest,
     Tensors,
     carry_name,
-    step_name,
-    write_manifest,
-    write_tensors,
 )
-from hrm_ray.training.storage import Storage
+from hrm_ray.training.saver import Snapshot
 from hrm_ray.training.world import World
+
+PER_PUZZLE = {"puzzle_emb.weights"}  # tensors whose size follows from the data set
 
 
 @dataclass
@@ -45,6 +44,8 @@ class TrainState:
     carry: Carry | None  # None: before the first step
     global_step: int
     train_s: float  # seconds trained so far, over all attempts
+    skipped_steps: frozenset[int] = frozenset()  # steps that are left out, after a loss that was not finite
+    num_rollbacks: int = 0
 
     @classmethod
     def initial(cls, config: TrainConfig, dataset: Dataset, setup: Setup) -> "TrainState":
@@ -81,41 +82,36 @@ class TrainState:
         finally:
             _assign(parameters, own)
 
-    def save(self, run: Storage, config: TrainConfig, dataset: Dataset, world: World) -> str:
-        """Write a checkpoint of the whole state. Collective: every worker writes its own carry.
+    def snapshot(
+        self, config: TrainConfig, dataset: Dataset, world: World, *, sums: Tensor, unreported_steps: int
+    ) -> Snapshot:
+        """A copy of the whole state, to be written as a checkpoint.
 
-        Returns:
-            the folder's name.
+        Args:
+            sums: float64 [len(METRICS)], of this worker's metrics since the last report.
+            unreported_steps: how many steps they are of.
         """
-        name = step_name(self.global_step)
-        folder = run / FOLDER / name
-        files = dict(
-            entry
-            for entries in world.gather_objects(list(self._write_files(folder, world)))
-            for entry in entries
-        )
-        if world.is_first:
-            manifest = Manifest(
-                global_step=self.global_step,
-                world_size=world.size,
-                arch=config.arch,
-                dataset=dataset_info(dataset),
-                config=config.model_dump(mode="json"),
-                train_s=self.train_s,
-                files=files,
-            )
-            write_manifest(folder, manifest)
-        world.from_first(None)  # nobody goes on before the checkpoint is valid
-        return name
-
-    def _write_files(self, folder: Storage, world: World) -> Iterator[tuple[str, FileInfo]]:
         assert self.carry is not None, "nothing to save before the first step"
-        yield write_tensors(folder, carry_name(world.rank, world.size), _flatten_carry(self.carry))
+        carry = _flatten_carry(self.carry) | {"sums": sums[None]}
+        files = {carry_name(world.rank, world.size): carry}
         if world.is_first:
-            yield write_tensors(folder, "model.safetensors", self.model.inner.state_dict())
-            yield write_tensors(folder, "optimizer.safetensors", self._optimizer_tensors())
+            files["model.safetensors"] = self.model.inner.state_dict()
+            files["optimizer.safetensors"] = self._optimizer_tensors()
             if self.averages:
-                yield write_tensors(folder, "ema.safetensors", self.averages)
+                files["ema.safetensors"] = self.averages
+        manifest = Manifest(
+            global_step=self.global_step,
+            world_size=world.size,
+            arch=config.arch,
+            dataset=dataset_info(dataset),
+            config=config.model_dump(mode="json"),
+            train_s=self.train_s,
+            unreported_steps=unreported_steps,
+            skipped_steps=sorted(self.skipped_steps),
+            num_rollbacks=self.num_rollbacks,
+            files={},
+        )
+        return Snapshot(manifest, {name: _copied(tensors) for name, tensors in files.items()})
 
     def _optimizer_tensors(self) -> Tensors:
         return {
@@ -124,8 +120,12 @@ class TrainState:
             for key, value in self.optimizer.state[parameter].items()
         }
 
-    def restore(self, checkpoint: Checkpoint, world: World) -> None:
-        """Continue from `checkpoint`, which must fit (see `loop.resume_point`)."""
+    def restore(self, checkpoint: Checkpoint, world: World) -> Tensor:
+        """Continue from `checkpoint`, which must fit (see `loop.resume_point`).
+
+        Returns:
+            this worker's share of the sums of metrics not yet reported.
+        """
         device = next(self.model.parameters()).device
         self.model.inner.load_state_dict(checkpoint.tensors("model.safetensors"))
         moments = checkpoint.tensors("optimizer.safetensors")
@@ -138,9 +138,43 @@ class TrainState:
         if self.averages:
             averages = checkpoint.tensors("ema.safetensors")
             self.averages = {name: averages[name].to(device) for name in self.averages}
-        self.carry = _unflatten_carry(_deal(checkpoint, world), device, self.model.inner.dtype)
-        self.global_step = checkpoint.manifest.global_step
-        self.train_s = checkpoint.manifest.train_s
+        share = _deal(checkpoint, world)
+        self.carry = _unflatten_carry(share, device, self.model.inner.dtype)
+        manifest = checkpoint.manifest
+        self.global_step, self.train_s = manifest.global_step, manifest.train_s
+        self.skipped_steps, self.num_rollbacks = frozenset(manifest.skipped_steps), manifest.num_rollbacks
+        return share["sums"].sum(0)
+
+    def load_weights(self, weights: Tensors) -> list[str]:
+        """Take `weights` (of any checkpoint) as the start of a new run.
+
+        Returns:
+            the names of those left as they were: puzzle embeddings of another data set.
+
+        Raises:
+            UserError: they are of another architecture; names one that differs.
+        """
+        own = self.model.inner.state_dict()
+        left = [
+            name
+            for name in PER_PUZZLE & own.keys() & weights.keys()
+            if own[name].shape != weights[name].shape
+        ]
+        for name in sorted((own.keys() | weights.keys()) - set(left)):
+            there, here = (tuple(t[name].shape) if name in t else "none" for t in (weights, own))
+            if there != here:
+                raise UserError(
+                    f"weights do not fit: {name} is {there} there and {here} here; use the same arch"
+                )
+        self.model.inner.load_state_dict(weights | {name: own[name] for name in left})
+        if self.averages:
+            self.averages = {n: p.detach().clone() for n, p in self.model.inner.named_parameters()}
+        return left
+
+
+def check_weights_fit(checkpoint: Checkpoint, config: TrainConfig, dataset: Dataset) -> None:
+    """Raise UserError if a new run of `config` cannot start from the weights of `checkpoint`."""
+    TrainState.initial(config, dataset, machine.resolve(device="cpu")).load_weights(checkpoint.weights())
 
 
 def dataset_info(dataset: Dataset) -> DatasetInfo:
@@ -185,10 +219,14 @@ def _unflatten_carry(tensors: Tensors, device: torch.device, dtype: torch.dtype)
 
 
 def _deal(checkpoint: Checkpoint, world: World) -> Tensors:
-    """This worker's share of the carry: the slots of all saved workers in line, cut anew."""
+    """This worker's share of the carries: the rows of all saved workers in line, cut anew."""
     saved = checkpoint.manifest.world_size
     if saved == world.size:
         return checkpoint.tensors(carry_name(world.rank, saved))
     parts = [checkpoint.tensors(carry_name(rank, saved)) for rank in range(saved)]
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return {name: tensor[world.slots(len(tensor))] for name, tensor in whole.items()}
+
+
+def _copied(tensors: Tensors) -> Tensors:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

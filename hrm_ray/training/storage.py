@@ -1,7 +1,9 @@
 """Files of a run on a local folder or any pyarrow filesystem, whole or not there at all."""
 
+import errno
 import fcntl
 import os
+import shutil
 import time
 import uuid
 from pathlib import Path
@@ -35,6 +37,17 @@ class Storage:
         folder, mark, query = self._where.partition("?")  # a URI's options stay at its end
         return Storage(f"{folder.rstrip('/')}/{name}{mark}{query}")
 
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self._where.partition("?")[0].rstrip("/").rpartition("/")[2]
+
+    @property
+    def parent(self) -> "Storage":
+        """The folder that holds this one."""
+        folder, mark, query = self._where.partition("?")
+        return Storage(f"{folder.rstrip('/').rpartition('/')[0] or '/'}{mark}{query}")
+
     def create(self) -> None:
         """Make the folder, if need be. Raises OSError if that cannot be."""
         self._fs.create_dir(self._root, recursive=True)
@@ -59,8 +72,22 @@ class Storage:
                 stream.flush()
                 os.fsync(stream.fileno())
             aside.replace(path)
+            _sync_folder(aside.parent)
         finally:
             aside.unlink(missing_ok=True)
+
+    def append(self, name: str, text: str) -> None:
+        """Add to the end of the file `name`; on storage that cannot append, by writing it anew."""
+        if self.local_path is None:
+            self.write(name, (self.read(name) or b"") + text.encode())
+            return
+        with (self.local_path / name).open("a") as stream:
+            stream.write(text)
+
+    def sync(self, name: str) -> None:
+        """Make a local file last through a power cut."""
+        with Path(self._root, name).open("rb") as stream:
+            os.fsync(stream.fileno())
 
     def read(self, name: str) -> bytes | None:
         """The content of the file `name`, or None if there is none."""
@@ -96,6 +123,21 @@ class Storage:
                     ) from None
                 time.sleep(0.2)
 
+    @property
+    def free_bytes(self) -> int | None:
+        """Room on the disk; None if the storage does not say."""
+        return shutil.disk_usage(self.local_path).free if self.local_path else None
+
+    def rename(self, name: str) -> None:
+        """Give the folder itself another name beside its old one.
+
+        Raises:
+            UserError: it is not on a local filesystem.
+        """
+        if self.local_path is None:
+            raise UserError(f"{self} cannot be renamed; choose another run_name=")
+        self.local_path.rename(self.local_path.with_name(name))
+
     def exists(self) -> bool:
         return self._fs.get_file_info(self._root).type == pafs.FileType.Directory
 
@@ -109,3 +151,17 @@ class Storage:
     def delete(self, name: str) -> None:
         """Remove the folder `name` with all that is in it."""
         self._fs.delete_dir(f"{self._root}/{name}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in it last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a write failed for want of room: of the disk, the user's quota or the limit on file sizes."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -3,6 +3,9 @@
 Thin on purpose. Checkpoints and resuming belong to the loop (Ray's own snapshot may lag behind them), so a worker
 that Ray restarts simply goes on from the newest one. Progress, a wish to stop and a failure travel through the
 cluster's key-value store, since `ray.train.report` is a barrier as slow as the controller's poll.
+
+When Ray is about to restart the workers, because a node is being taken away or because there is room for more, the
+driver asks for a checkpoint, so that little or no work is repeated.
 """
 
 import json
@@ -12,23 +15,29 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from tqdm import tqdm
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.data.shards import open_dataset
+from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.errors import RunFailed, UserError
-from hrm_ray.training.checkpoint import Checkpoint
+from hrm_ray.training.checkpoint import Checkpoint, finished
 from hrm_ray.training.logging import SUMMARY_FILE
-from hrm_ray.training.loop import Hooks, Progress, Trainer, resume_point
+from hrm_ray.training.loop import Hooks, Progress, Trainer
 from hrm_ray.training.plan import Plan
+from hrm_ray.training.resume import misfit, resume_point, set_aside
+from hrm_ray.training.state import check_weights_fit
 from hrm_ray.training.storage import Storage
 from hrm_ray.training.world import World
 
 POLL_S = 0.25  # how often the driver and the first worker look at each other's messages
+LOOK_AHEAD_S = 2.0  # how often the driver looks whether the workers will be restarted
+SAVE_AHEAD_S = 10.0  # and how often it then asks for a checkpoint
+RESIZE_INTERVAL_S = 30.0  # how often Ray looks for room for more workers
+START_TIMEOUT_S = 15.0  # how long it waits for lost ones to come back before it starts fewer
 
 
 class Channel:
@@ -48,6 +57,17 @@ class Channel:
 
         content = internal_kv._internal_kv_get(self._key(key))
         return None if content is None else json.loads(content)
+
+    def add(self, key: str, value: Any) -> None:
+        """Add to the values under `key`."""
+        self.put(f"{key}/{time.time_ns():020d}", value)
+
+    def added(self, key: str, number: int) -> list[Any]:
+        """The values added to `key`, in order, without the first `number`."""
+        from ray.experimental import internal_kv
+
+        keys = sorted(internal_kv._internal_kv_list(self._key(f"{key}/")))[number:]
+        return [json.loads(internal_kv._internal_kv_get(each)) for each in keys]
 
     def _key(self, key: str) -> bytes:
         return f"hrm_ray/{self.name}/{key}".encode()
@@ -81,16 +101,30 @@ class ProgressBar:
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(progress.step - self._bar.n)
 
+    def say(self, message: str) -> None:
+        """A line above the bar."""
+        tqdm.write(message, file=sys.stderr)
+
     def close(self) -> None:
         if self._bar:
             self._bar.close()
 
 
 class StopRequest:
-    """The first SIGINT or SIGTERM asks the run to stop after its step; the second ends the process at once."""
+    """Asks the run to stop after its step: on the first SIGINT or SIGTERM, or when `max_time_s` are over.
 
-    def __init__(self) -> None:
+    The second signal ends the process at once.
+    """
+
+    def __init__(self, max_time_s: float | None = None) -> None:
         self.signal: int | None = None
+        self._deadline = None if max_time_s is None else time.monotonic() + max_time_s
+
+    def reason(self) -> str | None:
+        """Why to stop; None to go on."""
+        if self.signal is not None:
+            return "signal"
+        return "max_time_s" if self._deadline is not None and time.monotonic() > self._deadline else None
 
     @contextmanager
     def listening(self):
@@ -120,17 +154,33 @@ def announce(config: TrainConfig) -> str:
     """One line to print before training: where, what, how long."""
     dataset = open_dataset(config.data_path)
     plan = Plan.of(config, dataset.split("train"))
-    point = resume_point(config, run_folder(config), dataset)
-    start = f"continues after step {point.manifest.global_step}" if point else "starts"
+    run = run_folder(config)
+    point = None if _starts_from_weights(config, dataset) else resume_point(config, run, dataset)
     if point and point.manifest.global_step >= plan.last_step:
         step = point.manifest.global_step
-        return f"run {run_folder(config)} is finished at step {step}; run_name=NAME starts another"
-    scaling = config.scaling
-    where = "in this process" if scaling.mode == "local" else f"on {scaling.num_workers} Ray worker(s)"
+        return f"run {run} is finished at step {step}; run_name=NAME starts another"
+    start = f"continues after step {point.manifest.global_step}" if point else "starts"
     return (
-        f"run {run_folder(config)} {start}: {plan.last_step} steps of {config.global_batch_size} puzzles from "
-        f"{config.data_path}, {where}{_changes(point, config)}"
+        f"run {run} {start}: {plan.last_step} steps of {config.global_batch_size} puzzles from "
+        f"{config.data_path}, {_where(config)}{_changes(point, config)}"
     )
+
+
+def _where(config: TrainConfig) -> str:
+    scaling = config.scaling
+    if scaling.mode == "local":
+        return "in this process"
+    if scaling.is_elastic:
+        return f"on {scaling.min_workers} to {scaling.max_workers} Ray workers"
+    return f"on {scaling.num_workers} Ray worker(s)"
+
+
+def _starts_from_weights(config: TrainConfig, dataset: Dataset) -> bool:
+    """Whether the run has a checkpoint that does not fit, of which only the weights are wanted."""
+    if config.resume != "weights":
+        return False
+    checkpoints = finished(run_folder(config))
+    return bool(checkpoints) and misfit(checkpoints[-1], config, dataset) is not None
 
 
 def _changes(point: Checkpoint | None, config: TrainConfig) -> str:
@@ -156,38 +206,69 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> tuple[dict[str,
     dataset = open_dataset(config.data_path)
     plan = Plan.of(config, dataset.split("train"))
     run = run_folder(config)
+    bar = ProgressBar(config.global_batch_size)
+    if _starts_from_weights(config, dataset):
+        check_weights_fit(finished(run)[-1], config, dataset)
+        aside = set_aside(run)
+        if show_progress:
+            bar.say(f"the run before is kept as {aside}")
     point = resume_point(config, run, dataset)
     if point and point.manifest.global_step >= plan.last_step:
         summary = json.loads(run.read(SUMMARY_FILE) or b"{}")
         if summary.get("finished") and summary["global_step"] == point.manifest.global_step:
             return summary, None
-    bar = ProgressBar(config.global_batch_size)
-    on_progress = bar.show if show_progress else lambda progress: None
-    with StopRequest().listening() as stop:
+    driver = Driver(config, bar if show_progress else None)
+    with driver.stop.listening():
         try:
-            start = _train_here if config.scaling.mode == "local" else _train_on_ray
-            result = start(config, on_progress, stop)
+            result = (_train_here if config.scaling.mode == "local" else _train_on_ray)(config, driver)
         finally:
             bar.close()
-    return result, stop.signal if not result["finished"] else None
+    return result, driver.stop.signal if not result["finished"] else None
 
 
-def _train_here(
-    config: TrainConfig, on_progress: Callable[[Progress], None], stop: StopRequest
-) -> dict[str, Any]:
-    hooks = Hooks(progress=on_progress, stop=lambda: stop.signal is not None)
+class Driver:
+    """What a run tells its user, and what it is asked from outside.
+
+    Args:
+        config: the run.
+        bar: shows progress and events; None: nothing is shown.
+    """
+
+    def __init__(self, config: TrainConfig, bar: ProgressBar | None = None):
+        self.stop = StopRequest(config.max_time_s)
+        self._bar = bar
+        self.num_workers = 0  # at the last start
+        self._starts = 0
+
+    def progress(self, progress: Progress) -> None:
+        if self._bar:
+            self._bar.show(progress)
+
+    def event(self, entry: dict[str, Any]) -> None:
+        """Say what has happened, but for what is said anyway: the first start and the end."""
+        if entry["event"] == "started":
+            self.num_workers = entry["num_workers"]
+            self._starts += 1
+        usual = entry["event"] in ("finished", "stopped") or (
+            entry["event"] == "started" and self._starts == 1
+        )
+        if self._bar and not usual:
+            lost = "workers were lost or added; " if entry["event"] == "started" else ""
+            self._bar.say(f"{lost}{entry['message']}")
+
+
+def _train_here(config: TrainConfig, driver: Driver) -> dict[str, Any]:
+    hooks = Hooks(progress=driver.progress, stop=driver.stop.reason, event=driver.event)
     return Trainer(config, run_folder(config), World(), hooks).train()
 
 
-def _train_on_ray(
-    config: TrainConfig, on_progress: Callable[[Progress], None], stop: StopRequest
-) -> dict[str, Any]:
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+def _train_on_ray(config: TrainConfig, driver: Driver) -> dict[str, Any]:
     from hrm_ray.ray_session import ray_session
 
-    with ray_session(), _receiving_again(stop):
+    with _environment(_ray_settings(config)), ray_session(), _receiving_again(driver.stop):
         channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
-        trainer = _ray_trainer(config, channel)
+        cpus, use_gpu = _resources(config)
+        trainer = _ray_trainer(config, channel, cpus, use_gpu)
         outcome: dict[str, Any] = {}
 
         def fit() -> None:
@@ -199,21 +280,64 @@ def _train_on_ray(
         # In a thread of its own, so that signals reach our handler and not Ray's, which kills the workers.
         thread = threading.Thread(target=fit, daemon=True)
         thread.start()
+        look_ahead, ask_to_save = Every(LOOK_AHEAD_S), Every(SAVE_AHEAD_S)
+        num_events = 0
         told_to_stop = False
         while thread.is_alive():
             thread.join(POLL_S)
-            if stop.signal is not None and not told_to_stop:
-                channel.put("stop", True)
+            reason = driver.stop.reason()
+            if reason is not None and not told_to_stop:
+                channel.put("stop", reason)
                 told_to_stop = True
+            for entry in channel.added("events", num_events):
+                driver.event(entry)
+                num_events += 1
             failure = channel.get("failure")
             if failure is not None:
                 raise (RunFailed if failure["exit_code"] == 1 else UserError)(failure["message"])
             progress = channel.get("progress")
             if progress is not None:
-                on_progress(Progress(**progress))
+                driver.progress(Progress(**progress))
+            if look_ahead() and _restart_is_ahead(config, cpus, driver.num_workers) and ask_to_save():
+                channel.put("save", time.time())
         if "error" in outcome:
-            raise RunFailed(f"Ray Train gave up: {_first_cause(outcome['error'])}") from outcome["error"]
+            raise RunFailed(
+                f"Ray Train gave up: {_first_cause(outcome['error'])}; "
+                "the same command goes on from the last checkpoint"
+            ) from outcome["error"]
         return outcome["summary"]
+
+
+def _ray_settings(config: TrainConfig) -> dict[str, str]:
+    """Ray Train's environment variables; what the user has set stays."""
+    settings = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+    if config.watchdog_s is not None:  # for a worker that is stopped as a whole, its own watchdog with it
+        settings["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.watchdog_s)
+    if config.scaling.is_elastic:
+        settings["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(START_TIMEOUT_S)
+    return {name: value for name, value in settings.items() if name not in os.environ}
+
+
+@contextmanager
+def _environment(settings: dict[str, str]) -> Iterator[None]:
+    """Inside, the environment has `settings`."""
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name in settings:
+            os.environ.pop(name, None)
+
+
+def _restart_is_ahead(config: TrainConfig, cpus: int, num_workers: int) -> bool:
+    """Whether Ray is about to restart the workers: a node is being drained, or there is room for more of them."""
+    import ray
+
+    if ray._private.state.state.get_draining_nodes():
+        return True
+    if not config.scaling.is_elastic or not 0 < num_workers < config.scaling.max_workers:
+        return False
+    return ray.available_resources().get("CPU", 0) >= cpus
 
 
 def _receiving_again(stop: StopRequest):
@@ -221,12 +345,12 @@ def _receiving_again(stop: StopRequest):
     return stop.listening() if threading.current_thread() is threading.main_thread() else nullcontext()
 
 
-def _ray_trainer(config: TrainConfig, channel: Channel):
+def _ray_trainer(config: TrainConfig, channel: Channel, cpus: int, use_gpu: bool):
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    num_workers = config.scaling.num_workers
-    cpus, use_gpu = _resources(config)
+    least, most = config.scaling.min_workers, config.scaling.max_workers
+    workers = (least, most) if config.scaling.is_elastic else most
     values = config.model_dump(mode="json") | {"data_path": _absolute(config.data_path)}
     if not use_gpu:  # Ray hides no GPU from a worker that asked for none
         values["device"] = "cpu"
@@ -242,7 +366,8 @@ def _ray_trainer(config: TrainConfig, channel: Channel):
         },
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=num_workers,
+            num_workers=workers,  # type: ignore[arg-type]  # the types are of Ray's older version
+            elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,  # type: ignore[call-arg]
             use_gpu=use_gpu,
             resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)},
         ),
@@ -263,23 +388,24 @@ def _resources(config: TrainConfig) -> tuple[int, bool]:
     """
     import ray
 
-    num_workers, scaling = config.scaling.num_workers, config.scaling
+    scaling = config.scaling
+    least, most = scaling.min_workers, scaling.max_workers
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     total_cpus, total_gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
-    use_gpu = total_gpus >= num_workers if scaling.use_gpu == "auto" else scaling.use_gpu
+    use_gpu = total_gpus >= least if scaling.use_gpu == "auto" else scaling.use_gpu
     if config.device != "auto":
         use_gpu = config.device == "cuda"
     if scaling.cpus_per_worker != "auto":
         cpus = scaling.cpus_per_worker
     else:
         on_largest_node = int(max(node.get("CPU", 0) for node in nodes))
-        cpus = 1 if use_gpu else max(1, min(total_cpus // num_workers, on_largest_node))
+        cpus = 1 if use_gpu else max(1, min(total_cpus // most, on_largest_node))
     if not os.environ.get("RAY_ADDRESS"):
-        wanted = [(num_workers * cpus, total_cpus, "CPUs"), (num_workers * use_gpu, total_gpus, "GPUs")]
+        wanted = [(least * cpus, total_cpus, "CPUs"), (least * use_gpu, total_gpus, "GPUs")]
         for needed, there, kind in wanted:
             if needed > there:
                 raise UserError(
-                    f"scaling.num_workers={num_workers} needs {needed} {kind}, this machine has {there}; use fewer"
+                    f"scaling.num_workers={least} needs {needed} {kind}, this machine has {there}; use fewer"
                 )
     return cpus, use_gpu
 
@@ -290,21 +416,29 @@ def _absolute(path: str) -> str:
 
 
 def worker_hooks(channel: Channel, world: World) -> Hooks:
-    """Hooks that talk to the driver through `channel`, each at most every `POLL_S`; only the first worker does."""
-    due_progress, due_stop = Every(POLL_S), Every(POLL_S)
-    stopping = False
+    """Hooks that talk to the driver through `channel`, most at most every `POLL_S`; only the first worker does."""
+    due_progress, due_stop, due_save = Every(POLL_S), Every(POLL_S), Every(POLL_S)
+    reason: str | None = None
+    asked_to_save = channel.get("save") if world.is_first else None
 
     def progress(progress: Progress) -> None:
         if due_progress() or progress.step == progress.last_step:
             channel.put("progress", vars(progress))
 
-    def stop() -> bool:
-        nonlocal stopping
-        if world.is_first and not stopping and due_stop():
-            stopping = bool(channel.get("stop"))
-        return stopping
+    def stop() -> str | None:
+        nonlocal reason
+        if world.is_first and reason is None and due_stop():
+            reason = channel.get("stop")
+        return reason
 
-    return Hooks(progress=progress, stop=stop)
+    def save() -> bool:
+        nonlocal asked_to_save
+        before = asked_to_save
+        if due_save():
+            asked_to_save = channel.get("save")
+        return asked_to_save != before
+
+    return Hooks(progress=progress, stop=stop, save=save, event=lambda entry: channel.add("events", entry))
 
 
 class Every:

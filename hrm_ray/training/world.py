@@ -1,6 +1,5 @@
 """The workers of a run and the few collectives the loop needs; one worker needs no torch.distributed."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +21,11 @@ class World:
         return self.rank == 0
 
     def slots(self, global_count: int) -> slice:
-        """The run of consecutive global slots that this worker owns."""
-        per_worker = global_count // self.size
-        return slice(self.rank * per_worker, (self.rank + 1) * per_worker)
+        """The run of consecutive global slots that this worker owns; shares differ by one at most."""
+        return self._slots_of(self.rank, global_count)
+
+    def _slots_of(self, rank: int, global_count: int) -> slice:
+        return slice(rank * global_count // self.size, (rank + 1) * global_count // self.size)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over workers, in place."""
@@ -32,15 +33,16 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    @property
-    def gather(self) -> Callable[[Tensor], Tensor] | None:
-        """Concatenates tensors of equal shape along their first axis in the order of ranks; None if alone."""
-        return self._gather if self.size > 1 else None
-
-    def _gather(self, tensor: Tensor) -> Tensor:
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
+    def gather(self, tensor: Tensor, global_count: int) -> Tensor:
+        """All workers' rows in the order of ranks, where `tensor` has a row for each of this worker's slots."""
+        if self.size == 1:
+            return tensor
+        counts = [len(range(global_count)[self._slots_of(rank, global_count)]) for rank in range(self.size)]
+        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])  # the collective wants equal shapes
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every worker's `value`, in the order of ranks."""

@@ -9,7 +9,7 @@ from tests.golden_cases import CASES, FOLDER, batch_of, config_of, model_of
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_act_step_of_an_evaluation(case, one_thread):
+def test_every_act_step_of_an_evaluation(case):
     model, arch = model_of(case), config_of(case)["arch"]
     model.eval()
     golden = np.load(FOLDER / case / "eval.npz")

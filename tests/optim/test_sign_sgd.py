@@ -17,14 +17,3 @@ def test_against_a_loop_over_rows():
         expected[row] = expected[row] * (1 - 0.1 * 0.5) - 0.1 * summed.sign()
     sparse_sign_sgd(table, identifiers, gradients, lr=0.1, weight_decay=0.5)
     torch.testing.assert_close(table, expected)
-
-
-def test_gather_sums_over_workers_before_the_sign():
-    table = torch.zeros(2, 1)
-    other = {"ids": torch.tensor([1]), "grads": torch.tensor([[-3.0]])}
-
-    def gather(t):
-        return torch.cat([t, other["ids"] if t.dtype == torch.int64 else other["grads"]])
-
-    sparse_sign_sgd(table, torch.tensor([1]), torch.tensor([[2.0]]), lr=1.0, weight_decay=0.0, gather=gather)
-    assert table.tolist() == [[0.0], [1.0]]  # sign(2 - 3) = -1, taken once

@@ -22,9 +22,9 @@ class GoldenTrainer(Trainer):
         self.seen = []
         add = self._meter.add
 
-        def remember(metrics, loss, step, data_wait_s):
+        def remember(metrics, loss, step, num_slots, data_wait_s):
             self.seen.append((loss.item(), metrics.clone(), self.state.carry.halted.clone(), self._lr(step)))
-            add(metrics, loss, step, data_wait_s)
+            add(metrics, loss, step, num_slots, data_wait_s)
 
         self._meter.add = remember
 
@@ -33,7 +33,7 @@ class GoldenTrainer(Trainer):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_twelve_training_steps(case, tmp_path, one_thread):
+def test_twelve_training_steps(case, tmp_path):
     published = config_of(case)
     # 96 examples in batches of 8: 12 steps in all.
     toy_dataset(tmp_path / "data", num_train=96, num_identifiers=NUM_IDENTIFIERS)

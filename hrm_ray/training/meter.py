@@ -1,0 +1,102 @@
+"""Training metrics between two reports, summed on the device so that no step waits for them."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hrm_ray.models.losses import METRICS
+from hrm_ray.training.world import World
+
+NEVER = 2**31 - 1  # a step that no run reaches
+
+
+class Diverged(Exception):
+    """A loss or the weights are not finite; raised on every worker alike.
+
+    Attributes:
+        step: the first such step.
+        what: what is wrong, and where.
+    """
+
+    def __init__(self, step: int, what: str):
+        super().__init__(step, what)
+        self.step, self.what = step, what
+
+
+class Meter:
+    """Sums the metrics of this worker's steps until they are reported.
+
+    Args:
+        device: of the losses.
+        max_loss: mean loss of a slot above which a step counts as not finite.
+        sums, num_steps: what an earlier attempt summed and did not report.
+    """
+
+    def __init__(self, device: torch.device, max_loss: float, sums: Tensor | None = None, num_steps: int = 0):
+        self._device, self._max_loss = device, max_loss
+        self._reset()
+        if sums is not None:
+            self.sums += sums.to(device)
+        self.num_steps = num_steps
+
+    def _reset(self) -> None:
+        self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=self._device)
+        self.num_steps = 0
+        self._bad_step = torch.full((), NEVER, device=self._device)
+        self._num_timed = 0  # steps of this attempt
+        self._data_wait_s = 0.0
+        self._checkpoint_s: float | None = None
+        self._started = time.perf_counter()
+
+    def add(self, metrics: Tensor, loss: Tensor, step: int, num_slots: int, data_wait_s: float) -> None:
+        """Count one step of `num_slots` slots, whose losses sum up to `loss`."""
+        self.sums += metrics
+        good = loss.detach().abs() <= self._max_loss * num_slots  # false for NaN too
+        self._bad_step = torch.minimum(self._bad_step, torch.where(good, NEVER, step))
+        self.num_steps += 1
+        self._num_timed += 1
+        self._data_wait_s += data_wait_s
+
+    def check(self, world: World) -> None:
+        """Raise `Diverged` if a loss since the last report was not finite. Collective."""
+        bad_steps = world.gather_objects(int(self._bad_step))
+        if min(bad_steps) < NEVER:
+            rank = bad_steps.index(min(bad_steps))
+            raise Diverged(min(bad_steps), f"the loss is not finite at step {min(bad_steps)} on rank {rank}")
+
+    def report(
+        self, step: int, global_batch_size: int, lr: Callable[[int], float], world: World
+    ) -> dict[str, float]:
+        """Metrics since the last report, over all workers, at `step`; `lr` is a function of it. Collective.
+
+        Raises:
+            Diverged: a loss was not finite.
+        """
+        self.check(world)
+        sums = dict(zip(METRICS, world.sum(self.sums).tolist(), strict=True))
+        slots = max(1, self.num_steps) * global_batch_size
+        halted = sums.pop("count")
+        record = {
+            f"train/{name}": sums[name] / slots for name in ("lm_loss", "q_halt_loss", "q_continue_loss")
+        }
+        record["train/loss"] = record["train/lm_loss"] + 0.5 * (
+            record["train/q_halt_loss"] + record["train/q_continue_loss"]
+        )
+        if halted:
+            for name in ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps"):
+                record[f"train/{name}"] = sums[name] / halted
+        record["train/lr"] = lr(step)
+        record["time/step_s"] = (time.perf_counter() - self._started) / max(1, self._num_timed)
+        record["time/data_wait_s"] = self._data_wait_s / max(1, self._num_timed)
+        if self._checkpoint_s is not None:
+            record["time/checkpoint_s"] = self._checkpoint_s
+        self._reset()
+        return record
+
+    def exclude(self, seconds: float, *, checkpoint: bool = False) -> None:
+        """Do not count `seconds` that have just passed as time of steps; of a checkpoint, report them."""
+        self._started += seconds
+        if checkpoint:
+            self._checkpoint_s = (self._checkpoint_s or 0.0) + seconds

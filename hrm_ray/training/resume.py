@@ -1,0 +1,94 @@
+"""Where a run goes on: from its own newest checkpoint, or anew from the weights of one that does not fit."""
+
+from typing import Any
+
+from hrm_ray.config.schema import TrainConfig
+from hrm_ray.data.shards import Dataset
+from hrm_ray.errors import UserError
+from hrm_ray.training.checkpoint import Checkpoint, finished
+from hrm_ray.training.storage import Storage
+
+
+def resume_point(config: TrainConfig, run: Storage, dataset: Dataset) -> Checkpoint | None:
+    """The newest checkpoint of `run`, its files not yet verified, or None for a new run.
+
+    Raises:
+        UserError: it belongs to another model, data set, seed or batch size.
+    """
+    checkpoints = finished(run)
+    if not checkpoints:
+        return None
+    check_fits(checkpoints[-1], config, run, dataset)
+    return checkpoints[-1]
+
+
+def check_fits(checkpoint: Checkpoint, config: TrainConfig, run: Storage, dataset: Dataset) -> None:
+    """Raise UserError, naming both values, if `config` cannot continue `checkpoint`."""
+    problem = misfit(checkpoint, config, dataset)
+    if problem:
+        raise UserError(
+            f"{run} was trained with {problem}; choose another run_name=, or the same values to continue it, or "
+            "resume=weights to start anew from its weights only"
+        )
+
+
+def misfit(checkpoint: Checkpoint, config: TrainConfig, dataset: Dataset) -> str | None:
+    """What keeps `config` from continuing `checkpoint`: "KEY VALUE, not VALUE"; None if nothing does."""
+    manifest = checkpoint.manifest
+    keys = ("seed", "global_batch_size", "ema")
+    there = {"data set": manifest.dataset.fingerprint, "arch": manifest.arch}
+    here = {"data set": dataset.fingerprint, "arch": config.arch}
+    there |= {key: manifest.config.get(key) for key in keys}
+    here |= {key: getattr(config, key) for key in keys}
+    different = [key for key in here if there[key] != here[key]]
+    return f"{different[0]} {_both(there[different[0]], here[different[0]])}" if different else None
+
+
+def _both(there: Any, here: Any) -> str:
+    """Both values, or of two architectures the fields that differ."""
+    if hasattr(there, "model_dump"):
+        a, b = there.model_dump(), here.model_dump()
+        changed = [key for key in a if a[key] != b.get(key)]
+        return (
+            ", ".join(f"{key}={a[key]}" for key in changed) + ", not " + ", ".join(f"{b[k]}" for k in changed)
+        )
+    return f"{str(there)[:16]}, not {str(here)[:16]}"
+
+
+def set_aside(run: Storage) -> Storage:
+    """Rename the folder of a run that is to start anew from its own weights; returns it under its new name.
+
+    Raises:
+        UserError: another process trains it, or its storage cannot rename.
+    """
+    lock = run.lock(wait_s=0)
+    before = _aside(run)
+    name = f"{run.name}-before-{len(before) + 1}"
+    run.rename(name)
+    if lock:
+        lock.close()
+    return run.parent / name
+
+
+def weights_source(run: Storage) -> Checkpoint:
+    """The checkpoint whose weights `resume=weights` starts from: the newest of the run last set aside.
+
+    Raises:
+        UserError: there is none.
+    """
+    for folder in reversed(_aside(run)):
+        checkpoints = finished(run.parent / folder)
+        if checkpoints:
+            return checkpoints[-1]
+    raise UserError(
+        f"resume=weights: {run} has no checkpoint to take weights from; leave it out to start anew"
+    )
+
+
+def _aside(run: Storage) -> list[str]:
+    """Names of the folders that `set_aside` made for `run`, oldest first."""
+    prefix = f"{run.name}-before-"
+    found = [
+        name for name in run.parent.folders() if name.startswith(prefix) and name[len(prefix) :].isdigit()
+    ]
+    return sorted(found, key=lambda name: int(name[len(prefix) :]))

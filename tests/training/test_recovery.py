@@ -1,0 +1,309 @@
+"""Faults that are not crashes: losses that are not finite, full disks, hangs, workers that disagree; planned ends."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hrm_ray.config.schema import TrainConfig
+from hrm_ray.errors import RunFailed, UserError
+from hrm_ray.training import saver, trainer
+from hrm_ray.training.agreement import WorkersDisagree, bit_sum, odd_ones_out
+from hrm_ray.training.checkpoint import finished
+from hrm_ray.training.loop import Hooks, Trainer
+from hrm_ray.training.plan import out_of_patience
+from hrm_ray.training.world import World
+from tests.toy import ARCH, toy_config, toy_dataset
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> dict:
+    toy_dataset(tmp_path / "data", num_identifiers=5)
+    return toy_config(tmp_path / "data", tmp_path / "runs")
+
+
+class PoisonedTrainer(Trainer):
+    """The weights become NaN in the update of step 11, whenever it is computed."""
+
+    poisoned_step = 11
+
+    def _step(self, step):
+        super()._step(step)
+        if step == self.poisoned_step and step not in self.state.skipped_steps:
+            with torch.no_grad():
+                self.state.model.inner.lm_head.weight[0, 0] = float("nan")
+
+
+def run(config: dict, kind: type[Trainer] = Trainer, **hooks) -> Trainer:
+    parsed = TrainConfig(**config)
+    made = kind(parsed, trainer.run_folder(parsed), World(), Hooks(**hooks))
+    made.train()
+    return made
+
+
+def records(made: Trainer) -> list[dict]:
+    return [json.loads(line) for line in (made.run.local_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(made: Trainer) -> list[dict]:
+    return [json.loads(line) for line in (made.run.local_path / "events.jsonl").read_text().splitlines()]
+
+
+# Losses that are not finite
+
+
+def test_a_rollback_leaves_out_the_batches_and_counts_them(config):
+    config |= {"on_nonfinite": "rollback", "checkpoint_interval": 3}
+    made = run(config, PoisonedTrainer)
+    (entry,) = [e for e in events(made) if e["event"] == "rolled_back"]
+    assert "not finite at step 12 on rank 0; back to step 9" in entry["message"]
+    summary = json.loads((made.run.local_path / "summary.json").read_text())
+    assert summary["finished"] and summary["num_rollbacks"] == 1
+    manifest = finished(made.run)[-1].manifest
+    assert manifest.global_step == 20 and manifest.skipped_steps == [11, 12] and manifest.num_rollbacks == 1
+    steps = [r["global_step"] for r in records(made)]
+    assert steps == sorted(steps) and steps[-1] == 20
+
+
+def test_a_run_rolled_back_continues_bit_for_bit(config):
+    """The skipped steps are part of the checkpoint; a crash between rollback and checkpoint finds them again."""
+    config |= {"on_nonfinite": "rollback", "checkpoint_interval": 3}
+    whole = run({**config, "run_name": "whole"}, PoisonedTrainer)
+    run({**config, "run_name": "parts", "max_steps": 14}, PoisonedTrainer)
+    parts = run({**config, "run_name": "parts"}, PoisonedTrainer)
+    assert finished(parts.run)[-1].manifest.files == finished(whole.run)[-1].manifest.files
+    assert finished(parts.run)[-1].manifest.skipped_steps == [11, 12]
+
+
+def test_a_rollback_before_the_first_checkpoint_begins_anew(config):
+    made = run(
+        {**config, "on_nonfinite": "rollback", "eval_interval": None, "log_interval": 1}, PoisonedTrainer
+    )
+    assert finished(made.run)[-1].manifest.skipped_steps == [11, 12]
+    assert [r["global_step"] for r in records(made) if "train/loss" in r] == list(range(1, 21))
+
+
+def test_rollbacks_are_not_endless(config):
+    hopeless = {**config, "lr": 1e30, "lr_warmup_steps": 0, "on_nonfinite": "rollback", "max_rollbacks": 2}
+    with pytest.raises(RunFailed, match="after 2 rollbacks"):
+        run(hopeless)
+
+
+def test_an_exploding_loss_counts_as_not_finite(config):
+    with pytest.raises(RunFailed, match="not finite at step 1 on rank 0"):
+        run({**config, "max_loss": 0.5})
+
+
+# Ends that are not failures
+
+
+def test_early_stopping_ends_the_run_and_more_patience_continues_it(config):
+    config |= {"eval_interval": 1, "epochs": 10, "max_steps": 60, "lr": 1e-12, "puzzle_emb_lr": 0.0}
+    made = run({**config, "early_stopping": 2})
+    evaluated = [r["global_step"] for r in records(made) if "eval/accuracy" in r]
+    assert len(evaluated) == 3 and made.state.global_step == evaluated[-1] < 60
+    summary = json.loads((made.run.local_path / "summary.json").read_text())
+    assert summary["finished"] and summary["stop_reason"] == "early_stopping"
+    again = run({**config, "early_stopping": 2})
+    assert again.state.global_step == evaluated[-1]
+    assert run({**config, "early_stopping": None}).state.global_step == 60
+
+
+@pytest.mark.parametrize(
+    ("values", "patience", "stops"),
+    [
+        ([], 1, False),
+        ([0.5], 1, False),
+        ([0.5, 0.5], 1, True),
+        ([0.5, 0.6], 1, False),
+        ([0.9, 0.1, 0.2], 2, True),
+        ([0.9, 0.1, 0.2], 3, False),
+        ([0.1, 0.1], None, False),
+    ],
+)
+def test_patience(values, patience, stops):
+    assert out_of_patience(values, patience) == stops
+
+
+def test_time_that_is_up_stops_with_a_checkpoint(config, capsys):
+    config |= {"epochs": 100_000, "max_steps": None, "eval_interval": None, "max_time_s": 1.0}
+    summary, signal = trainer.train(TrainConfig(**config), show_progress=False)
+    assert signal is None and summary["stop_reason"] == "max_time_s" and not summary["finished"]
+    (checkpoint,) = finished(trainer.run_folder(TrainConfig(**config)))
+    assert checkpoint.manifest.global_step == summary["global_step"] > 0
+
+
+def test_a_checkpoint_that_is_asked_for_changes_nothing(config):
+    asked = iter([False] * 6 + [True] + [False] * 100)
+    saved = run({**config, "run_name": "saved", "eval_interval": None}, save=lambda: next(asked))
+    whole = run({**config, "run_name": "whole", "eval_interval": None})
+    assert [c.manifest.global_step for c in finished(saved.run)] == [7, 20]
+    assert finished(saved.run)[-1].manifest.files == finished(whole.run)[-1].manifest.files
+
+
+# Disks
+
+
+def test_no_room_on_the_disk_is_said_before_writing(config, monkeypatch):
+    made = run({**config, "max_steps": 8})
+    monkeypatch.setattr(saver, "SPARE_BYTES", 2**70)
+    with pytest.raises(RunFailed, match=r"GB free, a checkpoint needs .* make room, and the same command"):
+        run(config)
+    assert [c.manifest.global_step for c in finished(made.run)] == [8]
+    assert sorted((made.run / "checkpoints").folders()) == ["step-00000008"]
+
+
+def test_a_write_that_fails_leaves_the_checkpoint_before(config):
+    """A real failing write: the kernel's limit on the size of files, in a process of its own."""
+    made = run({**config, "max_steps": 8})
+    largest = max(info.bytes for info in finished(made.run)[-1].manifest.files.values())
+    program = f"""
+        import json, resource, sys
+        from hrm_ray.config.schema import TrainConfig
+        from hrm_ray.training import trainer
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({largest} - 1, resource.RLIM_INFINITY))
+        trainer.train(TrainConfig(**json.loads(sys.argv[1])), show_progress=False)
+    """
+    words = [sys.executable, "-c", textwrap.dedent(program), json.dumps(config)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert "RunFailed" in done.stderr and "cannot be written" in done.stderr
+    assert [c.manifest.global_step for c in finished(made.run)] == [8]
+    assert sorted((made.run / "checkpoints").folders()) == ["step-00000008"]
+    assert run(config).state.global_step == 20
+
+
+# Hangs
+
+
+def test_a_process_that_hangs_is_ended_and_says_where(config):
+    program = """
+        import json, sys, threading
+        from hrm_ray.config.schema import TrainConfig
+        from hrm_ray.training import trainer
+        from hrm_ray.training.loop import Hooks, Trainer
+        from hrm_ray.training.world import World
+        def hang(progress):
+            if progress.step == 5:
+                threading.Event().wait()
+        config = TrainConfig(**json.loads(sys.argv[1]))
+        Trainer(config, trainer.run_folder(config), World(), Hooks(progress=hang)).train()
+    """
+    config |= {"watchdog_s": 0.5, "checkpoint_interval": 2, "run_name": "hung"}
+    words = [sys.executable, "-c", textwrap.dedent(program), json.dumps(config)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "no progress for 0.5 s (watchdog_s)" in done.stderr and "in hang" in done.stderr
+    whole = run({**config, "run_name": "whole"})
+    again = run({**config, "watchdog_s": None})
+    # The checkpoint of step 4 may still have been in the writing.
+    assert [e["global_step"] for e in events(again) if e["event"] == "started"] in ([0, 2], [0, 4])
+    assert finished(again.run)[-1].manifest.files == finished(whole.run)[-1].manifest.files
+
+
+# Workers that disagree
+
+
+def _disagreeing_worker(rank: int, meeting_point: str, config: dict, told: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=3)
+    parsed = TrainConfig(**config)
+    made = Trainer(parsed, trainer.run_folder(parsed), World(rank, 3, rank), Hooks())
+
+    step = made._step
+
+    def flip(number: int) -> None:
+        step(number)
+        if number == 7 and rank == 1:  # one bit, as a fault of memory would
+            with torch.no_grad():
+                made.state.model.inner.lm_head.weight.view(torch.int32)[3, 5] ^= 1
+
+    made._step = flip
+    try:
+        made.train()
+    except WorkersDisagree as error:
+        Path(told, str(rank)).write_text(str(error))
+    dist.barrier()
+    os._exit(0)
+
+
+def test_a_worker_whose_weights_differ_is_named_and_nothing_of_it_is_saved(config):
+    config |= {"checksum_interval": 4, "checkpoint_interval": 3, "eval_interval": None}
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (f"{folder}/rendezvous", config, folder)
+        workers = [context.Process(target=_disagreeing_worker, args=(r, *arguments)) for r in range(3)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(120)
+            assert worker.exitcode == 0
+        said = {Path(folder, str(rank)).read_text() for rank in range(3)}
+    assert said == {"the weights of ranks 1 differ from the others' after step 8"}
+    assert [c.manifest.global_step for c in finished(trainer.run_folder(TrainConfig(**config)))] == [3, 6]
+
+
+def test_odd_ones_out():
+    assert odd_ones_out([5, 5, 7]) == "ranks 2"
+    assert odd_ones_out([5, 7]) == "ranks 0, 1"
+    assert odd_ones_out([1, 2, 3]) == "ranks 0, 1, 2"
+
+
+def test_a_checksum_sees_every_bit_and_the_order_of_tensors():
+    a, b = torch.randn(40), torch.randn(40)
+    flipped = a.clone()
+    flipped.view(torch.int32)[17] ^= 1 << 30
+    assert bit_sum([a, b]) == bit_sum([a.clone(), b.clone()])
+    assert len({bit_sum([a, b]), bit_sum([b, a]), bit_sum([flipped, b])}) == 3
+    assert bit_sum([a.bfloat16()]) != bit_sum([b.bfloat16()])
+
+
+# Weights only
+
+
+def test_resume_weights_starts_anew_from_the_weights_of_a_run_that_does_not_fit(config, tmp_path):
+    first = run({**config, "max_steps": 8})
+    toy_dataset(tmp_path / "other", seed=1, num_identifiers=7)
+    other = config | {"data_path": str(tmp_path / "other")}
+    with pytest.raises(UserError, match=r"data set \w+, not \w+;.* resume=weights"):
+        trainer.train(TrainConfig(**other), show_progress=False)
+    values = TrainConfig(**{**other, "resume": "weights", "max_steps": 12})
+    summary, _ = trainer.train(values, show_progress=False)
+    assert summary["global_step"] == 12
+    aside = first.run.parent / "toy-before-1"
+    assert [c.manifest.global_step for c in finished(aside)] == [8]
+    entries = (first.run.local_path / "events.jsonl").read_text()
+    assert "starts anew from the weights of" in entries and "puzzle_emb.weights anew" in entries
+    # The same command continues; it does not start anew again.
+    summary, _ = trainer.train(values.model_copy(update={"max_steps": 16}), show_progress=False)
+    assert summary["global_step"] == 16 and finished(aside)
+
+
+def test_resume_weights_takes_the_weights(config):
+    first = run({**config, "max_steps": 8})
+    parsed = TrainConfig(**{**config, "seed": 5, "resume": "weights"})
+    trainer.set_aside(first.run)
+    made = Trainer(parsed, trainer.run_folder(parsed), World(), Hooks())
+    for name, tensor in first.state.model.inner.state_dict().items():
+        assert torch.equal(made.state.model.inner.state_dict()[name], tensor)
+    assert made.state.global_step == 0
+
+
+def test_resume_weights_of_another_architecture_names_a_shape(config):
+    run({**config, "max_steps": 2})
+    wider = {**config, "arch": {**ARCH, "hidden_size": 64, "puzzle_emb_ndim": 64}, "resume": "weights"}
+    with pytest.raises(UserError, match=r"weights do not fit: .* is \(.*\) there and \(.*\) here"):
+        trainer.train(TrainConfig(**wider), show_progress=False)
+    run(config)  # the run is still there
+
+
+def test_resume_weights_without_any_is_said(config):
+    with pytest.raises(UserError, match="has no checkpoint to take weights from"):
+        trainer.train(TrainConfig(**{**config, "resume": "weights"}), show_progress=False)
