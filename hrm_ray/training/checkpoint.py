@@ -226,7 +226,13 @@ def prune(run: Storage, *, keep_last: int, keep_best: int) -> None:
     keep = {c.name for c in [*checkpoints[-keep_last:], *_by_metric(checkpoints)[-keep_best:]]}
     for name in (run / FOLDER).folders():
         if name not in keep:
-            (run / FOLDER).delete(name)
+            discard(run / FOLDER / name)
+
+
+def discard(folder: Storage) -> None:
+    """Delete a checkpoint, its manifest first: what is half deleted must not look whole."""
+    folder.delete_file(MANIFEST)
+    folder.delete()
 
 
 def find(path: str) -> Checkpoint:

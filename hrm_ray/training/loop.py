@@ -131,6 +131,7 @@ class Trainer:
             raise
         self._records: Records | None = None
         if world.is_first:
+            run.sweep()
             self._records = Records(
                 run, config, self.state.global_step, evaluates_again=self._evaluation_is_due
             )

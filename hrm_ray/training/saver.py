@@ -16,6 +16,7 @@ from hrm_ray.training.checkpoint import (
     FileInfo,
     Manifest,
     Tensors,
+    discard,
     prune,
     step_name,
     write_manifest,
@@ -74,7 +75,7 @@ class Saver:
         assert not self.is_pending
         name = step_name(snapshot.manifest.global_step)
         if self._world.is_first and name in (self._run / FOLDER).folders():
-            (self._run / FOLDER).delete(name)  # left by an attempt that was cut short, or damaged
+            discard(self._run / FOLDER / name)  # left by an attempt that was cut short, or damaged
         # Also the barrier that lets nobody write before the old folder is gone.
         shortages = [text for text in self._world.gather_objects(self._shortage(snapshot)) if text]
         if shortages:
@@ -100,7 +101,7 @@ class Saver:
         failures = [outcome for outcome in outcomes if isinstance(outcome, str)]
         if failures:
             if self._world.is_first:
-                self._run.delete(f"{FOLDER}/{step_name(manifest.global_step)}")
+                discard(folder)
             raise RunFailed(f"{folder} cannot be written ({failures[0]}); {_GO_ON}")
         if self._world.is_first:
             before_valid()

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -148,9 +149,20 @@ class Storage:
             i.base_name for i in self._fs.get_file_info(selector) if i.type == pafs.FileType.Directory
         )
 
-    def delete(self, name: str) -> None:
-        """Remove the folder `name` with all that is in it."""
-        self._fs.delete_dir(f"{self._root}/{name}")
+    def delete(self) -> None:
+        """Remove the folder itself with all that is in it."""
+        self._fs.delete_dir(self._root)
+
+    def delete_file(self, name: str) -> None:
+        """Remove the file `name`, if it is there."""
+        with suppress(FileNotFoundError):
+            self._fs.delete_file(f"{self._root}/{name}")
+
+    def sweep(self) -> None:
+        """Remove what killed processes left of files directly in a local folder. No other process may write there."""
+        if self.local_path is not None:
+            for aside in self.local_path.glob("*.tmp"):
+                aside.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hrm_ray.training import trainer
+from hrm_ray.training import ray_train
 from hrm_ray.training.loop import Progress
 from hrm_ray.training.world import World
 
@@ -25,7 +25,7 @@ def clock(monkeypatch):
     class Clock:
         now = 100.0
 
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: Clock.now)
+    monkeypatch.setattr(ray_train.time, "monotonic", lambda: Clock.now)
     return Clock
 
 
@@ -35,7 +35,7 @@ def progress(step):
 
 def test_a_wish_to_stop_is_seen_although_progress_is_told_in_between(clock):
     channel = FakeChannel()
-    hooks = trainer.worker_hooks(channel, World())
+    hooks = ray_train.worker_hooks(channel, World())
     assert not hooks.stop()
     channel.put("stop", True)
     for step in range(3):  # an evaluation: ask, compute for long, tell
@@ -48,11 +48,11 @@ def test_a_wish_to_stop_is_seen_although_progress_is_told_in_between(clock):
 
 def test_the_channel_is_not_flooded(clock):
     channel = FakeChannel()
-    hooks = trainer.worker_hooks(channel, World())
+    hooks = ray_train.worker_hooks(channel, World())
     for step in range(100):
         hooks.stop()
         hooks.progress(progress(step))
-        clock.now += trainer.POLL_S / 10
+        clock.now += ray_train.POLL_S / 10
     assert channel.num_looks <= 11
     assert channel.values["progress"]["step"] >= 89
 
@@ -60,5 +60,5 @@ def test_the_channel_is_not_flooded(clock):
 def test_only_the_first_worker_looks():
     channel = FakeChannel()
     channel.put("stop", True)
-    assert not trainer.worker_hooks(channel, World(rank=1, size=2)).stop()
+    assert not ray_train.worker_hooks(channel, World(rank=1, size=2)).stop()
     assert channel.num_looks == 0

@@ -15,7 +15,7 @@ import yaml
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import RunFailed, UserError
-from hrm_ray.training import trainer
+from hrm_ray.training import ray_train, trainer
 from hrm_ray.training.checkpoint import finished
 from tests.toy import toy_config, toy_dataset
 
@@ -78,7 +78,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(config, ray_cluster):
             if not pids and progress.step >= 7:
                 pids.append(_kill_train_worker())
 
-    trainer._train_on_ray(killed, KillOnce(killed))
+    ray_train.train_on_ray(killed, trainer.run_folder(killed), KillOnce(killed))
     assert pids, "the worker was never killed"
     assert last(killed).manifest.files == last(whole).manifest.files
     assert [_untimed(r) for r in _records(killed)] == [_untimed(r) for r in _records(whole)]

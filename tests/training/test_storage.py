@@ -15,7 +15,7 @@ def test_write_read_list_delete(tmp_path, scheme):
     (run / "two").write("y", b"3")
     assert run.read("one/x") == b"2" and (run / "one").read("x") == b"2"
     assert run.folders() == ["one", "two"]
-    run.delete("one")
+    (run / "one").delete()
     assert run.folders() == ["two"]
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["y"]
 

@@ -1,0 +1,282 @@
+"""Runs the loop in the workers of Ray Train.
+
+Thin on purpose. Checkpoints and resuming belong to the loop (Ray's own snapshot may lag behind them), so a worker
+that Ray restarts simply goes on from the newest one. Progress, a wish to stop and a failure travel through the
+cluster's key-value store, since `ray.train.report` is a barrier as slow as the controller's poll.
+
+When Ray is about to restart the workers, because a node is being taken away or because there is room for more, the
+driver asks for a checkpoint, so that little or no work is repeated.
+"""
+
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hrm_ray.config.schema import TrainConfig
+from hrm_ray.errors import RunFailed, UserError
+from hrm_ray.training.loop import Hooks, Progress, Trainer
+from hrm_ray.training.storage import Storage
+from hrm_ray.training.trainer import Driver
+from hrm_ray.training.world import World
+
+POLL_S = 0.25  # how often the driver and the first worker look at each other's messages
+LOOK_AHEAD_S = 2.0  # how often the driver looks whether the workers will be restarted
+SAVE_AHEAD_S = 10.0  # and how often it then asks for a checkpoint
+RESIZE_INTERVAL_S = 30.0  # how often Ray looks for room for more workers
+START_TIMEOUT_S = 15.0  # how long it waits for lost ones to come back before it starts fewer
+
+
+class Channel:
+    """Messages between the driver and the workers of one run, in the cluster's key-value store."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def put(self, key: str, value: Any) -> None:
+        from ray.experimental import internal_kv
+
+        internal_kv._internal_kv_put(self._key(key), json.dumps(value).encode(), overwrite=True)
+
+    def get(self, key: str) -> Any:
+        """The value last put, or None."""
+        from ray.experimental import internal_kv
+
+        content = internal_kv._internal_kv_get(self._key(key))
+        return None if content is None else json.loads(content)
+
+    def add(self, key: str, value: Any) -> None:
+        """Add to the values under `key`."""
+        self.put(f"{key}/{time.time_ns():020d}", value)
+
+    def added(self, key: str, number: int) -> list[Any]:
+        """The values added to `key`, in order, without the first `number`."""
+        from ray.experimental import internal_kv
+
+        keys = sorted(internal_kv._internal_kv_list(self._key(f"{key}/")))[number:]
+        return [json.loads(internal_kv._internal_kv_get(each)) for each in keys]
+
+    def _key(self, key: str) -> bytes:
+        return f"hrm_ray/{self.name}/{key}".encode()
+
+
+def train_on_ray(config: TrainConfig, run: Storage, driver: Driver) -> dict[str, Any]:
+    """Train `config` in the folder `run`; returns the summary. For what is raised, see `trainer.train`."""
+    from hrm_ray.ray_session import ray_session
+
+    with _environment(_ray_settings(config)), ray_session():
+        channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
+        cpus, use_gpu = _resources(config)
+        trainer = _ray_trainer(config, run, channel, cpus, use_gpu)
+        outcome: dict[str, Any] = {}
+
+        def fit() -> None:
+            try:
+                outcome["summary"] = trainer.fit().return_value
+            except BaseException as error:  # handed to the main thread
+                outcome["error"] = error
+
+        # In a thread of its own, so that signals reach our handler and not Ray's, which kills the workers.
+        thread = threading.Thread(target=fit, daemon=True)
+        thread.start()
+        look_ahead, ask_to_save = Every(LOOK_AHEAD_S), Every(SAVE_AHEAD_S)
+        num_events = 0
+        told_to_stop = False
+        while thread.is_alive():
+            thread.join(POLL_S)
+            reason = driver.stop.reason()
+            if reason is not None and not told_to_stop:
+                channel.put("stop", reason)
+                told_to_stop = True
+            for entry in channel.added("events", num_events):
+                driver.event(entry)
+                num_events += 1
+            failure = channel.get("failure")
+            if failure is not None:
+                raise (RunFailed if failure["exit_code"] == 1 else UserError)(failure["message"])
+            progress = channel.get("progress")
+            if progress is not None:
+                driver.progress(Progress(**progress))
+            if look_ahead() and _restart_is_ahead(config, cpus, driver.num_workers) and ask_to_save():
+                channel.put("save", time.time())
+        if "error" in outcome:
+            raise RunFailed(
+                f"Ray Train gave up: {_first_cause(outcome['error'])}; "
+                "the same command goes on from the last checkpoint"
+            ) from outcome["error"]
+        return outcome["summary"]
+
+
+def _ray_settings(config: TrainConfig) -> dict[str, str]:
+    """Ray Train's environment variables; what the user has set stays."""
+    settings = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+    if config.watchdog_s is not None:  # for a worker that is stopped as a whole, its own watchdog with it
+        settings["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.watchdog_s)
+    if config.scaling.is_elastic:
+        settings["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(START_TIMEOUT_S)
+    return {name: value for name, value in settings.items() if name not in os.environ}
+
+
+@contextmanager
+def _environment(settings: dict[str, str]) -> Iterator[None]:
+    """Inside, the environment has `settings`."""
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name in settings:
+            os.environ.pop(name, None)
+
+
+def _restart_is_ahead(config: TrainConfig, cpus: int, num_workers: int) -> bool:
+    """Whether Ray is about to restart the workers: a node is being drained, or there is room for more of them."""
+    import ray
+
+    if ray._private.state.state.get_draining_nodes():
+        return True
+    if not config.scaling.is_elastic or not 0 < num_workers < config.scaling.max_workers:
+        return False
+    return ray.available_resources().get("CPU", 0) >= cpus
+
+
+def _ray_trainer(config: TrainConfig, run: Storage, channel: Channel, cpus: int, use_gpu: bool):
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    least, most = config.scaling.min_workers, config.scaling.max_workers
+    workers = (least, most) if config.scaling.is_elastic else most
+    values = config.model_dump(mode="json") | {"data_path": _absolute(config.data_path)}
+    if not use_gpu:  # Ray hides no GPU from a worker that asked for none
+        values["device"] = "cpu"
+    run.create()  # if that cannot be, it is said here and not by a worker
+    return TorchTrainer(
+        _worker,  # type: ignore[arg-type]  # what it returns becomes Result.return_value
+        train_loop_config={
+            "config": values,
+            "storage": str(run),
+            "channel": channel.name,
+            "cpus": cpus,
+        },
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,  # type: ignore[arg-type]  # the types are of Ray's older version
+            elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,  # type: ignore[call-arg]
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)},
+        ),
+        # Ray's own notes on this attempt; ours decide where a run goes on.
+        run_config=ray.train.RunConfig(
+            name=f"attempt-{uuid.uuid4().hex[:8]}",
+            storage_path=str(run / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=config.failure.max_failures),
+        ),
+    )
+
+
+def _resources(config: TrainConfig) -> tuple[int, bool]:
+    """CPUs of each worker, and whether each has a GPU.
+
+    Raises:
+        UserError: a private cluster, which does not grow, has too little.
+    """
+    import ray
+
+    scaling = config.scaling
+    least, most = scaling.min_workers, scaling.max_workers
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    total_cpus, total_gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
+    use_gpu = total_gpus >= least if scaling.use_gpu == "auto" else scaling.use_gpu
+    if config.device != "auto":
+        use_gpu = config.device == "cuda"
+    if scaling.cpus_per_worker != "auto":
+        cpus = scaling.cpus_per_worker
+    else:
+        on_largest_node = int(max(node.get("CPU", 0) for node in nodes))
+        cpus = 1 if use_gpu else max(1, min(total_cpus // most, on_largest_node))
+    if not os.environ.get("RAY_ADDRESS"):
+        wanted = [(least * cpus, total_cpus, "CPUs"), (least * use_gpu, total_gpus, "GPUs")]
+        for needed, there, kind in wanted:
+            if needed > there:
+                raise UserError(
+                    f"scaling.num_workers={least} needs {needed} {kind}, this machine has {there}; use fewer"
+                )
+    return cpus, use_gpu
+
+
+def _absolute(path: str) -> str:
+    """Workers have another working directory."""
+    return path if "://" in path else os.path.abspath(path)  # noqa: PTH100 - a path may be a URI
+
+
+def worker_hooks(channel: Channel, world: World) -> Hooks:
+    """Hooks that talk to the driver through `channel`, most at most every `POLL_S`; only the first worker does."""
+    due_progress, due_stop, due_save = Every(POLL_S), Every(POLL_S), Every(POLL_S)
+    reason: str | None = None
+    asked_to_save = channel.get("save") if world.is_first else None
+
+    def progress(progress: Progress) -> None:
+        if due_progress() or progress.step == progress.last_step:
+            channel.put("progress", vars(progress))
+
+    def stop() -> str | None:
+        nonlocal reason
+        if world.is_first and reason is None and due_stop():
+            reason = channel.get("stop")
+        return reason
+
+    def save() -> bool:
+        nonlocal asked_to_save
+        before = asked_to_save
+        if due_save():
+            asked_to_save = channel.get("save")
+        return asked_to_save != before
+
+    return Hooks(progress=progress, stop=stop, save=save, event=lambda entry: channel.add("events", entry))
+
+
+class Every:
+    """Calling it says whether `seconds` have passed since it last said yes; the first call does."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._next = 0.0
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        due = now >= self._next
+        if due:
+            self._next = now + self._seconds
+        return due
+
+
+def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
+    """What each Ray Train worker runs."""
+    import ray.train
+    import torch
+
+    channel = Channel(parameters["channel"])
+    if channel.get("failure"):  # a restart cannot mend it
+        return {}
+    torch.set_num_threads(parameters["cpus"])
+    context = ray.train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
+    config = TrainConfig.model_validate(parameters["config"])
+    try:
+        hooks = worker_hooks(channel, world)
+        return Trainer(config, Storage(parameters["storage"]), world, hooks).train()
+    except UserError as error:
+        channel.put("failure", {"message": str(error), "exit_code": error.exit_code})
+        if isinstance(error, RunFailed):  # raised by every worker alike: end without a restart
+            return {}
+        raise
+
+
+def _first_cause(error: BaseException) -> str:
+    """The most telling line of Ray's nested exceptions."""
+    failures = getattr(error, "worker_failures", None)
+    cause = next(iter(failures.values())) if failures else error
+    return str(cause).strip().splitlines()[-1] if str(cause).strip() else repr(cause)
