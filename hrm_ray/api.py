@@ -133,16 +133,18 @@ class Solver:
         """Metrics over a split of the dataset `data`, and the arrays named in `save_outputs` (see `OUTPUTS`).
 
         Raises:
-            UserError: the dataset's task or vocabulary is not the model's, or an output of unknown name.
+            UserError: the dataset is damaged, its task or vocabulary is not the model's, or an output of unknown name.
         """
         unknown = [name for name in save_outputs if name not in OUTPUTS]
         if unknown:
             raise UserError(f"save_outputs: unknown '{unknown[0]}'; known: {', '.join(OUTPUTS)}")
         dataset = open_dataset(data)
         self._check(dataset)
+        examples = dataset.split(split)
+        examples.check_files()
         return evaluate(
             self.model,
-            dataset.split(split),
+            examples,
             ignore_label_id=dataset.manifest.ignore_label_id,
             loss_type=self.checkpoint.manifest.arch.loss.loss_type,
             batch_size=batch_size,

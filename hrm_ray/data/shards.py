@@ -9,30 +9,32 @@ An example is a row. A puzzle is a run of rows with the same `puzzle`, a group a
 and `group_starts` are the published layout's puzzle_indices and group_indices.
 
 What always holds: a folder with a manifest is complete (`DatasetWriter` renames the finished folder into place),
-and equal data and recipe give equal bytes, the manifest's included. Nothing here imports Ray.
+equal data and recipe give equal bytes, the manifest's included, and no changed byte goes unnoticed: the manifest
+carries its own digest and those of all files. Nothing here imports Ray.
 """
 
 import fcntl
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import fs as pafs
+from pydantic import field_validator
 
 from hrm_ray.config.validate import Settings, validated
 from hrm_ray.data.tasks.base import Task, get_task
 from hrm_ray.errors import UserError, first_line
+from hrm_ray.manifest import MANIFEST, canonical, seal, unseal
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 IDS = ("puzzle_identifier", "puzzle", "group")
 
 
@@ -42,6 +44,14 @@ class File(Settings):
     file: str
     bytes: int
     sha256: str
+
+    @field_validator("file")
+    @classmethod
+    def _lies_inside(cls, file: str) -> str:
+        """A manifest from elsewhere must not make us write into other folders."""
+        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+            raise ValueError(f"file {file} lies outside the dataset's folder")
+        return file
 
 
 class Shard(File):
@@ -93,17 +103,11 @@ class Manifest(Settings):
     def fingerprint(self) -> str:
         """SHA-256, hex, of what training sees: the data and its meaning, not where it came from."""
         about = self.model_dump(exclude={"recipe", "source_digest", "report", "seed", "extra_files"})
-        return hashlib.sha256(_canonical(about)).hexdigest()
+        return hashlib.sha256(canonical(about)).hexdigest()
 
     def render(self) -> bytes:
-        """The bytes of manifest.json: readable JSON whose last entry is the SHA-256 of the rest."""
-        content = self.model_dump(mode="json")
-        content["digest"] = hashlib.sha256(_canonical(content)).hexdigest()
-        return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def _canonical(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+        """The bytes of manifest.json."""
+        return seal(self.model_dump(mode="json"))
 
 
 def schema(seq_len: int) -> pa.Schema:
@@ -153,6 +157,15 @@ class Split:
             np.int64
         )
 
+    def check_files(self) -> None:
+        """Compare the size and SHA-256 of every file with the manifest's; reads them all, about a second a GB.
+
+        Raises:
+            UserError: names the first file that is not as it was built.
+        """
+        if damage := _damage(self._root, self.info.shards):
+            raise UserError(f"{self._root}/{damage[0]}; {_mend(self._root)}")
+
     @cached_property
     def _shards(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         views = []
@@ -160,7 +173,7 @@ class Split:
             batch = _read_batch(self._root / shard.file, self._seq_len)
             if batch.num_rows != shard.rows:
                 raise UserError(
-                    f"{self._root / shard.file} has {batch.num_rows} rows, not {shard.rows}; {_REBUILD}"
+                    f"{self._root / shard.file} has {batch.num_rows} rows, not {shard.rows}; {_mend(self._root)}"
                 )
             tokens = [to_tokens(batch[name]) for name in ("inputs", "labels")]
             views.append((*tokens, *(batch[name].to_numpy() for name in IDS)))
@@ -244,7 +257,7 @@ class Dataset:
 def open_dataset(path: str | Path) -> Dataset:
     """Open a dataset folder, local or of any pyarrow filesystem (s3://, gs://, ...; cached once a node).
 
-    Checks the manifest and the sizes of all files, not their content (see `verify`).
+    Checks the manifest and the sizes of all files, not their content (see `Split.check_files` and `verify`).
 
     Raises:
         UserError: no such folder, no manifest, a newer format, a missing or truncated shard.
@@ -252,15 +265,17 @@ def open_dataset(path: str | Path) -> Dataset:
     root = local_root(path)
     manifest = read_manifest(root)
     for entry in manifest.files:
-        file = root / entry.file
-        if not file.is_file():
-            raise UserError(f"{file} is missing; {_REBUILD}")
-        if file.stat().st_size != entry.bytes:
-            raise UserError(f"{file} is damaged: {file.stat().st_size} bytes, not {entry.bytes}; {_REBUILD}")
+        if damage := _wrong_size(root, entry):
+            raise UserError(f"{root}/{damage}; {_mend(root)}")
     return Dataset(path, root, manifest)
 
 
-_REBUILD = "build the dataset again (overwrite=true)"
+def _mend(path: Path) -> str:
+    """What to do about a damaged file or folder `path`, for messages."""
+    cache = cache_dir() / "datasets"
+    if path.is_relative_to(cache) and path != cache:
+        return f"delete {cache / path.relative_to(cache).parts[0]} to fetch it again"
+    return "build the dataset again (overwrite=true)"
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -271,20 +286,13 @@ def read_manifest(root: Path) -> Manifest:
         )
     if not (root / MANIFEST).is_file():
         raise UserError(f"{root} has no {MANIFEST}: no dataset, or its build did not finish; build it again")
-    return _parse_manifest((root / MANIFEST).read_bytes(), str(root / MANIFEST))
+    return _parse_manifest((root / MANIFEST).read_bytes(), str(root / MANIFEST), _mend(root))
 
 
-def _parse_manifest(content: bytes, where: str) -> Manifest:
-    try:
-        values = json.loads(content)
-        version = int(values["format_version"])
-        del values["digest"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{where} is damaged: not a dataset manifest; {_REBUILD}") from None
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"{where} has format {version}, this hrm_ray reads up to {FORMAT_VERSION}; upgrade hrm_ray"
-        )
+def _parse_manifest(content: bytes, where: str, mend: str) -> Manifest:
+    values = unseal(content, where, newest_format=FORMAT_VERSION, mend=mend)
+    if "splits" not in values:
+        raise UserError(f"{where} is not of a dataset; give a dataset folder")
     return validated(Manifest, values, where)
 
 
@@ -293,13 +301,13 @@ def _read_batch(file: Path, seq_len: int) -> pa.RecordBatch:
         with pa.memory_map(str(file)) as source:
             reader = pa.ipc.open_file(source)
             if reader.schema != schema(seq_len) or reader.num_record_batches != 1:
-                raise UserError(f"{file} is damaged: not one batch of the expected columns; {_REBUILD}")
+                raise UserError(f"{file} is damaged: not one batch of the expected columns; {_mend(file)}")
             batch = reader.get_batch(0)
             batch.validate(full=True)
             return batch
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file} is damaged: no valid Arrow file ({reason}); {_REBUILD}") from None
+        reason = first_line(error)
+        raise UserError(f"{file} is damaged: no valid Arrow file ({reason}); {_mend(file)}") from None
 
 
 # Remote folders
@@ -319,7 +327,7 @@ def local_root(path: str | Path) -> Path:
             return Path(inner)
         return _cached(filesystem, inner.rstrip("/"), str(path))
     except (pa.ArrowException, OSError, ImportError) as error:
-        raise UserError(f"cannot read dataset {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot read dataset {path}: {first_line(error)}") from None
 
 
 def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -339,7 +347,8 @@ def _cached(filesystem: pafs.FileSystem, folder: str, uri: str) -> Path:
             content = stream.read()
     except FileNotFoundError:
         raise UserError(f"{uri} has no {MANIFEST}: no dataset, or its build did not finish") from None
-    manifest = _parse_manifest(content, f"{uri}/{MANIFEST}")
+    mend = "copy the dataset there again"
+    manifest = _parse_manifest(content, f"{uri}/{MANIFEST}", mend)
     # Named by content: a rebuilt dataset at the same address is another entry.
     target = cache_dir() / "datasets" / hashlib.sha256(content).hexdigest()[:32]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -355,7 +364,9 @@ def _cached(filesystem: pafs.FileSystem, folder: str, uri: str) -> Path:
             with filesystem.open_input_stream(f"{folder}/{entry.file}") as source, local.open("wb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 22)
             if _sha256(local) != entry.sha256:
-                raise UserError(f"{uri}/{entry.file} is damaged: its SHA-256 differs from the manifest's")
+                raise UserError(
+                    f"{uri}/{entry.file} is damaged: its SHA-256 differs from the manifest's; {mend}"
+                )
         _write_durably(aside / MANIFEST, content)
         aside.rename(target)
     return target
@@ -640,14 +651,12 @@ def verify(path: str | Path) -> list[str]:
             raise
         return [f"{MANIFEST}: {error}"]
     problems = []
-    if (root / MANIFEST).read_bytes() != manifest.render():
-        problems.append(f"{MANIFEST}: changed after it was written")
     if (task.vocab_size, task.seq_len) != (manifest.vocab_size, manifest.seq_len):
         problems.append(f"{MANIFEST}: vocab_size or seq_len does not fit task {manifest.task}")
     known = {MANIFEST} | {entry.file for entry in manifest.files}
     there = {str(file.relative_to(root)) for file in root.rglob("*") if not file.is_dir()}
     problems += [f"{file}: not in the manifest" for file in sorted(there - known)]
-    damaged = [problem for entry in manifest.files for problem in _verify_file(root / entry.file, entry)]
+    damaged = _damage(root, manifest.files)
     if damaged:  # a file that is not what was written is not worth parsing, nor safe to
         return problems + damaged
     for name, info in manifest.splits.items():
@@ -655,13 +664,26 @@ def verify(path: str | Path) -> list[str]:
     return problems
 
 
-def _verify_file(path: Path, entry: File) -> Iterator[str]:
-    if not path.is_file():
-        yield f"{entry.file}: missing"
-    elif path.stat().st_size != entry.bytes:
-        yield f"{entry.file}: {path.stat().st_size} bytes, where the manifest says {entry.bytes}"
-    elif _sha256(path) != entry.sha256:
-        yield f"{entry.file}: its SHA-256 is not the manifest's"
+def _damage(root: Path, files: Sequence[File]) -> list[str]:
+    """What is wrong with the bytes of `files`, a line each, beginning with the file's name in `root`."""
+
+    def check(entry: File) -> str | None:
+        problem = _wrong_size(root, entry)
+        if problem is None and _sha256(root / entry.file) != entry.sha256:
+            problem = f"{entry.file} is damaged: its SHA-256 is not the manifest's"
+        return problem
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
+        return [problem for problem in pool.map(check, files) if problem]
+
+
+def _wrong_size(root: Path, entry: File) -> str | None:
+    file = root / entry.file
+    if not file.is_file():
+        return f"{entry.file} is missing"
+    if (size := file.stat().st_size) != entry.bytes:
+        return f"{entry.file} is damaged: {size} bytes, not {entry.bytes}"
+    return None
 
 
 def _verify_split(root: Path, name: str, info: SplitInfo, manifest: Manifest, task: Task) -> Iterator[str]:

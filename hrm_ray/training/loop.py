@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from hrm_ray import machine
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.sampler import Sampler, min_halt_steps
-from hrm_ray.data.shards import open_dataset
-from hrm_ray.errors import RunFailed
+from hrm_ray.data.shards import Dataset, open_dataset
+from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.models.act import ACT, Batch, Carry
 from hrm_ray.models.hrm import num_tokens
 from hrm_ray.models.losses import LossType, act_loss
@@ -109,7 +109,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, run: Storage, world: World, hooks: Hooks):
         self.config, self.run, self.world, self.hooks = config, run, world, hooks
-        self.dataset = open_dataset(config.data_path)
+        self.dataset = open_checked(config.data_path, world)
         self.split = self.dataset.split("train")
         self.plan = Plan.of(config, self.split)
         self.sampler = Sampler(self.split, config.seed, config.global_batch_size, self.plan.num_examples)
@@ -472,3 +472,24 @@ class Trainer:
             "num_params": sum(p.numel() for p in self.state.model.parameters()),
             "checkpoint": str(chosen.folder) if chosen else None,
         }
+
+
+def open_checked(path: str, world: World) -> Dataset:
+    """Open the dataset of a run; one worker a node compares its files with the manifest. Collective.
+
+    Raises:
+        UserError: on all workers alike, if any of them found it missing or damaged.
+    """
+    dataset, problem = None, None
+    try:
+        dataset = open_dataset(path)
+        for name in ("train", "test"):
+            if world.local_rank == 0 and name in dataset.splits:
+                dataset.split(name).check_files()
+    except UserError as error:
+        problem = str(error)
+    problems = [problem for problem in world.gather_objects(problem) if problem]
+    if problems:
+        raise UserError(problems[0])
+    assert dataset is not None
+    return dataset

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from hrm_ray.config.schema import TrainConfig
+from hrm_ray.errors import UserError
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.trainer import run_folder
@@ -29,19 +30,35 @@ def _worker(rank: int, size: int, meeting_point: str, config: dict) -> None:
     os._exit(0)
 
 
-def run(size: int, config: dict):
-    """The last checkpoint of a run of `size` processes."""
+def _refused_worker(rank: int, size: int, meeting_point: str, config: dict) -> None:
+    """Writes down the mistake that it was told of."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=size)
+    parsed = TrainConfig(**config)
+    try:
+        Trainer(parsed, run_folder(parsed), World(rank, size, rank), Hooks())
+    except UserError as error:
+        Path(f"{config['storage']}-{rank}.txt").write_text(str(error))
+    os._exit(0)
+
+
+def start(worker, size: int, config: dict) -> None:
+    """Run `worker` in `size` processes, to their end."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         meeting_point = os.path.join(folder, "rendezvous")  # noqa: PTH118
-        workers = [
-            context.Process(target=_worker, args=(r, size, meeting_point, config)) for r in range(size)
+        processes = [
+            context.Process(target=worker, args=(r, size, meeting_point, config)) for r in range(size)
         ]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(120)
-            assert worker.exitcode == 0
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+            assert process.exitcode == 0
+
+
+def run(size: int, config: dict):
+    """The last checkpoint of a run of `size` processes."""
+    start(_worker, size, config)
     return finished(run_folder(TrainConfig(**config)))[-1]
 
 
@@ -94,3 +111,12 @@ def test_another_number_of_workers_goes_on_with_the_same_batches(config, before)
         np.testing.assert_allclose(fewer.tensors("model.safetensors")[name], tensor, rtol=1e-4, atol=2e-5)
     a, b = (c.tensors("carry-00000-of-00001.safetensors") for c in (fewer, whole))
     assert torch.equal(a["inputs"], b["inputs"]) and torch.equal(a["steps"], b["steps"])
+
+
+def test_workers_refuse_damaged_data_together(config, tmp_path):
+    """The first worker of the node alone reads the files; both are told."""
+    file = tmp_path / "data/test/shard-00000.arrow"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    start(_refused_worker, 2, config)
+    first, second = ((tmp_path / f"runs-{rank}.txt").read_text() for rank in range(2))
+    assert first == second and first.startswith(f"{file} is damaged")
