@@ -13,6 +13,15 @@ from hrm_ray.errors import UserError
 MANIFEST = "manifest.json"
 
 
+class Damaged(UserError):
+    """A file that is not as it was written."""
+
+    @property
+    def what(self) -> str:
+        """The message without its advice."""
+        return str(self).rpartition("; ")[0]
+
+
 def canonical(values: Mapping[str, Any]) -> bytes:
     """JSON without spaces and in sorted order: equal values give equal bytes."""
     return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
@@ -33,21 +42,22 @@ def unseal(content: bytes, where: str, *, newest_format: int, mend: str) -> dict
         mend: what to do about a damaged one, for the message.
 
     Raises:
-        UserError: `content` is of a newer format, or not byte for byte what `seal` returned.
+        Damaged: `content` is not byte for byte what `seal` returned.
+        UserError: it is of a newer format.
     """
     try:
         values = json.loads(content)
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
-        raise UserError(f"{where} is damaged: no JSON object; {mend}")
+        raise Damaged(f"{where} is damaged: no JSON object; {mend}")
     version = values.get("format_version")
     if type(version) is int and version > newest_format:  # its digest may be of another kind
         raise UserError(
             f"{where} has format {version}, this hrm_ray reads up to {newest_format}; upgrade hrm_ray"
         )
     if values.pop("digest", None) is None:
-        raise UserError(f"{where} is damaged: it has no digest; {mend}")
+        raise Damaged(f"{where} is damaged: it has no digest; {mend}")
     if seal(values) != content:
-        raise UserError(f"{where} is damaged: changed after it was written; {mend}")
+        raise Damaged(f"{where} is damaged: changed after it was written; {mend}")
     return values

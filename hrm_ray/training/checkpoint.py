@@ -5,7 +5,7 @@
         ema.safetensors                       averaged weights, if the run keeps them
         optimizer.safetensors                 first and second moments
         carry-00000-of-00002.safetensors      one worker's hidden states, puzzles, and sums not yet reported
-        manifest.json                         what it is; sizes and SHA-256 of the files; written last
+        manifest.json                         what it is; sizes and SHA-256 of the files and of itself; written last
 
         ../saved                              that the run has had a whole checkpoint at all
 
@@ -15,7 +15,6 @@ whose checkpoints are all damaged is not started over.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -27,22 +26,14 @@ from torch import Tensor
 from hrm_ray.config.schema import HRMConfig
 from hrm_ray.config.validate import Settings, validated
 from hrm_ray.errors import UserError, first_line
+from hrm_ray.manifest import MANIFEST, Damaged, seal, unseal
 from hrm_ray.training.storage import Storage
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
 SAVED = "saved"
 BEST_METRIC = "eval/exact_accuracy"  # unless the run says otherwise
 Tensors = dict[str, Tensor]
-
-
-class Damaged(UserError):
-    """A checkpoint that is not as it was written. `what` is the message without its advice."""
-
-    @property
-    def what(self) -> str:
-        return str(self).rpartition("; ")[0]
 
 
 class FileInfo(Settings):
@@ -100,7 +91,7 @@ def write_tensors(folder: Storage, name: str, tensors: Mapping[str, Tensor]) -> 
 
 def write_manifest(folder: Storage, manifest: Manifest) -> None:
     """Make the checkpoint valid: all its files must be there."""
-    folder.write(MANIFEST, (json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n").encode())
+    folder.write(MANIFEST, seal(manifest.model_dump(mode="json")))
 
 
 class Checkpoint:
@@ -114,19 +105,12 @@ class Checkpoint:
         content = folder.read(MANIFEST)
         if content is None:
             raise Damaged(f"{folder} has no {MANIFEST}; give a checkpoint or a run folder")
-        try:
-            values = json.loads(content)
-            version, kind = values["format_version"], values.get("kind")
-        except (ValueError, KeyError, TypeError):
-            raise Damaged(f"{folder}/{MANIFEST} is damaged; use another checkpoint") from None
-        if kind != "checkpoint":
+        where = f"{folder}/{MANIFEST}"
+        values = unseal(content, where, newest_format=FORMAT_VERSION, mend="use another checkpoint")
+        if values.get("kind") != "checkpoint":
             raise UserError(f"{folder} is not a checkpoint; give a checkpoint or a run folder")
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"{folder} has checkpoint format {version}, this version reads {FORMAT_VERSION}; update hrm_ray"
-            )
         try:
-            self.manifest = validated(Manifest, values, f"{folder}/{MANIFEST}")
+            self.manifest = validated(Manifest, values, where)
         except UserError as error:
             raise Damaged(f"{error}; use another checkpoint") from None
 

@@ -116,5 +116,5 @@ def test_a_newer_format_is_refused(tmp_path):
     import_checkpoint(GOLDEN / "hrm_base", tmp_path / "ours")
     manifest = tmp_path / "ours" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(UserError, match="checkpoint format 2, this version reads 1"):
+    with pytest.raises(UserError, match="has format 2, this hrm_ray reads up to 1; upgrade hrm_ray"):
         Checkpoint(Storage(tmp_path / "ours"))
