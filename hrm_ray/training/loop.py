@@ -380,6 +380,7 @@ class Trainer:
         if len(set(sums)) > 1:
             what = f"the weights of {odd_ones_out(sums)} differ from the others' after step {step}"
             self._note("workers_disagree", what)
+            self._finish_saving()  # of an earlier step, at which they agreed
             raise WorkersDisagree(what)
         if not all_finite(weights):
             raise Diverged(step, f"the weights are not finite after step {step}")
@@ -415,6 +416,7 @@ class Trainer:
             RunFailed: the run is to stop instead, or was rolled back too often.
         """
         before, config = self.state, self.config
+        self._finish_saving()
         if config.on_nonfinite == "stop" or before.num_rollbacks >= config.max_rollbacks:
             often = f" again, after {before.num_rollbacks} rollbacks" if before.num_rollbacks else ""
             raise RunFailed(
@@ -422,7 +424,6 @@ class Trainer:
                 "leave out such batches with on_nonfinite=rollback; the same command goes on from the last "
                 "checkpoint, run_name=NAME starts anew"
             )
-        self._finish_saving()
         self._begin()
         state = self.state
         # The batch that shows it, and the one whose update may have caused it.
