@@ -18,12 +18,20 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
-from tests.faults.compare import Reference, end_problems, litter
+from tests.faults.compare import Reference, checksums, end_problems, litter, read_records
 from tests.faults.faults import KINDS, Fault, Outcome, inject
-from tests.faults.runs import Lost, Run, Setting, interrupt_on_sigterm, make_dataset
+from tests.faults.runs import (
+    Lost,
+    Run,
+    Setting,
+    interrupt_on_sigterm,
+    is_finished,
+    make_dataset,
+    step_of,
+)
 
 Say = Callable[[str], None]
 
@@ -50,12 +58,8 @@ class Site:
 
     def _undisturbed(self, setting: Setting) -> Reference:
         started = time.monotonic()
-        with self.run(replace(setting, more=(*setting.more, "keep_last=100000"))) as run:
-            run.start()
-            if run.wait_for_exit(timeout_s=600):
-                raise Lost(f"the undisturbed run failed\n{run.last_words()}")
-            reference = Reference.of(run.folder)
-        shutil.rmtree(run.folder)
+        with self.run(setting) as run:
+            reference = watch_undisturbed(run)
         self.say(
             f"undisturbed run on {setting.num_workers} worker(s): {reference.last_step} steps, "
             f"{len(reference.files)} checkpoints, {time.monotonic() - started:.0f} s"
@@ -85,6 +89,23 @@ def disturb(site: Site, setting: Setting, faults: deque[Fault], rng: random.Rand
             site.say(f"left behind in {run.folder}: {name}")
     if not problems:
         shutil.rmtree(run.folder.parent.parent)
+
+
+def watch_undisturbed(run: Run) -> Reference:
+    """The whole run; notes what is in each checkpoint before it is deleted."""
+    checkpoints: dict[int, dict[str, str]] = {}
+
+    def collected() -> bool:
+        ended = run.has_ended
+        new = [p for p in run.checkpoints() if is_finished(p) and step_of(p) not in checkpoints]
+        checkpoints.update({step_of(p): checksums(p) for p in new})
+        return ended
+
+    run.start()
+    run.wait_for(collected, "its end", timeout_s=600)
+    if run.wait_for_exit():
+        raise Lost(f"the undisturbed run failed\n{run.last_words()}")
+    return Reference(dict(read_records(run.folder)), checkpoints)
 
 
 def _finish(run: Run, reference: Reference) -> list[str]:
@@ -143,7 +164,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
                 f"{len(ours)}",
                 f"{sum(o.in_time for o in ours)}",
                 f"{sum(o.survived for o in ours)}",
-                _median_and_max([o.repeated_steps for o in ours if o.repeated_steps is not None], "d"),
+                _median_and_max([o.repeated_steps for o in ours if o.repeated_steps is not None], "g"),
                 _median_and_max([o.recovery_s for o in ours if o.recovery_s is not None], ".1f"),
                 f"{sum(bool(o.problems) for o in ours) or 'nothing'}",
             )
@@ -157,8 +178,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def _median_and_max(values: Sequence[float], form: str) -> str:
     if not values:
         return "-"
-    median = statistics.median_high(values)
-    return f"{median:{form}} / {max(values):{form}}"
+    return f"{statistics.median(values):{form}} / {max(values):{form}}"
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -15,7 +15,7 @@ RECORDS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Reference:
-    """Of an undisturbed run that kept all its checkpoints.
+    """What an undisturbed run wrote.
 
     Attributes:
         records: every record without its times.
@@ -24,11 +24,6 @@ class Reference:
 
     records: dict[Key, dict[str, Any]]
     files: dict[int, dict[str, str]]
-
-    @classmethod
-    def of(cls, run: Path) -> "Reference":
-        checkpoints = [p for p in sorted((run / "checkpoints").iterdir()) if is_finished(p)]
-        return cls(dict(read_records(run)), {step_of(p): checksums(p) for p in checkpoints})
 
     @property
     def last_step(self) -> int:
@@ -57,6 +52,10 @@ def checksums(checkpoint: Path) -> dict[str, str]:
     """SHA-256 of the files, as the manifest says."""
     files = json.loads((checkpoint / "manifest.json").read_text())["files"]
     return {name: info["sha256"] for name, info in files.items()}
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def record_problems(run: Path, reference: Reference, *, whole: bool) -> list[str]:
@@ -114,8 +113,8 @@ def _folder_problems(folder: Path, expected: dict[str, str] | None) -> list[str]
     said = checksums(folder)
     problems = [
         f"{folder.name}/{name} is not what its manifest says"
-        for name, sha256 in said.items()
-        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256
+        for name, expected_sha256 in said.items()
+        if sha256((folder / name).read_bytes()) != expected_sha256
     ]
     if expected is not None and said != expected:
         names = [n for n in sorted({*said, *expected}) if said.get(n) != expected.get(n)]

@@ -177,9 +177,17 @@ class DriverKilledWhileStarting(DriverSignalledWhileStarting):
 
 
 class DriverTerminatedWhileStarting(DriverSignalledWhileStarting):
+    """Before Python listens to signals, one ends it at once; a shell shows the same exit code."""
+
     name = "driver-sigterm-while-starting"
-    exit_codes = (128 + signal.SIGTERM,)
+    exit_codes = (128 + signal.SIGTERM, -signal.SIGTERM)
     number = signal.SIGTERM
+
+
+class DriverInterruptedWhileStarting(DriverSignalledWhileStarting):
+    name = "driver-sigint-while-starting"
+    exit_codes = (128 + signal.SIGINT, -signal.SIGINT)
+    number = signal.SIGINT
 
 
 class ClusterLost(Fault):
@@ -204,6 +212,7 @@ KINDS: dict[str, type[Fault]] = {
         DriverInterrupted,
         DriverKilledWhileStarting,
         DriverTerminatedWhileStarting,
+        DriverInterruptedWhileStarting,
         ClusterLost,
     )
 }

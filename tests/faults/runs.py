@@ -22,6 +22,7 @@ from tests.toy import ARCH, toy_dataset
 
 POLL_S = 0.01
 STEPS_FOR_A_FAULT = 120
+WIDTH = 128  # of the model: more than 1 MiB of weights, so that several workers sum gradients in more than one bucket
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_AUTH_MODE": "disabled",
@@ -35,7 +36,7 @@ class Lost(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run computes; runs of equal settings must end alike. A step takes some 20 ms of a CPU."""
+    """What a run computes; runs of equal settings must end alike. A step takes some 30 ms of a CPU."""
 
     num_workers: int = 1
     max_steps: int = 1000
@@ -46,7 +47,7 @@ class Setting:
 
     def words(self, data: Path, storage: Path) -> list[str]:
         """What follows `hrm-ray train`."""
-        arch = {**ARCH, "hidden_size": 64, "puzzle_emb_ndim": 64}
+        arch = {**ARCH, "hidden_size": WIDTH, "puzzle_emb_ndim": WIDTH}
         values = {
             "data_path": data,
             "storage": storage,
@@ -167,7 +168,7 @@ class Run:
         """The first true value of `condition`. Raises Lost if the command ends first, or nothing comes."""
         deadline = time.monotonic() + timeout_s
         while not (value := condition()):
-            if self.driver is None or self.driver.poll() is not None:
+            if self.has_ended:
                 if value := condition():
                     return value
                 raise Lost(
@@ -185,6 +186,11 @@ class Run:
             return self.driver.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise Lost(f"the command still runs after {timeout_s:.0f} s\n{self.last_words()}") from None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no command is running."""
+        return self._exit_code() is not None
 
     def _exit_code(self) -> int | None:
         return self.driver.poll() if self.driver else None
