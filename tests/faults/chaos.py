@@ -24,7 +24,6 @@ from pathlib import Path
 from tests.faults.compare import Reference, checksums, end_problems, litter, read_records
 from tests.faults.faults import KINDS, Fault, Outcome, inject
 from tests.faults.runs import (
-    Lost,
     Run,
     Setting,
     interrupt_on_sigterm,
@@ -32,6 +31,7 @@ from tests.faults.runs import (
     make_dataset,
     step_of,
 )
+from tests.faults.sessions import Lost
 
 Say = Callable[[str], None]
 

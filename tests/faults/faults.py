@@ -1,16 +1,20 @@
 """The kinds of faults: when each strikes, what it does, and what the user does then."""
 
+import json
+import os
 import random
 import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 
-from tests.faults.compare import Reference, checkpoint_problems, key_of, record_problems
-from tests.faults.runs import Lost, Run, is_alive, is_finished
+from tests.faults.compare import Reference, checkpoint_problems, checksums, key_of, record_problems
+from tests.faults.runs import Run, is_finished, step_of
+from tests.faults.sessions import Lost, is_alive
 
 MAX_STEPS_BEFORE = 30  # a fault strikes that many steps after the recovery from the last, at most
 
@@ -26,25 +30,25 @@ class Fault(ABC):
     name: str
     exit_codes: tuple[int, ...] = ()
 
-    def wait(self, run: Run, reference: Reference, random: random.Random) -> None:
+    def wait(self, run: Run, reference: Reference, rng: random.Random) -> None:
         """Return at the moment to strike: somewhere in a step, unless a kind says otherwise."""
-        wait_for_some_steps(run, random)
-        time.sleep(random.uniform(0, 0.05))
+        wait_for_some_steps(run, rng)
+        time.sleep(rng.uniform(0, 0.05))
 
     @abstractmethod
-    def strike(self, run: Run, random: random.Random) -> None:
+    def strike(self, run: Run, rng: random.Random) -> None:
         """Do it."""
 
     def struck_in_time(self, run: Run) -> bool:
         """Whether the moment that this kind is about was really met."""
         return True
 
-    def while_down(self, run: Run, random: random.Random) -> None:  # noqa: B027 - most kinds do nothing
+    def while_down(self, run: Run, rng: random.Random) -> None:  # noqa: B027 - most kinds do nothing
         """What happens before the command is given again."""
 
 
-def wait_for_some_steps(run: Run, random: random.Random) -> None:
-    target = min(run.last_step() + random.randint(1, MAX_STEPS_BEFORE), run.setting.max_steps)
+def wait_for_some_steps(run: Run, rng: random.Random) -> None:
+    target = min(run.last_step() + rng.randint(1, MAX_STEPS_BEFORE), run.setting.max_steps)
     run.wait_for(lambda: run.last_step() >= target, f"step {target}")
 
 
@@ -53,18 +57,18 @@ class WorkerKilled(Fault):
 
     name = "worker-killed-in-step"
 
-    def wait(self, run: Run, reference: Reference, random: random.Random) -> None:
-        self._victim = random.choice(run.workers())  # looked up before: that takes longer than a checkpoint
-        wait_for_some_steps(run, random)
+    def wait(self, run: Run, reference: Reference, rng: random.Random) -> None:
+        self._victim = rng.choice(run.workers())  # looked up before: that takes longer than a checkpoint
+        wait_for_some_steps(run, rng)
         self.wait_for_moment(run, reference)
-        time.sleep(random.uniform(0, self.moment_s))
+        time.sleep(rng.uniform(0, self.moment_s))
 
     moment_s = 0.05
 
     def wait_for_moment(self, run: Run, reference: Reference) -> None:
         """Return at the beginning of what lasts `moment_s`."""
 
-    def strike(self, run: Run, random: random.Random) -> None:
+    def strike(self, run: Run, rng: random.Random) -> None:
         self._victim.kill()
 
 
@@ -109,12 +113,12 @@ class WorkerKilledWhileStarting(WorkerKilled):
 
     name = "worker-killed-while-starting"
 
-    def strike(self, run: Run, random: random.Random) -> None:
+    def strike(self, run: Run, rng: random.Random) -> None:
         before = run.workers()
         self._mark = run.start_mark()
         self._victim.kill()
         new = run.wait_for(lambda: [p for p in run.workers() if p not in before], "a new worker")
-        time.sleep(random.uniform(0, 3))
+        time.sleep(rng.uniform(0, 3))
         self._in_time = run.start_mark() == self._mark
         new[0].kill()
 
@@ -128,7 +132,7 @@ class DriverKilled(Fault):
     name = "driver-killed"
     exit_codes = (-signal.SIGKILL,)
 
-    def strike(self, run: Run, random: random.Random) -> None:
+    def strike(self, run: Run, rng: random.Random) -> None:
         run.signal_driver(signal.SIGKILL)
 
 
@@ -138,7 +142,7 @@ class DriverTerminated(Fault):
     name = "driver-sigterm"
     exit_codes = (128 + signal.SIGTERM,)
 
-    def strike(self, run: Run, random: random.Random) -> None:
+    def strike(self, run: Run, rng: random.Random) -> None:
         run.signal_driver(signal.SIGTERM)
 
 
@@ -148,7 +152,7 @@ class DriverInterrupted(Fault):
     name = "driver-sigint"
     exit_codes = (128 + signal.SIGINT,)
 
-    def strike(self, run: Run, random: random.Random) -> None:
+    def strike(self, run: Run, rng: random.Random) -> None:
         run.signal_driver(signal.SIGINT, group=True)
 
 
@@ -157,12 +161,12 @@ class DriverSignalledWhileStarting(Fault):
 
     number: signal.Signals
 
-    def strike(self, run: Run, random: random.Random) -> None:
+    def strike(self, run: Run, rng: random.Random) -> None:
         run.signal_driver(signal.SIGKILL)
         run.wait_for_exit()
         mark = run.start_mark()
         run.start()
-        time.sleep(random.uniform(0, 12))
+        time.sleep(rng.uniform(0, 12))
         self._in_time = run.start_mark() == mark
         run.signal_driver(self.number)
 
@@ -196,8 +200,80 @@ class ClusterLost(Fault):
     name = "cluster-lost"
     exit_codes = (-signal.SIGKILL,)
 
-    def strike(self, run: Run, random: random.Random) -> None:
+    def strike(self, run: Run, rng: random.Random) -> None:
         run.kill_all()
+
+
+class NewestCheckpointDamaged(ClusterLost):
+    """The newest checkpoint is found damaged when the run goes on, which it must do from the one before."""
+
+    def wait(self, run: Run, reference: Reference, rng: random.Random) -> None:
+        run.wait_for(lambda: len(run.finished_checkpoints()) > 1, "a second checkpoint")
+        super().wait(run, reference, rng)
+
+    def while_down(self, run: Run, rng: random.Random) -> None:
+        newest = run.finished_checkpoints()[-1]
+        names = sorted(checksums(newest))
+        self.damage(newest, newest / rng.choice(names), rng)
+        run.damaged.append(step_of(newest))
+
+    @abstractmethod
+    def damage(self, checkpoint: Path, file: Path, rng: random.Random) -> None:
+        """Damage `checkpoint`; `file` is one of those that its manifest names."""
+
+
+class CheckpointBitFlipped(NewestCheckpointDamaged):
+    name = "checkpoint-bit-flipped"
+
+    def damage(self, checkpoint: Path, file: Path, rng: random.Random) -> None:
+        content = bytearray(file.read_bytes())
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(content)
+
+
+class CheckpointTruncated(NewestCheckpointDamaged):
+    name = "checkpoint-truncated"
+
+    def damage(self, checkpoint: Path, file: Path, rng: random.Random) -> None:
+        os.truncate(file, rng.randrange(file.stat().st_size))
+
+
+class CheckpointFileMissing(NewestCheckpointDamaged):
+    name = "checkpoint-file-missing"
+
+    def damage(self, checkpoint: Path, file: Path, rng: random.Random) -> None:
+        file.unlink()
+
+
+class ManifestEdited(NewestCheckpointDamaged):
+    """It is no JSON, lacks a key, names another step, or another SHA-256."""
+
+    name = "checkpoint-manifest-edited"
+
+    def damage(self, checkpoint: Path, file: Path, rng: random.Random) -> None:
+        path = checkpoint / "manifest.json"
+        text = path.read_text()
+        manifest = json.loads(text)
+        cut = text[: rng.randrange(len(text) - 2)]
+        other_sha256 = manifest | {"files": manifest["files"] | {file.name: {"bytes": 1, "sha256": "0" * 64}}}
+        less = dict(manifest)
+        del less[rng.choice(["files", "global_step"])]
+        other_step = manifest | {"global_step": manifest["global_step"] + 1}
+        edited = rng.choice([cut, other_sha256, less, other_step])
+        path.write_text(edited if isinstance(edited, str) else json.dumps(edited))
+
+
+class WorkerStopped(WorkerKilled):
+    """A worker hangs (SIGSTOP); it wakes up again when the run has long gone on without it."""
+
+    name = "worker-stopped"
+
+    def strike(self, run: Run, rng: random.Random) -> None:
+        self._victim.suspend()
+
+    def afterwards(self, run: Run) -> None:
+        if is_alive(self._victim):
+            self._victim.resume()
 
 
 KINDS: dict[str, type[Fault]] = {
@@ -249,19 +325,19 @@ class Outcome:
         return self.last_step - self.resumed_step
 
 
-def inject(fault: Fault, run: Run, reference: Reference, random: random.Random) -> Outcome:
+def inject(fault: Fault, run: Run, reference: Reference, rng: random.Random) -> Outcome:
     """One fault: wait for its moment, strike, do what a user does, wait until the run gets on."""
-    fault.wait(run, reference, random)
+    fault.wait(run, reference, rng)
     outcome = Outcome(fault.name, run.last_step())
     struck = time.monotonic()
     try:
-        fault.strike(run, random)
+        fault.strike(run, rng)
         if fault.exit_codes:
             _expect_exit(run, fault.exit_codes)
         outcome.in_time = fault.struck_in_time(run)
         survivors = run.workers()
         if fault.exit_codes:
-            fault.while_down(run, random)
+            fault.while_down(run, rng)
             run.start()
         outcome.last_step, outcome.resumed_step = _wait_for_start(run, survivors)
         run.wait_for(lambda: run.last_step() > outcome.resumed_step, "a step after the fault")

@@ -1,7 +1,7 @@
 """A real run to hurt: the command a user gives, in a session of its own, and what can be seen of it from outside.
 
-Everything a command starts (its private cluster, the workers) stays in the command's session, also when its parent
-dies. So the processes of a run are those of its sessions, and no others are ever touched.
+Everything a command starts (its private cluster, the workers) stays in its session. So the processes of a run are
+those of its sessions, and no others are ever touched.
 """
 
 import json
@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,9 @@ from typing import Any
 
 import psutil
 
+from tests.faults.sessions import POLL_S, Lost, kill_sessions, processes_of, title
 from tests.toy import ARCH, toy_dataset
 
-POLL_S = 0.01
 STEPS_FOR_A_FAULT = 120
 WIDTH = 128  # of the model: more than 1 MiB of weights, so that several workers sum gradients in more than one bucket
 ENVIRONMENT = {
@@ -28,10 +28,6 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-
-
-class Lost(Exception):
-    """A run did not do what it must; says what was awaited and what the command printed last."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +125,7 @@ class Run:
 
     def processes(self) -> list[psutil.Process]:
         """Every living process of this run."""
-        living = list(_processes_of(set(self._sessions)))
+        living = list(processes_of(self._sessions))
         latest = self.driver.pid if self.driver else None
         found = {session for _, session in living}
         self._sessions = [s for s in self._sessions if s in found or s == latest]  # a pid may come again
@@ -137,7 +133,7 @@ class Run:
 
     def workers(self) -> list[psutil.Process]:
         """The workers that train, in the order of their making."""
-        workers = [p for p in self.processes() if "RayTrainWorker" in _title(p)]
+        workers = [p for p in self.processes() if "RayTrainWorker" in title(p)]
         return sorted(workers, key=lambda p: (p.create_time(), p.pid))
 
     def signal_driver(self, number: int, *, group: bool = False) -> None:
@@ -145,18 +141,9 @@ class Run:
         assert self.driver is not None
         (os.killpg if group else os.kill)(self.driver.pid, number)
 
-    def kill_all(self, timeout_s: float = 30) -> None:
+    def kill_all(self) -> None:
         """SIGKILL to every process of the run at once; returns when none is left."""
-        deadline = time.monotonic() + timeout_s
-        while living := self.processes():
-            for process in living:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            if self.driver is not None:
-                self.driver.poll()
-            if time.monotonic() > deadline:
-                raise Lost(f"processes outlive SIGKILL: {living}")
-            time.sleep(POLL_S)
+        kill_sessions(self._sessions)
         if self.driver is not None:
             self.driver.wait()
 
@@ -227,9 +214,12 @@ class Run:
             return sorted(p for p in (self.folder / "checkpoints").iterdir() if p.name.startswith("step-"))
         return []
 
+    def finished_checkpoints(self) -> list[Path]:
+        return [p for p in self.checkpoints() if is_finished(p)]
+
     def newest_checkpoint(self) -> int:
         """The step of the newest finished checkpoint; 0 if there is none."""
-        return max((step_of(p) for p in self.checkpoints() if is_finished(p)), default=0)
+        return max(map(step_of, self.finished_checkpoints()), default=0)
 
     @property
     def ends_soon(self) -> bool:
@@ -243,26 +233,6 @@ def step_of(checkpoint: Path) -> int:
 
 def is_finished(checkpoint: Path) -> bool:
     return (checkpoint / "manifest.json").exists()
-
-
-def _processes_of(sessions: set[int]) -> Iterator[tuple[psutil.Process, int]]:
-    for pid in psutil.pids():
-        with suppress(ProcessLookupError, PermissionError, psutil.NoSuchProcess):
-            session = os.getsid(pid)
-            if session in sessions and is_alive(process := psutil.Process(pid)):
-                yield process, session
-
-
-def is_alive(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-def _title(process: psutil.Process) -> str:
-    with suppress(psutil.NoSuchProcess):
-        return " ".join(process.cmdline())
-    return ""
 
 
 def interrupt_on_sigterm() -> None:

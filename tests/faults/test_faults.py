@@ -33,6 +33,7 @@ def site() -> Iterator[chaos.Site]:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(900)  # two minutes on two cores with nothing else to do
 def test_a_run_hit_by_faults_ends_like_the_undisturbed_run(site):
     faults = deque(KINDS[name]() for name in KINDS_TO_TEST)
     setting = Setting(num_workers=2, max_steps=420)
