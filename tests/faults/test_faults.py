@@ -36,7 +36,7 @@ def site() -> Iterator[chaos.Site]:
 @pytest.mark.timeout(900)  # two minutes on two cores with nothing else to do
 def test_a_run_hit_by_faults_ends_like_the_undisturbed_run(site):
     faults = deque(KINDS[name]() for name in KINDS_TO_TEST)
-    setting = Setting(num_workers=2, max_steps=420)
+    setting = Setting(num_workers=2, max_steps=300)
     outcomes = list(chaos.disturb(site, setting, faults, random.Random(0)))
     print(chaos.table(outcomes))
     assert not [problem for outcome in outcomes for problem in outcome.problems]
