@@ -33,6 +33,7 @@ from tests.faults.runs import (
 )
 from tests.faults.sessions import Lost
 
+MAX_PROBLEMS_SHOWN = 5
 Say = Callable[[str], None]
 
 
@@ -149,7 +150,9 @@ def describe(outcome: Outcome) -> str:
         )
     if not outcome.in_time:
         line += " (struck too late for its moment)"
-    return "\n".join([line, *(f"  LOST: {problem}" for problem in outcome.problems)])
+    more = len(outcome.problems) - MAX_PROBLEMS_SHOWN
+    problems = [f"  LOST: {problem}" for problem in outcome.problems[:MAX_PROBLEMS_SHOWN]]
+    return "\n".join([line, *problems, *([f"  and {more} more"] if more > 0 else [])])
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

@@ -98,7 +98,7 @@ def checkpoint_problems(run: Path, reference: Reference, *, newest_only: bool = 
 
     While a run goes on it deletes old ones; then `newest_only`.
     """
-    finished = [p for p in sorted((run / "checkpoints").iterdir()) if is_finished(p)]
+    finished = [p for p in sorted((run / "checkpoints").glob("step-*")) if is_finished(p)]
     problems = []
     for folder in finished[-1:] if newest_only else finished:
         try:
@@ -136,4 +136,4 @@ def end_problems(run: Path, reference: Reference) -> list[str]:
 def litter(run: Path) -> list[str]:
     """What a finished run should not have left: files set aside, checkpoints without a manifest."""
     aside = [str(p.relative_to(run)) for p in run.rglob("*.tmp")]
-    return aside + [p.name for p in (run / "checkpoints").iterdir() if not is_finished(p)]
+    return aside + [p.name for p in (run / "checkpoints").glob("step-*") if not is_finished(p)]
