@@ -1,5 +1,6 @@
 # make quickstart   see a model learn, in minutes, from a fresh clone
 # make test         the tests            make lint   style and types
+# make chaos        100 faults in real runs, and what came of them; CHAOS="--faults 10 --seed 1" for others
 # Options: PYTHON=python3.12, PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" (torch without CUDA)
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test chaos lint format clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -39,6 +40,9 @@ quickstart: $(READY)
 
 test: $(READY) lint
 	@$(BIN)/python -m pytest
+
+chaos: $(READY)
+	@nice $(BIN)/python -m tests.faults.chaos $(CHAOS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -1,0 +1,378 @@
+"""The kinds of faults: when each strikes, what it does, and what the user does then."""
+
+import json
+import os
+import random
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tests.faults.compare import Reference, checkpoint_problems, checksums, key_of, record_problems
+from tests.faults.runs import Run, is_finished, step_of
+from tests.faults.sessions import Lost, is_alive
+
+MAX_STEPS_BEFORE = 30  # a fault strikes that many steps after the recovery from the last, at most
+
+
+class Fault(ABC):
+    """One kind of fault.
+
+    Attributes:
+        name: as the command line and the table say it.
+        exit_codes: with what the driver may end; none: it must go on.
+    """
+
+    name: str
+    exit_codes: tuple[int, ...] = ()
+
+    def wait(self, run: Run, reference: Reference, rng: random.Random) -> None:
+        """Return at the moment to strike: somewhere in a step, unless a kind says otherwise."""
+        wait_for_some_steps(run, rng)
+        time.sleep(rng.uniform(0, 0.05))
+
+    @abstractmethod
+    def strike(self, run: Run, rng: random.Random) -> None:
+        """Do it."""
+
+    def struck_in_time(self, run: Run) -> bool:
+        """Whether the moment that this kind is about was really met."""
+        return True
+
+    def while_down(self, run: Run, rng: random.Random) -> None:  # noqa: B027 - most kinds do nothing
+        """What happens before the command is given again."""
+
+
+def wait_for_some_steps(run: Run, rng: random.Random) -> None:
+    target = min(run.last_step() + rng.randint(1, MAX_STEPS_BEFORE), run.setting.max_steps)
+    run.wait_for(lambda: run.last_step() >= target, f"step {target}")
+
+
+class WorkerKilled(Fault):
+    """One of the workers is gone, as when it runs out of memory."""
+
+    name = "worker-killed-in-step"
+
+    def wait(self, run: Run, reference: Reference, rng: random.Random) -> None:
+        self._victim = rng.choice(run.workers())  # looked up before: that takes longer than a checkpoint
+        wait_for_some_steps(run, rng)
+        self.wait_for_moment(run, reference)
+        time.sleep(rng.uniform(0, self.moment_s))
+
+    moment_s = 0.05
+
+    def wait_for_moment(self, run: Run, reference: Reference) -> None:
+        """Return at the beginning of what lasts `moment_s`."""
+
+    def strike(self, run: Run, rng: random.Random) -> None:
+        self._victim.kill()
+
+
+class WorkerKilledInEvaluation(WorkerKilled):
+    """An evaluation's step has its checkpoint then, but not its record."""
+
+    name = "worker-killed-in-evaluation"
+    moment_s = 0.1
+
+    def wait_for_moment(self, run: Run, reference: Reference) -> None:
+        evaluated = set(reference.evaluated_steps)
+
+        def evaluating() -> bool:
+            step, kind = key_of(run.last_record())
+            return kind == "train" and step in evaluated and run.newest_checkpoint() == step
+
+        run.wait_for(evaluating, "an evaluation")
+
+    def struck_in_time(self, run: Run) -> bool:
+        return key_of(run.last_record())[1] == "train"
+
+
+class WorkerKilledInCheckpoint(WorkerKilled):
+    """Its folder is there then, but no manifest."""
+
+    name = "worker-killed-in-checkpoint"
+    moment_s = 0.005
+
+    def wait_for_moment(self, run: Run, reference: Reference) -> None:
+        run.wait_for(lambda: _unfinished(run), "a checkpoint", poll_s=0.001)
+
+    def struck_in_time(self, run: Run) -> bool:
+        return _unfinished(run)
+
+
+def _unfinished(run: Run) -> bool:
+    return any(not is_finished(p) for p in run.checkpoints())
+
+
+class WorkerKilledWhileStarting(WorkerKilled):
+    """And the one that takes its place too, while it reads the checkpoint or earlier."""
+
+    name = "worker-killed-while-starting"
+
+    def strike(self, run: Run, rng: random.Random) -> None:
+        before = run.workers()
+        self._mark = run.start_mark()
+        self._victim.kill()
+        new = run.wait_for(lambda: [p for p in run.workers() if p not in before], "a new worker")
+        time.sleep(rng.uniform(0, 3))
+        self._in_time = run.start_mark() == self._mark
+        new[0].kill()
+
+    def struck_in_time(self, run: Run) -> bool:
+        return self._in_time
+
+
+class DriverKilled(Fault):
+    """The process of the command is gone; the same command is given at once, while what it left still dies."""
+
+    name = "driver-killed"
+    exit_codes = (-signal.SIGKILL,)
+
+    def strike(self, run: Run, rng: random.Random) -> None:
+        run.signal_driver(signal.SIGKILL)
+
+
+class DriverTerminated(Fault):
+    """As a scheduler ends a job."""
+
+    name = "driver-sigterm"
+    exit_codes = (128 + signal.SIGTERM,)
+
+    def strike(self, run: Run, rng: random.Random) -> None:
+        run.signal_driver(signal.SIGTERM)
+
+
+class DriverInterrupted(Fault):
+    """Ctrl-C, which a terminal sends to the whole process group."""
+
+    name = "driver-sigint"
+    exit_codes = (128 + signal.SIGINT,)
+
+    def strike(self, run: Run, rng: random.Random) -> None:
+        run.signal_driver(signal.SIGINT, group=True)
+
+
+class DriverSignalledWhileStarting(Fault):
+    """Before the workers train, perhaps before Ray runs."""
+
+    number: signal.Signals
+
+    def strike(self, run: Run, rng: random.Random) -> None:
+        run.signal_driver(signal.SIGKILL)
+        run.wait_for_exit()
+        mark = run.start_mark()
+        run.start()
+        time.sleep(rng.uniform(0, 12))
+        self._in_time = run.start_mark() == mark
+        run.signal_driver(self.number)
+
+    def struck_in_time(self, run: Run) -> bool:
+        return self._in_time
+
+
+class DriverKilledWhileStarting(DriverSignalledWhileStarting):
+    name = "driver-killed-while-starting"
+    exit_codes = (-signal.SIGKILL,)
+    number = signal.SIGKILL
+
+
+class DriverTerminatedWhileStarting(DriverSignalledWhileStarting):
+    """Before Python listens to signals, one ends it at once; a shell shows the same exit code."""
+
+    name = "driver-sigterm-while-starting"
+    exit_codes = (128 + signal.SIGTERM, -signal.SIGTERM)
+    number = signal.SIGTERM
+
+
+class DriverInterruptedWhileStarting(DriverSignalledWhileStarting):
+    name = "driver-sigint-while-starting"
+    exit_codes = (128 + signal.SIGINT, -signal.SIGINT)
+    number = signal.SIGINT
+
+
+class ClusterLost(Fault):
+    """Every process at once, as when the machine restarts."""
+
+    name = "cluster-lost"
+    exit_codes = (-signal.SIGKILL,)
+
+    def strike(self, run: Run, rng: random.Random) -> None:
+        run.kill_all()
+
+
+class NewestCheckpointDamaged(ClusterLost):
+    """The newest checkpoint is found damaged when the run goes on, which it must do from the one before."""
+
+    def wait(self, run: Run, reference: Reference, rng: random.Random) -> None:
+        run.wait_for(lambda: len(run.finished_checkpoints()) > 1, "a second checkpoint")
+        super().wait(run, reference, rng)
+
+    def while_down(self, run: Run, rng: random.Random) -> None:
+        newest = run.finished_checkpoints()[-1]
+        names = sorted(checksums(newest))
+        self.damage(newest, newest / rng.choice(names), rng)
+        run.damaged.append(step_of(newest))
+
+    @abstractmethod
+    def damage(self, checkpoint: Path, file: Path, rng: random.Random) -> None:
+        """Damage `checkpoint`; `file` is one of those that its manifest names."""
+
+
+class CheckpointBitFlipped(NewestCheckpointDamaged):
+    name = "checkpoint-bit-flipped"
+
+    def damage(self, checkpoint: Path, file: Path, rng: random.Random) -> None:
+        content = bytearray(file.read_bytes())
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(content)
+
+
+class CheckpointTruncated(NewestCheckpointDamaged):
+    name = "checkpoint-truncated"
+
+    def damage(self, checkpoint: Path, file: Path, rng: random.Random) -> None:
+        os.truncate(file, rng.randrange(file.stat().st_size))
+
+
+class CheckpointFileMissing(NewestCheckpointDamaged):
+    name = "checkpoint-file-missing"
+
+    def damage(self, checkpoint: Path, file: Path, rng: random.Random) -> None:
+        file.unlink()
+
+
+class ManifestEdited(NewestCheckpointDamaged):
+    """It is no JSON, lacks a key, names another step, or another SHA-256."""
+
+    name = "checkpoint-manifest-edited"
+
+    def damage(self, checkpoint: Path, file: Path, rng: random.Random) -> None:
+        path = checkpoint / "manifest.json"
+        text = path.read_text()
+        manifest = json.loads(text)
+        cut = text[: rng.randrange(len(text) - 2)]
+        other_sha256 = manifest | {"files": manifest["files"] | {file.name: {"bytes": 1, "sha256": "0" * 64}}}
+        less = dict(manifest)
+        del less[rng.choice(["files", "global_step"])]
+        other_step = manifest | {"global_step": manifest["global_step"] + 1}
+        edited = rng.choice([cut, other_sha256, less, other_step])
+        path.write_text(edited if isinstance(edited, str) else json.dumps(edited))
+
+
+class WorkerStopped(WorkerKilled):
+    """A worker hangs (SIGSTOP); it wakes up again when the run has long gone on without it."""
+
+    name = "worker-stopped"
+
+    def strike(self, run: Run, rng: random.Random) -> None:
+        self._victim.suspend()
+
+    def afterwards(self, run: Run) -> None:
+        if is_alive(self._victim):
+            self._victim.resume()
+
+
+KINDS: dict[str, type[Fault]] = {
+    kind.name: kind
+    for kind in (
+        WorkerKilled,
+        WorkerKilledInEvaluation,
+        WorkerKilledInCheckpoint,
+        WorkerKilledWhileStarting,
+        DriverKilled,
+        DriverTerminated,
+        DriverInterrupted,
+        DriverKilledWhileStarting,
+        DriverTerminatedWhileStarting,
+        DriverInterruptedWhileStarting,
+        ClusterLost,
+    )
+}
+
+
+@dataclass
+class Outcome:
+    """What came of one fault.
+
+    Attributes:
+        step: the last step recorded before it.
+        last_step: the last step recorded when the workers went on; later than `step` if they outlived the fault.
+        resumed_step: the checkpoint from which the run went on.
+        recovery_s: from the fault to the first step recorded after it.
+        problems: what differs from the undisturbed run since; empty if nothing was lost.
+    """
+
+    kind: str
+    step: int
+    in_time: bool = True
+    last_step: int | None = None
+    resumed_step: int | None = None
+    recovery_s: float | None = None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def survived(self) -> bool:
+        return self.recovery_s is not None
+
+    @property
+    def repeated_steps(self) -> int | None:
+        if self.last_step is None or self.resumed_step is None:
+            return None
+        return self.last_step - self.resumed_step
+
+
+def inject(fault: Fault, run: Run, reference: Reference, rng: random.Random) -> Outcome:
+    """One fault: wait for its moment, strike, do what a user does, wait until the run gets on."""
+    fault.wait(run, reference, rng)
+    outcome = Outcome(fault.name, run.last_step())
+    struck = time.monotonic()
+    try:
+        fault.strike(run, rng)
+        if fault.exit_codes:
+            _expect_exit(run, fault.exit_codes)
+        outcome.in_time = fault.struck_in_time(run)
+        survivors = run.workers()
+        if fault.exit_codes:
+            fault.while_down(run, rng)
+            run.start()
+        outcome.last_step, outcome.resumed_step = _wait_for_start(run, survivors)
+        run.wait_for(lambda: run.last_step() > outcome.resumed_step, "a step after the fault")
+        outcome.recovery_s = time.monotonic() - struck
+        outcome.problems = record_problems(run.folder, reference, whole=False)
+        outcome.problems += checkpoint_problems(run.folder, reference, newest_only=True)
+    except Lost as lost:
+        outcome.problems.append(str(lost))
+    return outcome
+
+
+def _expect_exit(run: Run, codes: Sequence[int]) -> None:
+    code = run.wait_for_exit()
+    if code not in codes:
+        raise Lost(f"the command ended with {code}, not {codes}\n{run.last_words()}")
+
+
+def _wait_for_start(run: Run, survivors: Sequence[psutil.Process]) -> tuple[int, int]:
+    """Waits until workers go on, which they do when the last of the `survivors` of the fault is gone.
+
+    Returns:
+        the last step recorded before, and the step of the checkpoint from which they go on.
+    """
+    seen = (0, 0)
+    mark: int | None = None
+
+    def started() -> bool:
+        nonlocal seen, mark
+        now = run.last_step(), run.newest_checkpoint()
+        if mark is not None and run.start_mark() != mark:  # `seen` was read before, so before the start
+            return True
+        seen = now
+        if mark is None and not any(is_alive(p) for p in survivors):
+            mark = run.start_mark()
+        return False
+
+    run.wait_for(started, "a new start")
+    return seen

@@ -1,0 +1,49 @@
+"""Processes by the session they run in: what a command started stays in its session, also when its parent dies."""
+
+import os
+import time
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+
+import psutil
+
+POLL_S = 0.01
+
+
+class Lost(Exception):
+    """A run did not do what it must; says what was awaited and what the command printed last."""
+
+
+def processes_of(sessions: Collection[int]) -> Iterator[tuple[psutil.Process, int]]:
+    """The living processes of `sessions`, and the session of each."""
+    for pid in psutil.pids():
+        with suppress(ProcessLookupError, PermissionError, psutil.NoSuchProcess):
+            session = os.getsid(pid)
+            if session in sessions and is_alive(process := psutil.Process(pid)):
+                yield process, session
+
+
+def kill_sessions(sessions: Collection[int], timeout_s: float = 30) -> None:
+    """SIGKILL to all processes of `sessions` at once; returns when none is left."""
+    deadline = time.monotonic() + timeout_s
+    while living := [process for process, _ in processes_of(sessions)]:
+        for process in living:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        if time.monotonic() > deadline:
+            raise Lost(f"processes outlive SIGKILL: {living}")
+        time.sleep(POLL_S)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs or is stopped; a zombie does not live."""
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def title(process: psutil.Process) -> str:
+    """Its command line, or what it calls itself."""
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
