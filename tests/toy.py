@@ -19,19 +19,21 @@ def toy_dataset(
     puzzles_per_group: int = 1,
     seed: int = 0,
     rows_per_shard: int = 20,
+    vocab_size: int = VOCAB_SIZE,
+    seq_len: int = SEQ_LEN,
 ) -> Dataset:
     """Random tokens; the answer is the question read backwards, every eighth cell not labelled."""
     rng = np.random.default_rng(seed)
-    task = Tokens(VOCAB_SIZE, SEQ_LEN)
+    task = Tokens(vocab_size, seq_len)
     with DatasetWriter(out) as writer:
         splits = {}
         for name, num_groups in (("train", num_train), ("test", num_test)):
             count = num_groups * puzzles_per_group
-            inputs = rng.integers(1, VOCAB_SIZE, (count, SEQ_LEN), dtype=np.uint8)
+            inputs = rng.integers(1, vocab_size, (count, seq_len), dtype=np.uint8)
             labels = inputs[:, ::-1].copy()
             labels[:, ::8] = 0
             cuts = balanced_cuts(np.full(num_groups, puzzles_per_group), rows_per_shard)
-            split = writer.split(name, SEQ_LEN, cuts)
+            split = writer.split(name, seq_len, cuts)
             identifiers = rng.integers(0, num_identifiers, count, dtype=np.int32)
             puzzles = np.arange(count)
             split.add(inputs, labels, identifiers, puzzles, puzzles // puzzles_per_group)

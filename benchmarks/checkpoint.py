@@ -1,0 +1,139 @@
+"""What a checkpoint costs training: the time it stops for, and how much slower the steps are while it is written.
+
+    python -m benchmarks.checkpoint [arch=hrm_v1 global_batch_size=32] --json
+
+Trains on random puzzles with a checkpoint every few steps. A checkpoint's cost is the time that the loop is blocked
+(copying the state, making the checkpoint valid) and the excess of the steps during its writing over the median of the
+others; `percent_at_50` is that cost against 50 steps. Beside it, `synchronous_ms`: what training would wait for if
+the same files were written in the step.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.machine import facts
+from hrm_ray.config.compose import train_config
+from hrm_ray.config.schema import TrainConfig
+from hrm_ray.training.checkpoint import finished
+from hrm_ray.training.loop import Hooks, Trainer
+from hrm_ray.training.trainer import run_folder
+from hrm_ray.training.world import World
+from tests.toy import toy_dataset
+
+INTERVAL = 10  # steps between checkpoints
+
+
+class TimedTrainer(Trainer):
+    """Notes the seconds of every step, the seconds blocked for checkpoints in it, and whether one was being written."""
+
+    def __init__(self, config: TrainConfig):
+        self.steps: list[tuple[float, float, bool]] = []
+        self.write_s: list[float] = []
+        self._blocked_s = 0.0
+        self._began = 0.0
+        self.synchronous_s = 0.0
+        super().__init__(config, run_folder(config), World(), Hooks())
+
+    def _run(self) -> None:
+        super()._run()
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            super()._save()
+            super()._finish_saving()
+            times.append(time.perf_counter() - started)
+        self.synchronous_s = statistics.median(times)
+
+    def _advance(self) -> None:
+        writing, self._blocked_s = self._saver.is_writing, 0.0
+        started = time.perf_counter()
+        super()._advance()
+        self.steps.append((time.perf_counter() - started, self._blocked_s, writing))
+
+    def _save(self) -> None:
+        self._began = time.perf_counter()
+        super()._save()
+        self._blocked_s += time.perf_counter() - self._began
+
+    def _finish_saving(self) -> None:
+        if not self._saver.is_pending:
+            return
+        written = not self._saver.is_writing
+        started = time.perf_counter()
+        super()._finish_saving()
+        self._blocked_s += time.perf_counter() - started
+        if written:
+            self.write_s.append(started - self._began)
+
+
+def measure(words: list[str], num_checkpoints: int) -> dict:
+    torch.set_num_threads(os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # a real disk, which /tmp may not be
+        toy_dataset(Path(folder) / "data", num_train=2000, num_test=1, seq_len=81, vocab_size=11)
+        config = train_config(
+            [
+                *words,
+                f"data={folder}/data",
+                f"storage={folder}/runs",
+                "run_name=checkpoint",
+                "scaling=local",
+                "epochs=100000",
+                "eval_interval=null",
+                f"max_steps={INTERVAL * (num_checkpoints + 1)}",
+                f"checkpoint_interval={INTERVAL}",
+                "checkpoint_interval_s=null",
+                "tensorboard=false",
+            ]
+        )
+        trainer = TimedTrainer(config)
+        trainer.train()
+        last = finished(run_folder(config))[-1]
+        size = sum(info.bytes for info in last.manifest.files.values())
+    steps = trainer.steps[2:-1]  # the first ones warm up; the last one waits for its checkpoint
+    quiet_s = statistics.median(total - blocked for total, blocked, writing in steps if not writing)
+    blocked_s = sum(blocked for _, blocked, _ in steps) / num_checkpoints
+    excess = sum(max(0.0, total - blocked - quiet_s) for total, blocked, writing in steps if writing)
+    cost_s = blocked_s + excess / num_checkpoints
+    return {
+        "benchmark": "checkpoint",
+        "step_ms": round(quiet_s * 1e3, 1),
+        "checkpoint_mb": round(size / 1e6, 1),
+        "blocked_ms": round(blocked_s * 1e3, 1),
+        "slower_steps_ms": round(excess / num_checkpoints * 1e3, 1),
+        "write_s": round(statistics.median(trainer.write_s), 2),
+        "synchronous_ms": round(trainer.synchronous_s * 1e3, 1),
+        "percent_at_50": round(cost_s / (50 * quiet_s) * 100, 2),
+        "checkpoints": num_checkpoints,
+        "global_batch_size": config.global_batch_size,
+        **facts(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", help="key=value of the training configuration")
+    parser.add_argument("--checkpoints", type=int, default=6)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    result = measure(args.words or ["arch=hrm_v1", "global_batch_size=32"], args.checkpoints)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"a checkpoint of {result['checkpoint_mb']} MB stops training for {result['blocked_ms']} ms and slows "
+            f"steps by {result['slower_steps_ms']} ms in all: {result['percent_at_50']} % at one every 50 steps of "
+            f"{result['step_ms']} ms (written in the step: {result['synchronous_ms']} ms)"
+        )
+
+
+if __name__ == "__main__":
+    main()
