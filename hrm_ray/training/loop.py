@@ -341,7 +341,8 @@ class Trainer:
         named = {f"eval/{name}": value for name, value in metrics.items()}
         self._report(named)
         self._finish_saving()
-        if self.world.is_first:
+        if self._records:
+            self._records.flush()  # before the checkpoint says that this evaluation is done
             folder = self.run / FOLDER / step_name(self.state.global_step)
             manifest = Checkpoint(folder).manifest
             update = {"metrics": named, "train_s": self.state.train_s}
