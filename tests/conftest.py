@@ -2,9 +2,12 @@
 
 import logging
 import os
+import uuid
 
 import pytest
 import torch
+
+from tests import s3 as s3_server
 
 # The models here are small: more threads gain nothing, and lose much where other processes want the cores too.
 torch.set_num_threads(1)
@@ -15,6 +18,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Never those of who runs the tests; set before Ray starts, for its workers.
+os.environ.update(s3_server.ENVIRONMENT)
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +32,15 @@ def ray_cluster():
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def s3(request):
+    """The URI of a new folder on a local S3 server, as a function of what lies in it: `s3("runs")`."""
+    server = s3_server.Server() if s3_server.ELSEWHERE is None else None
+    address = server.address if server else s3_server.ELSEWHERE
+    bucket = f"bucket-{uuid.uuid4().hex[:8]}"
+    s3_server.make_bucket(address, bucket)
+    yield lambda name: f"s3://{bucket}/{name}?endpoint_override={address}&scheme=http"
+    if server:
+        server.close()

@@ -33,6 +33,7 @@ from hrm_ray.config.validate import Settings, validated
 from hrm_ray.data.tasks.base import Task, get_task
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.manifest import MANIFEST, canonical, seal, unseal
+from hrm_ray.remote import filesystem_of, reaching
 
 FORMAT_VERSION = 1
 IDS = ("puzzle_identifier", "puzzle", "group")
@@ -321,18 +322,10 @@ def local_root(path: str | Path) -> Path:
     """
     if "://" not in str(path):
         return Path(path)
-    try:
-        filesystem, inner = _filesystem(str(path))
-        if isinstance(filesystem, pafs.LocalFileSystem):
-            return Path(inner)
-        return _cached(filesystem, inner.rstrip("/"), str(path))
-    except (pa.ArrowException, OSError, ImportError) as error:
-        raise UserError(f"cannot read dataset {path}: {first_line(error)}") from None
-
-
-def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of a URI and the path in it."""
-    return pafs.FileSystem.from_uri(uri)
+    filesystem, inner = filesystem_of(str(path), f"cannot read dataset {path}")
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return Path(inner)
+    return _cached(filesystem, inner.rstrip("/"), str(path))
 
 
 def cache_dir() -> Path:
@@ -343,33 +336,47 @@ def cache_dir() -> Path:
 def _cached(filesystem: pafs.FileSystem, folder: str, uri: str) -> Path:
     """Copy a remote dataset into the cache, once a node however many processes ask at the same time."""
     try:
-        with filesystem.open_input_stream(f"{folder}/{MANIFEST}") as stream:
-            content = stream.read()
+        content = b"".join(_chunks(filesystem, f"{folder}/{MANIFEST}", uri))
     except FileNotFoundError:
         raise UserError(f"{uri} has no {MANIFEST}: no dataset, or its build did not finish") from None
-    mend = "copy the dataset there again"
-    manifest = _parse_manifest(content, f"{uri}/{MANIFEST}", mend)
+    manifest = _parse_manifest(content, f"{uri}: {MANIFEST}", _COPY_AGAIN)
     # Named by content: a rebuilt dataset at the same address is another entry.
     target = cache_dir() / "datasets" / hashlib.sha256(content).hexdigest()[:32]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f"{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.is_dir():
-            return target
-        aside = target.with_suffix(".partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        for entry in manifest.files:
-            local = aside / entry.file
-            local.parent.mkdir(parents=True, exist_ok=True)
-            with filesystem.open_input_stream(f"{folder}/{entry.file}") as source, local.open("wb") as copy:
-                shutil.copyfileobj(source, copy, 1 << 22)
-            if _sha256(local) != entry.sha256:
-                raise UserError(
-                    f"{uri}/{entry.file} is damaged: its SHA-256 differs from the manifest's; {mend}"
-                )
-        _write_durably(aside / MANIFEST, content)
-        aside.rename(target)
+    with _writing(target, "set HRM_RAY_CACHE to another folder"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (target.parent / f"{target.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.is_dir():
+                aside = target.with_suffix(".partial")
+                shutil.rmtree(aside, ignore_errors=True)
+                for entry in manifest.files:
+                    _fetch(filesystem, folder, entry, aside, uri)
+                _write_durably(aside / MANIFEST, content)
+                aside.rename(target)
     return target
+
+
+_COPY_AGAIN = "copy the dataset there again"
+
+
+def _fetch(filesystem: pafs.FileSystem, folder: str, entry: File, root: Path, uri: str) -> None:
+    """Copy one file of the remote dataset `uri` to the folder `root`."""
+    local = root / entry.file
+    local.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with local.open("wb") as copy:
+            copy.writelines(_chunks(filesystem, f"{folder}/{entry.file}", uri))
+    except FileNotFoundError:
+        raise UserError(f"{uri}: {entry.file} is missing; {_COPY_AGAIN}") from None
+    if _sha256(local) != entry.sha256:
+        raise UserError(f"{uri}: {entry.file} is damaged: its SHA-256 is not the manifest's; {_COPY_AGAIN}")
+
+
+def _chunks(filesystem: pafs.FileSystem, path: str, uri: str) -> Iterator[bytes]:
+    """The content of a file of the remote dataset `uri`. Raises FileNotFoundError, StorageError."""
+    with reaching(uri, f"cannot read dataset {uri}"), filesystem.open_input_stream(path) as stream:
+        while chunk := stream.read(1 << 22):
+            yield chunk
 
 
 # Writing
@@ -425,13 +432,15 @@ def _write_durably(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _writing(folder: Path, otherwise: str = "pick another out") -> Iterator[None]:
     """Turns what the disk says no to into a UserError that names `folder`."""
     try:
         yield
+    except UserError:
+        raise
     except OSError as error:
         reason = error.strerror or first_line(error)
-        raise UserError(f"cannot write to {folder}: {reason}; mend that, or pick another out") from None
+        raise UserError(f"cannot write to {folder}: {reason}; mend that, or {otherwise}") from None
 
 
 def _sha256(path: Path) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import RunFailed, UserError
+from hrm_ray.remote import StorageError
 from hrm_ray.training.loop import Hooks, Progress, Trainer
 from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import Driver
@@ -268,6 +269,8 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     try:
         hooks = worker_hooks(channel, world)
         return Trainer(config, Storage(parameters["storage"]), world, hooks).train()
+    except StorageError:  # may pass: Ray starts the workers again
+        raise
     except UserError as error:
         channel.put("failure", {"message": str(error), "exit_code": error.exit_code})
         if isinstance(error, RunFailed):  # raised by every worker alike: end without a restart

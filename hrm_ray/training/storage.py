@@ -1,4 +1,7 @@
-"""Files of a run on a local folder or any pyarrow filesystem, whole or not there at all."""
+"""Files of a run on a local folder or any pyarrow filesystem, whole or not there at all.
+
+Methods raise OSError where the storage says no: of a remote one a StorageError, which is one line for the user.
+"""
 
 import errno
 import fcntl
@@ -6,13 +9,14 @@ import os
 import shutil
 import time
 import uuid
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import IO
 
 from pyarrow import fs as pafs
 
 from hrm_ray.errors import UserError
+from hrm_ray.remote import filesystem_of, reaching
 
 
 class Storage:
@@ -23,12 +27,8 @@ class Storage:
 
     def __init__(self, where: str | Path):
         text = str(where)
-        try:
-            self._fs, self._root = pafs.FileSystem.from_uri(
-                text if "://" in text else Path(text).absolute().as_uri()
-            )
-        except (ValueError, OSError) as error:
-            raise UserError(f"storage {text}: {error}") from None
+        uri = text if "://" in text else Path(text).absolute().as_uri()
+        self._fs, self._root = filesystem_of(uri, f"storage {text}")
         self._where = text if "://" in text else str(Path(text).absolute())
 
     def __str__(self) -> str:
@@ -50,8 +50,13 @@ class Storage:
         return Storage(f"{folder.rstrip('/').rpartition('/')[0] or '/'}{mark}{query}")
 
     def create(self) -> None:
-        """Make the folder, if need be. Raises OSError if that cannot be."""
-        self._fs.create_dir(self._root, recursive=True)
+        """Make the folder, if need be."""
+        with self._reaching():
+            self._fs.create_dir(self._root, recursive=True)
+
+    def _reaching(self) -> AbstractContextManager[None]:
+        """Around everything that pyarrow does on a remote storage."""
+        return nullcontext() if self.local_path else reaching(self._where, f"storage {self}")
 
     @property
     def local_path(self) -> Path | None:
@@ -61,9 +66,10 @@ class Storage:
     def write(self, name: str, content: bytes) -> None:
         """Make the file `name`: readers see all of it or none, also after a power cut."""
         path = f"{self._root}/{name}"
-        self._fs.create_dir(path.rpartition("/")[0], recursive=True)
+        with self._reaching():
+            self._fs.create_dir(path.rpartition("/")[0], recursive=True)
         if self.local_path is None:  # object stores publish on close
-            with self._fs.open_output_stream(path) as stream:
+            with self._reaching(), self._fs.open_output_stream(path) as stream:
                 stream.write(content)
             return
         aside = Path(f"{path}.{uuid.uuid4().hex[:8]}.tmp")
@@ -93,7 +99,7 @@ class Storage:
     def read(self, name: str) -> bytes | None:
         """The content of the file `name`, or None if there is none."""
         try:
-            with self._fs.open_input_stream(f"{self._root}/{name}") as stream:
+            with self._reaching(), self._fs.open_input_stream(f"{self._root}/{name}") as stream:
                 return stream.read()
         except FileNotFoundError:
             return None
@@ -140,22 +146,24 @@ class Storage:
         self.local_path.rename(self.local_path.with_name(name))
 
     def exists(self) -> bool:
-        return self._fs.get_file_info(self._root).type == pafs.FileType.Directory
+        with self._reaching():
+            return self._fs.get_file_info(self._root).type == pafs.FileType.Directory
 
     def folders(self) -> list[str]:
         """Names of the folders directly inside."""
         selector = pafs.FileSelector(self._root, allow_not_found=True)
-        return sorted(
-            i.base_name for i in self._fs.get_file_info(selector) if i.type == pafs.FileType.Directory
-        )
+        with self._reaching():
+            entries = self._fs.get_file_info(selector)
+        return sorted(entry.base_name for entry in entries if entry.type == pafs.FileType.Directory)
 
     def delete(self) -> None:
         """Remove the folder itself with all that is in it."""
-        self._fs.delete_dir(self._root)
+        with self._reaching():
+            self._fs.delete_dir(self._root)
 
     def delete_file(self, name: str) -> None:
         """Remove the file `name`, if it is there."""
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), self._reaching():
             self._fs.delete_file(f"{self._root}/{name}")
 
     def sweep(self) -> None:

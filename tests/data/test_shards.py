@@ -408,7 +408,9 @@ def remote(small, tmp_path, monkeypatch):
 
     methods = set(pafs.FileSystemHandler.__abstractmethods__) - {"open_input_stream"}
     handler = type("Handler", (Counting,), {name: lambda self, *args: None for name in methods})()
-    monkeypatch.setattr(shards, "_filesystem", lambda uri: (pafs.PyFileSystem(handler), uri.split("://")[1]))
+    monkeypatch.setattr(
+        shards, "filesystem_of", lambda uri, what: (pafs.PyFileSystem(handler), uri.split("://")[1])
+    )
     return opened
 
 
@@ -439,7 +441,9 @@ def _fingerprint(uri):
 def test_damaged_remote_is_refused(small, remote, tmp_path):
     shard = Path(small.path) / small.manifest.splits["train"].shards[0].file
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=r"mem://small/.* is damaged: its SHA-256 differs"):
+    with pytest.raises(
+        UserError, match=r"mem://small: .* is damaged: its SHA-256 is not the manifest's; copy"
+    ):
         open_dataset("mem://small")
     assert not [path for path in (tmp_path / "cache" / "datasets").iterdir() if path.suffix == ""]
     with pytest.raises(UserError, match=r"has no manifest\.json"):
