@@ -480,7 +480,7 @@ def open_checked(path: str, world: World) -> Dataset:
     """Open the dataset of a run; one worker a node compares its files with the manifest. Collective.
 
     Raises:
-        UserError: on all workers alike, if any of them found it missing or damaged.
+        UserError: on all workers alike, if any of them found it missing or damaged, or another one.
     """
     dataset, problem = None, None
     try:
@@ -494,4 +494,8 @@ def open_checked(path: str, world: World) -> Dataset:
     if problems:
         raise UserError(problems[0])
     assert dataset is not None
+    if len(set(world.gather_objects(dataset.fingerprint))) > 1:
+        raise UserError(
+            f"{path}: the workers' nodes hold different data sets; copy the same one to all of them"
+        )
     return dataset

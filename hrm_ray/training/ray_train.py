@@ -102,8 +102,11 @@ def train_on_ray(config: TrainConfig, run: Storage, driver: Driver) -> dict[str,
             progress = channel.get("progress")
             if progress is not None:
                 driver.progress(Progress(**progress))
-            if look_ahead() and _restart_is_ahead(config, cpus, driver.num_workers) and ask_to_save():
-                channel.put("save", time.time())
+            if look_ahead():
+                ahead = _restart_ahead(config, cpus, driver.num_workers)
+                driver.warn(ahead)
+                if ahead and ask_to_save():
+                    channel.put("save", time.time())
         if "error" in outcome:
             raise RunFailed(
                 f"Ray Train gave up: {_first_cause(outcome['error'])}; "
@@ -133,15 +136,16 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _restart_is_ahead(config: TrainConfig, cpus: int, num_workers: int) -> bool:
-    """Whether Ray is about to restart the workers: a node is being drained, or there is room for more of them."""
+def _restart_ahead(config: TrainConfig, cpus: int, num_workers: int) -> str | None:
+    """Why Ray is about to restart the workers; None if it is not."""
     import ray
 
     if ray._private.state.state.get_draining_nodes():
-        return True
-    if not config.scaling.is_elastic or not 0 < num_workers < config.scaling.max_workers:
-        return False
-    return ray.available_resources().get("CPU", 0) >= cpus
+        return "a node is being taken away"
+    has_room = config.scaling.is_elastic and 0 < num_workers < config.scaling.max_workers
+    if has_room and ray.available_resources().get("CPU", 0) >= cpus:
+        return "there is room for more workers"
+    return None
 
 
 def _ray_trainer(config: TrainConfig, run: Storage, channel: Channel, cpus: int, use_gpu: bool):

@@ -7,6 +7,7 @@ before is the newest. One checkpoint is written at a time.
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from hrm_ray.errors import RunFailed, first_line
@@ -101,7 +102,8 @@ class Saver:
         failures = [outcome for outcome in outcomes if isinstance(outcome, str)]
         if failures:
             if self._world.is_first:
-                discard(folder)
+                with suppress(OSError):  # what made the writing fail may last
+                    discard(folder)
             raise RunFailed(f"{folder} cannot be written ({failures[0]}); {_GO_ON}")
         if self._world.is_first:
             before_valid()

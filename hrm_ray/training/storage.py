@@ -157,8 +157,8 @@ class Storage:
         return sorted(entry.base_name for entry in entries if entry.type == pafs.FileType.Directory)
 
     def delete(self) -> None:
-        """Remove the folder itself with all that is in it."""
-        with self._reaching():
+        """Remove the folder itself, if it is there, with all that is in it."""
+        with suppress(FileNotFoundError), self._reaching():
             self._fs.delete_dir(self._root)
 
     def delete_file(self, name: str) -> None:

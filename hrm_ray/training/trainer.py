@@ -110,6 +110,7 @@ class Driver:
         self.stop = StopRequest(config.max_time_s)
         self._bar = bar
         self.num_workers = 0  # at the last start
+        self._warned: str | None = None
         self._starts = 0
 
     def progress(self, progress: Progress) -> None:
@@ -127,6 +128,12 @@ class Driver:
         if self._bar and not usual:
             lost = "workers were lost or added; " if entry["event"] == "started" else ""
             self._bar.say(f"{lost}{entry['message']}")
+
+    def warn(self, restart_ahead: str | None) -> None:
+        """Say once why the workers are about to be restarted."""
+        if self._bar and restart_ahead and restart_ahead != self._warned:
+            self._bar.say(f"{restart_ahead}: a checkpoint is written before the workers are restarted")
+        self._warned = restart_ahead
 
 
 def run_folder(config: TrainConfig) -> Storage:
