@@ -93,19 +93,12 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     return ", ".join(f"{k} {ours.get(k)} for {theirs.get(k)}" for k in keys[:3])
 
 
-def checkpoint_problems(run: Path, reference: Reference, *, newest_only: bool = False) -> list[str]:
-    """Finished checkpoints that are damaged, or not those of the reference at the same step.
-
-    While a run goes on it deletes old ones; then `newest_only`.
-    """
-    finished = [p for p in sorted((run / "checkpoints").glob("step-*")) if is_finished(p)]
-    problems = []
-    for folder in finished[-1:] if newest_only else finished:
-        try:
-            problems += _folder_problems(folder, reference.files.get(step_of(folder)))
-        except FileNotFoundError as error:
-            problems.append(f"{folder.name} has no {error.filename}")
-    return problems
+def checkpoint_problems(folder: Path, reference: Reference) -> list[str]:
+    """How a finished checkpoint is damaged, or not that of the reference at the same step."""
+    try:
+        return _folder_problems(folder, reference.files.get(step_of(folder)))
+    except FileNotFoundError as error:
+        return [f"{folder.name} has no {error.filename}"]
 
 
 def _folder_problems(folder: Path, expected: dict[str, str] | None) -> list[str]:
@@ -124,7 +117,10 @@ def _folder_problems(folder: Path, expected: dict[str, str] | None) -> list[str]
 
 def end_problems(run: Path, reference: Reference) -> list[str]:
     """Everything in which a finished run differs from the reference."""
-    problems = record_problems(run, reference, whole=True) + checkpoint_problems(run, reference)
+    problems = record_problems(run, reference, whole=True)
+    for folder in sorted((run / "checkpoints").glob("step-*")):
+        if is_finished(folder):
+            problems += checkpoint_problems(folder, reference)
     if not is_finished(run / "checkpoints" / f"step-{reference.last_step:08d}"):
         problems.append(f"no checkpoint at the last step, {reference.last_step}")
     summary = json.loads((run / "summary.json").read_text())

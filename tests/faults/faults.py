@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
 from tests.faults.compare import Reference, checkpoint_problems, checksums, key_of, record_problems
 from tests.faults.runs import Run, is_finished, step_of
 from tests.faults.sessions import Lost, is_alive
@@ -45,6 +43,10 @@ class Fault(ABC):
 
     def while_down(self, run: Run, rng: random.Random) -> None:  # noqa: B027 - most kinds do nothing
         """What happens before the command is given again."""
+
+    def problems(self, run: Run, resumed_step: int) -> list[str]:
+        """What is amiss after the run has gone on from the checkpoint of `resumed_step`, besides what was lost."""
+        return []
 
 
 def wait_for_some_steps(run: Run, rng: random.Random) -> None:
@@ -83,7 +85,7 @@ class WorkerKilledInEvaluation(WorkerKilled):
 
         def evaluating() -> bool:
             step, kind = key_of(run.last_record())
-            return kind == "train" and step in evaluated and run.newest_checkpoint() == step
+            return kind == "train" and step in evaluated and is_finished(run.checkpoint(step))
 
         run.wait_for(evaluating, "an evaluation")
 
@@ -114,12 +116,11 @@ class WorkerKilledWhileStarting(WorkerKilled):
     name = "worker-killed-while-starting"
 
     def strike(self, run: Run, rng: random.Random) -> None:
-        before = run.workers()
-        self._mark = run.start_mark()
+        before, num_starts = run.workers(), len(run.starts())
         self._victim.kill()
         new = run.wait_for(lambda: [p for p in run.workers() if p not in before], "a new worker")
         time.sleep(rng.uniform(0, 3))
-        self._in_time = run.start_mark() == self._mark
+        self._in_time = len(run.starts()) == num_starts
         new[0].kill()
 
     def struck_in_time(self, run: Run) -> bool:
@@ -164,10 +165,10 @@ class DriverSignalledWhileStarting(Fault):
     def strike(self, run: Run, rng: random.Random) -> None:
         run.signal_driver(signal.SIGKILL)
         run.wait_for_exit()
-        mark = run.start_mark()
+        num_starts = len(run.starts())
         run.start()
         time.sleep(rng.uniform(0, 12))
-        self._in_time = run.start_mark() == mark
+        self._in_time = len(run.starts()) == num_starts
         run.signal_driver(self.number)
 
     def struck_in_time(self, run: Run) -> bool:
@@ -212,10 +213,16 @@ class NewestCheckpointDamaged(ClusterLost):
         super().wait(run, reference, rng)
 
     def while_down(self, run: Run, rng: random.Random) -> None:
-        newest = run.finished_checkpoints()[-1]
-        names = sorted(checksums(newest))
-        self.damage(newest, newest / rng.choice(names), rng)
-        run.damaged.append(step_of(newest))
+        *_, self._before, self._newest = run.finished_checkpoints()
+        names = sorted(checksums(self._newest))
+        self.damage(self._newest, self._newest / rng.choice(names), rng)
+
+    def problems(self, run: Run, resumed_step: int) -> list[str]:
+        named = any(self._newest.name in event["message"] for event in run.events("damaged_checkpoint"))
+        return [
+            *([] if named else [f"events.jsonl does not tell that {self._newest.name} is damaged"]),
+            *([] if resumed_step == step_of(self._before) else [f"did not go on from {self._before.name}"]),
+        ]
 
     @abstractmethod
     def damage(self, checkpoint: Path, file: Path, rng: random.Random) -> None:
@@ -290,6 +297,10 @@ KINDS: dict[str, type[Fault]] = {
         DriverTerminatedWhileStarting,
         DriverInterruptedWhileStarting,
         ClusterLost,
+        CheckpointBitFlipped,
+        CheckpointTruncated,
+        CheckpointFileMissing,
+        ManifestEdited,
     )
 }
 
@@ -332,18 +343,18 @@ def inject(fault: Fault, run: Run, reference: Reference, rng: random.Random) -> 
     struck = time.monotonic()
     try:
         fault.strike(run, rng)
+        num_starts = len(run.starts())
         if fault.exit_codes:
             _expect_exit(run, fault.exit_codes)
-        outcome.in_time = fault.struck_in_time(run)
-        survivors = run.workers()
-        if fault.exit_codes:
             fault.while_down(run, rng)
             run.start()
-        outcome.last_step, outcome.resumed_step = _wait_for_start(run, survivors)
-        run.wait_for(lambda: run.last_step() > outcome.resumed_step, "a step after the fault")
+        outcome.in_time = fault.struck_in_time(run)
+        outcome.last_step, outcome.resumed_step = _wait_until_it_gets_on(run, num_starts, outcome.step)
         outcome.recovery_s = time.monotonic() - struck
         outcome.problems = record_problems(run.folder, reference, whole=False)
-        outcome.problems += checkpoint_problems(run.folder, reference, newest_only=True)
+        if outcome.resumed_step:
+            outcome.problems += checkpoint_problems(run.checkpoint(outcome.resumed_step), reference)
+        outcome.problems += fault.problems(run, outcome.resumed_step)
     except Lost as lost:
         outcome.problems.append(str(lost))
     return outcome
@@ -355,24 +366,23 @@ def _expect_exit(run: Run, codes: Sequence[int]) -> None:
         raise Lost(f"the command ended with {code}, not {codes}\n{run.last_words()}")
 
 
-def _wait_for_start(run: Run, survivors: Sequence[psutil.Process]) -> tuple[int, int]:
-    """Waits until workers go on, which they do when the last of the `survivors` of the fault is gone.
+def _wait_until_it_gets_on(run: Run, num_starts: int, last_step: int) -> tuple[int, int]:
+    """Waits for the first step recorded after another start than the first `num_starts`.
 
     Returns:
-        the last step recorded before, and the step of the checkpoint from which they go on.
+        the last step recorded before, `last_step` or later, and the step of the checkpoint from which the run goes on.
     """
-    seen = (0, 0)
-    mark: int | None = None
+    resumed_step = 0
 
-    def started() -> bool:
-        nonlocal seen, mark
-        now = run.last_step(), run.newest_checkpoint()
-        if mark is not None and run.start_mark() != mark:  # `seen` was read before, so before the start
-            return True
-        seen = now
-        if mark is None and not any(is_alive(p) for p in survivors):
-            mark = run.start_mark()
-        return False
+    def gets_on() -> bool:
+        nonlocal last_step, resumed_step
+        starts = run.starts()  # read before the step: a later start has cut off the records before
+        step = run.last_step()
+        if len(starts) == num_starts:
+            last_step = max(last_step, step)
+            return False
+        resumed_step = starts[-1]["global_step"]
+        return step > resumed_step
 
-    run.wait_for(started, "a new start")
-    return seen
+    run.wait_for(gets_on, "a step after the fault", timeout_s=180)
+    return last_step, resumed_step

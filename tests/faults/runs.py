@@ -18,28 +18,35 @@ from typing import Any
 
 import psutil
 
-from tests.faults.sessions import POLL_S, Lost, kill_sessions, processes_of, title
+from tests.faults.nodes import Nodes
+from tests.faults.sessions import ENVIRONMENT, POLL_S, Lost, kill_sessions, processes_of, title
 from tests.toy import ARCH, toy_dataset
 
 STEPS_FOR_A_FAULT = 120
 WIDTH = 128  # of the model: more than 1 MiB of weights, so that several workers sum gradients in more than one bucket
-ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run computes; runs of equal settings must end alike. A step takes some 30 ms of a CPU."""
+    """What a run computes; runs of equal settings must end alike. A step takes some 30 ms of a CPU.
+
+    Attributes:
+        max_workers: with it the run is elastic, on a cluster of as many nodes with one CPU each.
+        more: keys of the configuration and their values.
+    """
 
     num_workers: int = 1
+    max_workers: int | None = None
     max_steps: int = 1000
     checkpoint_interval: int = 10
     eval_interval: int = 4  # epochs, of 16 steps
     max_failures: int = 1000
-    more: tuple[str, ...] = ()
+    watchdog_s: float = 8
+    more: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        most = f" to {self.max_workers}" if self.max_workers else ""
+        return f"{self.num_workers}{most} worker(s)"
 
     def words(self, data: Path, storage: Path) -> list[str]:
         """What follows `hrm-ray train`."""
@@ -61,12 +68,16 @@ class Setting:
             "forward_dtype": "float32",
             "tensorboard": "false",
             "failure.max_failures": self.max_failures,
+            "watchdog_s": self.watchdog_s,
             "scaling": "ray",
-            "scaling.num_workers": self.num_workers,
+            "scaling.num_workers": (
+                f"[{self.num_workers},{self.max_workers}]" if self.max_workers else self.num_workers
+            ),
             "scaling.cpus_per_worker": 1,
             **{f"arch.{key}": value for key, value in arch.items()},
+            **dict(self.more),
         }
-        return [f"{key}={value}" for key, value in values.items()] + list(self.more)
+        return [f"{key}={value}" for key, value in values.items()]
 
 
 def make_dataset(folder: Path) -> Path:
@@ -83,10 +94,9 @@ class Run:
         setting: what to compute.
         root: a folder for the run, its log and Ray's files; a short path, since sockets are made there.
         data: the dataset.
-        environment: more variables for the command.
     """
 
-    def __init__(self, setting: Setting, root: Path, data: Path, environment: dict[str, str] | None = None):
+    def __init__(self, setting: Setting, root: Path, data: Path):
         self.setting = setting
         self.folder = root / "runs" / "run"
         self.log = root / "log.txt"
@@ -96,17 +106,23 @@ class Run:
             **ENVIRONMENT,
             "RAY_TMPDIR": str(root),
             "PYTHONPATH": os.pathsep.join(sys.path),
-            **(environment or {}),
         }
+        self.nodes = Nodes(root / "cluster")
         self._sessions: list[int] = []
         self.driver: subprocess.Popen | None = None
         root.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> "Run":
+        if self.setting.max_workers:
+            self.nodes.start()
+            while len(self.nodes.others) < self.setting.max_workers:
+                self.nodes.add()
+            self._environment["RAY_ADDRESS"] = self.nodes.address
         return self
 
     def __exit__(self, *error: object) -> None:
         self.kill_all()
+        self.nodes.end()
 
     # processes
 
@@ -202,11 +218,17 @@ class Run:
     def last_step(self) -> int:
         return self.last_record()["global_step"]
 
-    def start_mark(self) -> int:
-        """Changes whenever workers begin or go on: they write metrics.jsonl anew."""
-        with suppress(FileNotFoundError):
-            return (self.folder / "metrics.jsonl").stat().st_ino
-        return 0
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """What has happened to the run, of one kind: the whole lines of events.jsonl."""
+        try:
+            lines = (self.folder / "events.jsonl").read_text().rpartition("\n")[0].splitlines()
+        except FileNotFoundError:
+            return []
+        return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+    def starts(self) -> list[dict[str, Any]]:
+        """Every time that workers began or went on."""
+        return self.events("started")
 
     def checkpoints(self) -> list[Path]:
         """The folders of the checkpoints, oldest first, finished or not."""
@@ -217,9 +239,8 @@ class Run:
     def finished_checkpoints(self) -> list[Path]:
         return [p for p in self.checkpoints() if is_finished(p)]
 
-    def newest_checkpoint(self) -> int:
-        """The step of the newest finished checkpoint; 0 if there is none."""
-        return max(map(step_of, self.finished_checkpoints()), default=0)
+    def checkpoint(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step-{step:08d}"
 
     @property
     def ends_soon(self) -> bool:

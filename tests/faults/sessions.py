@@ -8,6 +8,11 @@ from contextlib import suppress
 import psutil
 
 POLL_S = 0.01
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 
 class Lost(Exception):
