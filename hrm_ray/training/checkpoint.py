@@ -204,9 +204,13 @@ def _by_metric(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     return sorted(evaluated, key=lambda c: (c.manifest.metrics[metric], c.manifest.global_step))
 
 
-def prune(run: Storage, *, keep_last: int, keep_best: int) -> None:
-    """Delete all but the newest `keep_last` and the best `keep_best` checkpoints, and what was never finished."""
-    checkpoints = finished(run)
+def prune(run: Storage, global_step: int, *, keep_last: int, keep_best: int) -> None:
+    """Delete all but the newest `keep_last` and the best `keep_best` checkpoints, and what was never finished.
+
+    Args:
+        global_step: of the newest whole checkpoint; later ones were damaged and are deleted too.
+    """
+    checkpoints = [c for c in finished(run) if c.manifest.global_step <= global_step]
     keep = {c.name for c in [*checkpoints[-keep_last:], *_by_metric(checkpoints)[-keep_best:]]}
     for name in (run / FOLDER).folders():
         if name not in keep:

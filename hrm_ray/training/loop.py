@@ -347,7 +347,7 @@ class Trainer:
             manifest = Checkpoint(folder).manifest
             update = {"metrics": named, "train_s": self.state.train_s}
             write_manifest(folder, manifest.model_copy(update=update))
-            self._saver.prune()
+            self._saver.prune(self.state.global_step)
         self._meter.exclude(time.perf_counter() - started)
         self._show("train")
         self._stop_if_out_of_patience()

@@ -111,12 +111,16 @@ class Saver:
             write_manifest(folder, manifest.model_copy(update={"files": files}))
             if self._run.read(f"{FOLDER}/{SAVED}") is None:
                 self._run.write(f"{FOLDER}/{SAVED}", b"")
-            self.prune()
+            self.prune(manifest.global_step)
         self._world.from_first(None)  # nobody goes on before the checkpoint is valid
 
-    def prune(self) -> None:
-        """Delete what is not to be kept; for the first worker, when none is pending."""
-        prune(self._run, keep_last=self._keep_last, keep_best=self._keep_best)
+    def prune(self, global_step: int) -> None:
+        """Delete what is not to be kept; for the first worker, when none is pending.
+
+        Args:
+            global_step: of the newest whole checkpoint.
+        """
+        prune(self._run, global_step, keep_last=self._keep_last, keep_best=self._keep_best)
 
     def close(self) -> None:
         """Wait for what is being written, without making it valid."""

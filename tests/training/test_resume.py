@@ -184,6 +184,22 @@ def test_keeps_the_newest_and_the_best(config):
     )
 
 
+def test_a_damaged_checkpoint_displaces_no_whole_one(config):
+    """It counts as newest by its step; one saved at an earlier step, after going back, is the newest whole one."""
+    config = {**config, "keep_last": 1}
+    first = run(config, stopped_at(21))  # after steps 1..8, the 9 batches of an evaluation, steps 9..12
+    weights = first.run.local_path / "checkpoints/step-00000012/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    again = run(config, stopped_at(1))
+    assert [c.manifest.global_step for c in finished(again.run)] == [8, 9]
+
+
+def stopped_at(ask: int) -> Hooks:
+    """Asks to stop when the loop asks that often."""
+    asks = iter(range(1, 100))
+    return Hooks(stop=lambda: "asked" if next(asks) == ask else None)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(config):
     with pytest.raises(RunFailed, match=r"not finite at step \d+ on rank 0 \(lr 1e\+30\)"):
         run({**config, "lr": 1e30, "lr_warmup_steps": 0, "lr_min_ratio": 1.0})
