@@ -30,6 +30,7 @@ LOOK_AHEAD_S = 2.0  # how often the driver looks whether the workers will be res
 SAVE_AHEAD_S = 10.0  # and how often it then asks for a checkpoint
 RESIZE_INTERVAL_S = 30.0  # how often Ray looks for room for more workers
 START_TIMEOUT_S = 15.0  # how long it waits for lost ones to come back before it starts fewer
+SHUTDOWN_TIMEOUT_S = 5  # and for workers that hang to leave their process group, before it kills them
 
 
 class Channel:
@@ -117,7 +118,12 @@ def train_on_ray(config: TrainConfig, run: Storage, driver: Driver) -> dict[str,
 
 def _ray_settings(config: TrainConfig) -> dict[str, str]:
     """Ray Train's environment variables; what the user has set stays."""
-    settings = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+    settings = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": str(
+            SHUTDOWN_TIMEOUT_S
+        ),  # heard of by private clusters only
+    }
     if config.watchdog_s is not None:  # for a worker that is stopped as a whole, its own watchdog with it
         settings["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.watchdog_s)
     if config.scaling.is_elastic:
