@@ -12,17 +12,28 @@ import argparse
 import json
 import random
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import count, cycle
 from pathlib import Path
 
-from tests.faults.compare import Reference, checksums, end_problems, litter, read_records
-from tests.faults.faults import KINDS, Fault, Outcome, inject
+from tests.faults.compare import (
+    Reference,
+    Tolerance,
+    checksums,
+    end_problems,
+    likeness_problems,
+    litter,
+    read_records,
+    record_problems,
+)
+from tests.faults.faults import KINDS, Fault, NodeAdded, NodesFault, Outcome, inject
 from tests.faults.runs import (
     Run,
     Setting,
@@ -35,6 +46,29 @@ from tests.faults.sessions import Lost
 
 MAX_PROBLEMS_SHOWN = 5
 Say = Callable[[str], None]
+
+
+# Nodes come and go in runs of their own, as long as their faults take. With so little to learn, and puzzles that halt
+# at the same step always, what one and two workers compute stays alike.
+ELASTIC = Setting(
+    num_workers=1,
+    max_workers=2,
+    max_steps=1_000_000,
+    checkpoint_interval=128,  # and so seldom that a checkpoint is known that was written because of a notice
+    eval_interval=8,
+    watchdog_s=60,
+    more=(
+        ("lr", 1e-5),
+        ("puzzle_emb_lr", 1e-4),
+        ("arch.halt_max_steps", 2),
+        ("arch.halt_exploration_prob", 1),
+    ),
+)
+# Measured after 1928 steps, four faults of nodes on the way: losses differed by 2.0e-6 at most, weights by 6.0e-8, and
+# puzzle embeddings, of which each step moves every number by the rate up or down, by one such step, 1e-4. A step more
+# or less moves the weights by 1e-5.
+TOLERANCE = Tolerance(loss=2e-5, weight=1e-6, embedding=1e-3)
+FAULTS_OF_NODES_A_RUN = 4
 
 
 class Site:
@@ -62,34 +96,10 @@ class Site:
         with self.run(setting) as run:
             reference = watch_undisturbed(run)
         self.say(
-            f"undisturbed run on {setting.num_workers} worker(s): {reference.last_step} steps, "
+            f"undisturbed run on {setting}: {reference.last_step} steps, "
             f"{len(reference.files)} checkpoints, {time.monotonic() - started:.0f} s"
         )
         return reference
-
-
-def disturb(site: Site, setting: Setting, faults: deque[Fault], rng: random.Random) -> Iterator[Outcome]:
-    """One run, with as many of `faults` (taken from the left) as fit in; it is compared at its end."""
-    reference = site.reference(setting)
-    struck: list[Outcome] = []
-    with site.run(setting) as run:
-        try:
-            run.start()
-            run.wait_for(lambda: run.last_step() > 0, "the first step")
-            while faults and not run.ends_soon:
-                struck.append(inject(faults.popleft(), run, reference, rng))
-                yield struck[-1]
-                if not struck[-1].survived or struck[-1].problems:
-                    return
-            problems = _finish(run, reference)
-        except Lost as lost:
-            problems = [str(lost)]
-        if problems:
-            yield Outcome("at-the-end", run.last_step(), problems=problems)
-        for name in litter(run.folder):
-            site.say(f"left behind in {run.folder}: {name}")
-    if not problems:
-        shutil.rmtree(run.folder.parent.parent)
 
 
 def watch_undisturbed(run: Run) -> Reference:
@@ -109,6 +119,43 @@ def watch_undisturbed(run: Run) -> Reference:
     return Reference(dict(read_records(run.folder)), checkpoints)
 
 
+def disturb(site: Site, setting: Setting, faults: deque[Fault], rng: random.Random) -> Iterator[Outcome]:
+    """One run, with as many of `faults` (taken from the left) as fit in; it is compared at its end."""
+    reference = site.reference(setting)
+    with site.run(setting) as run:
+        yield from _inject_all(site, run, faults, rng, reference)
+
+
+def disturb_nodes(site: Site, faults: deque[Fault], rng: random.Random) -> Iterator[Outcome]:
+    """One elastic run, with some of `faults`; an undisturbed run of as many steps is made after it."""
+    with site.run(ELASTIC) as run:
+        yield from _inject_all(site, run, faults, rng, None)
+
+
+def _inject_all(
+    site: Site, run: Run, faults: deque[Fault], rng: random.Random, reference: Reference | None
+) -> Iterator[Outcome]:
+    num_faults = 0
+    try:
+        run.start()
+        run.wait_for(lambda: run.last_step() > 0, "the first step")
+        while faults and not run.ends_soon and (reference or num_faults < FAULTS_OF_NODES_A_RUN):
+            num_faults += 1
+            outcome = inject(faults.popleft(), run, reference, rng)
+            yield outcome
+            if not outcome.survived or outcome.problems:
+                return
+        problems = _finish(run, reference) if reference else _stop(site, run)
+    except Lost as lost:
+        problems = [str(lost)]
+    if problems:
+        yield Outcome("at-the-end", run.last_step(), problems=problems)
+    for name in litter(run.folder):
+        site.say(f"left behind in {run.folder}: {name}")
+    if not problems:
+        shutil.rmtree(run.folder.parent.parent, ignore_errors=True)
+
+
 def _finish(run: Run, reference: Reference) -> list[str]:
     code = run.wait_for_exit(timeout_s=600)
     if code:
@@ -116,28 +163,68 @@ def _finish(run: Run, reference: Reference) -> list[str]:
     return end_problems(run.folder, reference)
 
 
-def schedule(kinds: Sequence[str], num_faults: int, rng: random.Random) -> deque[Fault]:
-    """As many of each kind as of every other, in random order."""
-    names: list[str] = []
-    while len(names) < num_faults:
-        names += rng.sample(kinds, len(kinds))
-    return deque(KINDS[name]() for name in names[:num_faults])
+def _stop(site: Site, run: Run) -> list[str]:
+    """End an elastic run where it is, and compare it with one worker's undisturbed run to there."""
+    run.signal_driver(signal.SIGTERM)
+    code = run.wait_for_exit()
+    if code != 128 + signal.SIGTERM:
+        return [f"the command ended with {code}\n{run.last_words()}"]
+    run.nodes.end()
+    last_step = run.last_step()
+    with site.run(replace(run.setting, max_workers=None, max_steps=last_step)) as undisturbed:
+        reference = replace(watch_undisturbed(undisturbed), tolerance=TOLERANCE)
+        site.say(f"undisturbed run of as many steps, {last_step}")
+        return record_problems(run.folder, reference) + likeness_problems(
+            run.checkpoint(last_step), undisturbed.checkpoint(last_step), TOLERANCE
+        )
 
 
-def chaos(kinds: Sequence[str], num_faults: int, seed: int, site: Site) -> list[Outcome]:
-    """All outcomes; runs of one and of two workers in turn."""
+def schedule(kinds: Sequence[str], num_faults: int, rng: random.Random) -> tuple[deque[Fault], deque[Fault]]:
+    """As many of each kind as of every other, in random order, but half as many of those of nodes, which take long.
+
+    Returns:
+        the faults of processes and files, and those of nodes: in these, workers become fewer and more in turn.
+    """
+    faults: deque[Fault] = deque()
+    of_nodes: deque[Fault] = deque()
+    for turn in count():
+        with_nodes = turn % 2 == 0 or all(issubclass(KINDS[name], NodesFault) for name in kinds)
+        for name in rng.sample(kinds, len(kinds)):
+            fault = KINDS[name]()
+            if len(faults) + len(of_nodes) == num_faults:
+                return faults, deque(in_turn(of_nodes))
+            if not isinstance(fault, NodesFault):
+                faults.append(fault)
+            elif with_nodes:
+                of_nodes.append(fault)
+    raise AssertionError
+
+
+def in_turn(faults: Iterable[NodesFault]) -> Iterator[NodesFault]:
+    """First those that take nodes away and those that add some in turn, as far as there are both."""
+    takers, adders = (deque(f for f in faults if isinstance(f, NodeAdded) is adds) for adds in (False, True))
+    while takers or adders:
+        for kind in (takers, adders):
+            if kind:
+                yield kind.popleft()
+
+
+def chaos(kinds: Sequence[str], num_faults: int, seed: int, site: Site, outcomes: list[Outcome]) -> None:
+    """Inject them all, in runs of one worker, of two, and of one to two in turn; adds to `outcomes`."""
     rng = random.Random(seed)
-    faults = schedule(kinds, num_faults, rng)
-    outcomes: list[Outcome] = []
-    turn = 0
-    while faults:
-        setting = Setting(num_workers=1 + turn % 2)
-        turn += 1
-        for outcome in disturb(site, setting, faults, rng):
+    faults, of_nodes = schedule(kinds, num_faults, rng)
+    settings = cycle([Setting(num_workers=1), Setting(num_workers=2), ELASTIC])
+    while faults or of_nodes:
+        setting = next(settings)
+        if not (of_nodes if setting is ELASTIC else faults):
+            continue
+        run = (
+            disturb_nodes(site, of_nodes, rng) if setting is ELASTIC else disturb(site, setting, faults, rng)
+        )
+        for outcome in run:
             outcomes.append(outcome)
-            site.say(f"[{num_faults - len(faults)}/{num_faults}] {describe(outcome)}")
-        site.say(f"run {turn} on {setting.num_workers} worker(s) is over")
-    return outcomes
+            site.say(f"[{num_faults - len(faults) - len(of_nodes)}/{num_faults}] {describe(outcome)}")
+        site.say(f"the run on {setting} is over")
 
 
 def describe(outcome: Outcome) -> str:
@@ -207,14 +294,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{time.monotonic() - started:6.0f} s  {line}", file=sys.stderr, flush=True)
 
     root = Path(tempfile.mkdtemp(prefix="faults-", dir="/tmp"))
-    outcomes = chaos(options.kinds, options.faults, options.seed, Site(root, say))
+    outcomes: list[Outcome] = []
+    interrupted = False
+    try:
+        chaos(options.kinds, options.faults, options.seed, Site(root, say), outcomes)
+    except KeyboardInterrupt:
+        interrupted = True
     lost = any(o.problems for o in outcomes)
     print(json.dumps([asdict(o) for o in outcomes], indent=2) if options.json else table(outcomes))
     if lost:
         print(f"something was lost; what the runs left is in {root}", file=sys.stderr)
     else:
         shutil.rmtree(root)
-    return int(lost)
+    return 128 + signal.SIGINT if interrupted else int(lost)
 
 
 if __name__ == "__main__":

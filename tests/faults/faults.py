@@ -7,14 +7,19 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from tests.faults.compare import Reference, checkpoint_problems, checksums, key_of, record_problems
 from tests.faults.runs import Run, is_finished, step_of
-from tests.faults.sessions import Lost, is_alive
+from tests.faults.sessions import Lost
 
 MAX_STEPS_BEFORE = 30  # a fault strikes that many steps after the recovery from the last, at most
+NODES_TIMEOUT_S = 180  # for Ray to notice what nodes there are, and to restart the workers
+NOTICE_S = 10
 
 
 class Fault(ABC):
@@ -28,7 +33,7 @@ class Fault(ABC):
     name: str
     exit_codes: tuple[int, ...] = ()
 
-    def wait(self, run: Run, reference: Reference, rng: random.Random) -> None:
+    def wait(self, run: Run, reference: Reference | None, rng: random.Random) -> None:
         """Return at the moment to strike: somewhere in a step, unless a kind says otherwise."""
         wait_for_some_steps(run, rng)
         time.sleep(rng.uniform(0, 0.05))
@@ -59,7 +64,7 @@ class WorkerKilled(Fault):
 
     name = "worker-killed-in-step"
 
-    def wait(self, run: Run, reference: Reference, rng: random.Random) -> None:
+    def wait(self, run: Run, reference: Reference | None, rng: random.Random) -> None:
         self._victim = rng.choice(run.workers())  # looked up before: that takes longer than a checkpoint
         wait_for_some_steps(run, rng)
         self.wait_for_moment(run, reference)
@@ -67,7 +72,7 @@ class WorkerKilled(Fault):
 
     moment_s = 0.05
 
-    def wait_for_moment(self, run: Run, reference: Reference) -> None:
+    def wait_for_moment(self, run: Run, reference: Reference | None) -> None:
         """Return at the beginning of what lasts `moment_s`."""
 
     def strike(self, run: Run, rng: random.Random) -> None:
@@ -80,7 +85,8 @@ class WorkerKilledInEvaluation(WorkerKilled):
     name = "worker-killed-in-evaluation"
     moment_s = 0.1
 
-    def wait_for_moment(self, run: Run, reference: Reference) -> None:
+    def wait_for_moment(self, run: Run, reference: Reference | None) -> None:
+        assert reference is not None
         evaluated = set(reference.evaluated_steps)
 
         def evaluating() -> bool:
@@ -99,7 +105,7 @@ class WorkerKilledInCheckpoint(WorkerKilled):
     name = "worker-killed-in-checkpoint"
     moment_s = 0.005
 
-    def wait_for_moment(self, run: Run, reference: Reference) -> None:
+    def wait_for_moment(self, run: Run, reference: Reference | None) -> None:
         run.wait_for(lambda: _unfinished(run), "a checkpoint", poll_s=0.001)
 
     def struck_in_time(self, run: Run) -> bool:
@@ -208,7 +214,7 @@ class ClusterLost(Fault):
 class NewestCheckpointDamaged(ClusterLost):
     """The newest checkpoint is found damaged when the run goes on, which it must do from the one before."""
 
-    def wait(self, run: Run, reference: Reference, rng: random.Random) -> None:
+    def wait(self, run: Run, reference: Reference | None, rng: random.Random) -> None:
         run.wait_for(lambda: len(run.finished_checkpoints()) > 1, "a second checkpoint")
         super().wait(run, reference, rng)
 
@@ -271,16 +277,92 @@ class ManifestEdited(NewestCheckpointDamaged):
 
 
 class WorkerStopped(WorkerKilled):
-    """A worker hangs (SIGSTOP); it wakes up again when the run has long gone on without it."""
+    """A worker hangs; if it is still there when the run has gone on without it, it wakes up and must do no harm."""
 
     name = "worker-stopped"
 
     def strike(self, run: Run, rng: random.Random) -> None:
         self._victim.suspend()
 
-    def afterwards(self, run: Run) -> None:
-        if is_alive(self._victim):
+    def problems(self, run: Run, resumed_step: int) -> list[str]:
+        with suppress(psutil.NoSuchProcess):
             self._victim.resume()
+        return []
+
+
+class NodesFault(Fault):
+    """Something that befalls a node of an elastic run."""
+
+    num_nodes: int  # beside the head, when it strikes
+
+    def wait(self, run: Run, reference: Reference | None, rng: random.Random) -> None:
+        nodes = run.nodes
+        while len(nodes.others) > self.num_nodes:
+            nodes.lose(rng.choice(nodes.others))
+        while len(nodes.others) < self.num_nodes:
+            nodes.add()
+        self._wait_for_workers(run)
+        super().wait(run, reference, rng)
+
+    def _wait_for_workers(self, run: Run) -> None:
+        def one_a_node() -> bool:
+            start = run.starts()[-1]
+            return start["num_workers"] == self.num_nodes and run.last_step() > start["global_step"]
+
+        run.wait_for(one_a_node, f"{self.num_nodes} worker(s)", timeout_s=NODES_TIMEOUT_S)
+
+    def problems(self, run: Run, resumed_step: int) -> list[str]:
+        there, expected = run.starts()[-1]["num_workers"], len(run.nodes.others)
+        return [] if there == expected else [f"went on with {there} worker(s) on {expected} node(s)"]
+
+
+class NodeLost(NodesFault):
+    """A machine is switched off: the run goes on with fewer workers."""
+
+    name = "node-lost"
+    num_nodes = 2
+
+    def strike(self, run: Run, rng: random.Random) -> None:
+        run.nodes.lose(rng.choice(run.nodes.others))
+
+
+class NodeDrained(NodesFault):
+    """A machine is taken away after a notice, because of which a checkpoint is written."""
+
+    name = "node-drained"
+    num_nodes = 2
+
+    def wait(self, run: Run, reference: Reference | None, rng: random.Random) -> None:
+        super().wait(run, reference, rng)
+        before = {step_of(p) for p in run.finished_checkpoints()}
+        self._victim = rng.choice(run.nodes.others)
+        run.nodes.give_notice(self._victim, NOTICE_S)
+        self._taken_at = time.monotonic() + NOTICE_S
+
+        def asked_for() -> bool:
+            new = {step_of(p) for p in run.finished_checkpoints()} - before
+            self._saved = any(step % run.setting.checkpoint_interval for step in new)
+            return self._saved or time.monotonic() > self._taken_at
+
+        run.wait_for(asked_for, "a checkpoint")
+        time.sleep(max(0, self._taken_at - time.monotonic()))
+
+    def strike(self, run: Run, rng: random.Random) -> None:
+        run.nodes.lose(self._victim)
+
+    def problems(self, run: Run, resumed_step: int) -> list[str]:
+        saved = [] if self._saved else ["no checkpoint was written because of the notice"]
+        return saved + super().problems(run, resumed_step)
+
+
+class NodeAdded(NodesFault):
+    """There is room for one worker more: the run goes on with it, from a checkpoint written because of that."""
+
+    name = "node-added"
+    num_nodes = 1
+
+    def strike(self, run: Run, rng: random.Random) -> None:
+        run.nodes.add()
 
 
 KINDS: dict[str, type[Fault]] = {
@@ -301,6 +383,10 @@ KINDS: dict[str, type[Fault]] = {
         CheckpointTruncated,
         CheckpointFileMissing,
         ManifestEdited,
+        WorkerStopped,
+        NodeLost,
+        NodeDrained,
+        NodeAdded,
     )
 }
 
@@ -336,8 +422,11 @@ class Outcome:
         return self.last_step - self.resumed_step
 
 
-def inject(fault: Fault, run: Run, reference: Reference, rng: random.Random) -> Outcome:
-    """One fault: wait for its moment, strike, do what a user does, wait until the run gets on."""
+def inject(fault: Fault, run: Run, reference: Reference | None, rng: random.Random) -> Outcome:
+    """One fault: wait for its moment, strike, do what a user does, wait until the run gets on.
+
+    Without `reference` only what shows in the run itself is a problem.
+    """
     fault.wait(run, reference, rng)
     outcome = Outcome(fault.name, run.last_step())
     struck = time.monotonic()
@@ -351,7 +440,7 @@ def inject(fault: Fault, run: Run, reference: Reference, rng: random.Random) -> 
         outcome.in_time = fault.struck_in_time(run)
         outcome.last_step, outcome.resumed_step = _wait_until_it_gets_on(run, num_starts, outcome.step)
         outcome.recovery_s = time.monotonic() - struck
-        outcome.problems = record_problems(run.folder, reference, whole=False)
+        outcome.problems = record_problems(run.folder, reference)
         if outcome.resumed_step:
             outcome.problems += checkpoint_problems(run.checkpoint(outcome.resumed_step), reference)
         outcome.problems += fault.problems(run, outcome.resumed_step)
@@ -384,5 +473,5 @@ def _wait_until_it_gets_on(run: Run, num_starts: int, last_step: int) -> tuple[i
         resumed_step = starts[-1]["global_step"]
         return step > resumed_step
 
-    run.wait_for(gets_on, "a step after the fault", timeout_s=180)
+    run.wait_for(gets_on, "a step after the fault", timeout_s=NODES_TIMEOUT_S)
     return last_step, resumed_step

@@ -12,6 +12,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "PYTHONFAULTHANDLER": "1",  # says where a process was that aborts
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults import chaos, compare
 from tests.faults.compare import Reference
-from tests.faults.faults import KINDS
+from tests.faults.faults import KINDS, NodeAdded, NodeLost, NodesFault
 from tests.faults.runs import Setting
 
 # One of each way to die; the others differ in when.
@@ -21,8 +21,9 @@ KINDS_TO_TEST = (
     "worker-killed-in-evaluation",
     "worker-killed-in-checkpoint",
     "driver-sigterm",
-    "cluster-lost",
+    "checkpoint-bit-flipped",  # and the whole cluster lost
 )
+NUM_OF_NODES = sum(issubclass(kind, NodesFault) for kind in KINDS.values())
 
 
 @pytest.fixture
@@ -41,7 +42,18 @@ def test_a_run_hit_by_faults_ends_like_the_undisturbed_run(site):
     print(chaos.table(outcomes))
     assert not [problem for outcome in outcomes for problem in outcome.problems]
     assert [outcome.kind for outcome in outcomes] == list(KINDS_TO_TEST)
-    assert all(outcome.repeated_steps <= setting.checkpoint_interval for outcome in outcomes)
+    # The last checkpoint and what came while the next was written, the damaged one and what came after it.
+    assert all(outcome.repeated_steps <= 3 * setting.checkpoint_interval for outcome in outcomes)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)  # two minutes on two cores with nothing else to do
+def test_a_run_whose_nodes_come_and_go_ends_like_the_undisturbed_run(site):
+    faults = deque([NodeLost(), NodeAdded()])
+    outcomes = list(chaos.disturb_nodes(site, faults, random.Random(0)))
+    print(chaos.table(outcomes))
+    assert not [problem for outcome in outcomes for problem in outcome.problems]
+    assert [outcome.kind for outcome in outcomes] == ["node-lost", "node-added"]
 
 
 # What the comparison finds, on a folder written by hand.
@@ -146,6 +158,10 @@ def test_times_are_not_compared(run):
     assert compare.end_problems(run, reference) == []
 
 
-def test_every_kind_is_injected_as_often_as_the_others():
-    names = [fault.name for fault in chaos.schedule(sorted(KINDS), 3 * len(KINDS), random.Random(0))]
-    assert {names.count(name) for name in KINDS} == {3}
+def test_every_kind_is_injected_as_often_as_the_others_but_those_of_nodes_half_as_often():
+    faults, of_nodes = chaos.schedule(sorted(KINDS), 4 * len(KINDS) - 2 * NUM_OF_NODES, random.Random(0))
+    names = [fault.name for fault in (*faults, *of_nodes)]
+    assert {name: names.count(name) for name in KINDS} == {
+        name: 2 if issubclass(kind, NodesFault) else 4 for name, kind in KINDS.items()
+    }
+    assert [fault.num_nodes for fault in list(of_nodes)[:4]] == [2, 1, 2, 1]
