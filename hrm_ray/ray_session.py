@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,8 +39,13 @@ def ray_session(object_store_bytes: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def _sigterm_handler_kept() -> Iterator[None]:
-    """`ray.init` installs a handler of its own for SIGTERM; a caller who has one keeps it, in the meantime too."""
-    if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None):
+    """A caller who handles SIGTERM goes on doing so, while `ray.init` runs too.
+
+    It would replace the handler by one of its own, and its core sets another below Python's, which passes the signal
+    on to Python's but aborts the process if that has not ended it after three seconds.
+    """
+    ours = signal.getsignal(signal.SIGTERM)
+    if ours in (signal.SIG_DFL, None) or threading.current_thread() is not threading.main_thread():
         yield
         return
     from ray._private import utils
@@ -50,3 +56,5 @@ def _sigterm_handler_kept() -> Iterator[None]:
         yield
     finally:
         utils.set_sigterm_handler = install
+        signal.signal(signal.SIGTERM, ours)  # above what the core has set
+        signal.alarm(0)  # by which it aborts, if a signal has come already

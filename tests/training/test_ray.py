@@ -136,6 +136,23 @@ def test_a_signal_stops_with_a_checkpoint_and_the_same_command_continues(config,
     assert steps == list(range(1, stopped_at + 4))
 
 
+# Ray's core would abort the process three seconds after the signal.
+SLOW_TO_STOP = """
+import os, signal, time
+from hrm_ray.ray_session import ray_session
+signal.signal(signal.SIGTERM, lambda *received: print("asked to stop"))
+with ray_session():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(4)
+"""
+
+
+def test_who_handles_sigterm_may_take_its_time():
+    command = [sys.executable, "-c", SLOW_TO_STOP]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "asked to stop\n"), done.stderr
+
+
 def _wait_for(condition, process) -> None:
     deadline = time.monotonic() + 90
     while not condition():
