@@ -75,7 +75,7 @@ class TimedTrainer(Trainer):
 
 def measure(words: list[str], num_checkpoints: int) -> dict:
     torch.set_num_threads(os.cpu_count() or 1)
-    with tempfile.TemporaryDirectory(dir=".") as folder:  # a real disk, which /tmp may not be
+    with tempfile.TemporaryDirectory() as folder:
         toy_dataset(Path(folder) / "data", num_train=2000, num_test=1, seq_len=81, vocab_size=11)
         config = train_config(
             [

@@ -167,13 +167,13 @@ def train(args: argparse.Namespace) -> int:
     if stopped_by is not None:
         print(f"stopped at step {summary['global_step']}; the same command continues", file=sys.stderr)
         return 128 + stopped_by
-    if summary["stop_reason"] == "max_time_s":
+    if summary["stop_reason"] == "max_time_s" and config.max_time_s:
         step = summary["global_step"]
         print(
             f"max_time_s={config.max_time_s:g} are over at step {step}; the same command continues",
             file=sys.stderr,
         )
-    if summary["stop_reason"] == "early_stopping":
+    if summary["stop_reason"] == "early_stopping" and config.early_stopping:
         print(
             f"{config.early_stopping} evaluations without a better {config.best_metric}: the run ends early; "
             "early_stopping=null or a larger number continues it",

@@ -170,16 +170,21 @@ def newest_whole(run: Storage, on_damage: Callable[[str], object]) -> Checkpoint
     """
     folder = run / FOLDER
     problems = []
+    was_saved = folder.read(SAVED) is not None
     for name in reversed(folder.folders()):
         try:
             checkpoint = Checkpoint(folder / name)
             checkpoint.verify()
         except Damaged as problem:
             problems.append(problem.what)
-            on_damage(f"{problem.what}; it is passed over")
+            if (
+                folder.read(f"{name}/{MANIFEST}") is not None
+            ):  # written last; without it, the writing was cut short
+                was_saved = True
+                on_damage(f"{problem.what}; it is passed over")
             continue
         return checkpoint
-    if folder.read(SAVED) is None:
+    if not was_saved:
         return None
     raise UserError(
         f"{run}: no checkpoint is whole ({problems[0] if problems else 'all are gone'}); bring one back from a "

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 import uuid
+from contextlib import suppress
 from typing import Any
 
 import yaml
@@ -46,7 +47,7 @@ class Records:
         """Drop what was reported after `global_step`; for `evaluates_again`, see the class."""
         self._lines = [
             line
-            for line in (self._run.read(METRICS_FILE) or b"").decode().splitlines()
+            for line in (self._run.read(METRICS_FILE) or b"").decode(errors="replace").splitlines()
             if (step := _step_of(line)) <= global_step
             and not (evaluates_again and step == global_step and '"eval/' in line)
         ]
@@ -90,7 +91,8 @@ class Records:
     def close(self) -> None:
         """Let go of what is open, also when the run has failed."""
         if self._tensorboard:
-            self._tensorboard.close()
+            with suppress(OSError):  # a full disk is told of elsewhere
+                self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
 
@@ -113,7 +115,7 @@ def _step_of(line: str) -> int:
     """The step of a report; a line cut short by a crash belongs to no step."""
     try:
         return json.loads(line)["global_step"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, IndexError):
         return sys.maxsize
 
 

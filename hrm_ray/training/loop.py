@@ -7,6 +7,7 @@ is multiplied by their number first; then N workers do what one would do on the 
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,22 +122,23 @@ class Trainer:
             num_tokens=num_tokens(config.arch, self.dataset.manifest.seq_len),
             local_rank=world.local_rank,
         )
+        self._stop_reason: str | None = None
+        self._records: Records | None = None
+        self._watchdog = Watchdog(config.watchdog_s)
+        self._saver = Saver(
+            run, world, keep_last=config.keep_last, keep_best=config.keep_best, on_wait=self._watchdog.beat
+        )
         # The first worker decides where the run goes on, and keeps others off it.
         self._lock = run.lock() if world.is_first else None
-        self._stop_reason: str | None = None
         try:
             self._begin()
-        except BaseException:
-            self._unlock()
-            raise
-        self._records: Records | None = None
-        if world.is_first:
-            run.sweep()
-            self._records = Records(
-                run, config, self.state.global_step, evaluates_again=self._evaluation_is_due
-            )
-        self._saver = Saver(run, world, keep_last=config.keep_last, keep_best=config.keep_best)
-        self._watchdog = Watchdog(config.watchdog_s)
+            if world.is_first:
+                run.sweep()
+                step = self.state.global_step
+                self._records = Records(run, config, step, evaluates_again=self._evaluation_is_due)
+        except BaseException as error:
+            self._close()
+            raise _as_full_disk(error, run) from None
 
     def _begin(self) -> None:
         """Make the state of the newest whole checkpoint, or of a new run. Collective."""
@@ -190,7 +192,6 @@ class Trainer:
         """
         try:
             step, workers = self.state.global_step, f"on {self.world.size} worker(s)"
-            step, workers = self.state.global_step, f"on {self.world.size} worker(s)"
             self._note("started", f"goes on from step {step} {workers}" if step else f"starts {workers}")
             self._run()
             summary = self._summary()
@@ -198,20 +199,20 @@ class Trainer:
                 self._records.summarise(summary)
             self._note("finished" if summary["finished"] else "stopped", summary["stop_reason"] or "done")
             return summary
-        except OSError as error:
-            if is_full(error):
-                raise RunFailed(
-                    f"{self.run}: the disk is full; make room, and the same command goes on from the last checkpoint"
-                ) from None
-            raise
+        except (UserError, OSError) as error:
+            failure = _as_full_disk(error, self.run)
+            with suppress(OSError):
+                self._note("failed", str(failure))
+            raise failure from None
         finally:
-            self._watchdog.close()
-            self._saver.close()
-            if self._records:
-                self._records.close()
-            self._unlock()
+            self._close()
 
-    def _unlock(self) -> None:
+    def _close(self) -> None:
+        """Let go of everything."""
+        self._watchdog.close()
+        self._saver.close()
+        if self._records:
+            self._records.close()
         if self._lock:
             self._lock.close()
 
@@ -238,7 +239,7 @@ class Trainer:
             self._report(self._meter.report(step, self.config.global_batch_size, self._lr, self.world))
         interval = self.config.checksum_interval
         if interval is not None and step % interval == 0:
-            self._check_weights()
+            self._check_state()
         state.train_s += time.perf_counter() - started
         if plan.saves(step) or votes.stop or votes.save:
             self._save()
@@ -297,7 +298,7 @@ class Trainer:
         self._meter.add(metrics, loss, step, len(minima), data_wait_s)
 
     def _vote(self) -> Votes:
-        """The one collective of every step besides the gradients'."""
+        """What all workers agree on after a step or a batch of an evaluation. Collective."""
         reason = self.hooks.stop()
         save = self.world.is_first and (self.hooks.save() or self._is_time_to_save())
         votes = torch.tensor([reason is not None, save, self._saver.is_writing], dtype=torch.int64)
@@ -340,6 +341,7 @@ class Trainer:
         self._evaluated_step = self.state.global_step
         named = {f"eval/{name}": value for name, value in metrics.items()}
         self._report(named)
+        self._meter.exclude(time.perf_counter() - started)
         self._finish_saving()
         if self._records:
             self._records.flush()  # before the checkpoint says that this evaluation is done
@@ -348,7 +350,6 @@ class Trainer:
             update = {"metrics": named, "train_s": self.state.train_s}
             write_manifest(folder, manifest.model_copy(update=update))
             self._saver.prune(self.state.global_step)
-        self._meter.exclude(time.perf_counter() - started)
         self._show("train")
         self._stop_if_out_of_patience()
 
@@ -366,11 +367,11 @@ class Trainer:
         stops = self._records is not None and out_of_patience(
             self._records.evaluations(self.config.best_metric), self.config.early_stopping
         )
-        if self.world.from_first(stops):
+        if self.world.from_first(stops) and self.state.global_step < self.plan.last_step:
             self._stop_reason = "early_stopping"
 
-    def _check_weights(self) -> None:
-        """Compare the workers' weights, and whether they are finite. Collective.
+    def _check_state(self) -> None:
+        """Whether the workers have the same weights, and these and the optimizer's moments are finite. Collective.
 
         Raises:
             WorkersDisagree, Diverged.
@@ -383,15 +384,16 @@ class Trainer:
             self._note("workers_disagree", what)
             self._finish_saving()  # of an earlier step, at which they agreed
             raise WorkersDisagree(what)
-        if not all_finite(weights):
-            raise Diverged(step, f"the weights are not finite after step {step}")
+        # Of the moments too: they keep an infinite gradient, which the weights may show steps later.
+        if not all_finite([*weights, *self.state.moments()]):
+            raise Diverged(step, f"the weights or their moments are not finite after step {step}")
 
     def _save(self) -> None:
         """Begin to write a checkpoint of what is known to be sound. Collective."""
-        started = time.perf_counter()
         self._finish_saving()
+        started = time.perf_counter()
         self._meter.check(self.world)
-        self._check_weights()
+        self._check_state()
         snapshot = self.state.snapshot(
             self.config,
             self.dataset,
@@ -416,27 +418,31 @@ class Trainer:
         Raises:
             RunFailed: the run is to stop instead, or was rolled back too often.
         """
-        before, config = self.state, self.config
+        config, skipped, num_rollbacks = self.config, self.state.skipped_steps, self.state.num_rollbacks
         self._finish_saving()
-        if config.on_nonfinite == "stop" or before.num_rollbacks >= config.max_rollbacks:
-            often = f" again, after {before.num_rollbacks} rollbacks" if before.num_rollbacks else ""
+        if config.on_nonfinite == "stop" or num_rollbacks >= config.max_rollbacks:
+            hint = ", or leave out such batches with on_nonfinite=rollback"
             raise RunFailed(
-                f"{problem.what}{often} (lr {self._lr(problem.step):.3g}); lower lr or lengthen lr_warmup_steps, or "
-                "leave out such batches with on_nonfinite=rollback; the same command goes on from the last "
+                f"{problem.what}{f', after {num_rollbacks} rollbacks' if num_rollbacks else ''} "
+                f"(lr {self._lr(problem.step):.3g}); lower lr or lengthen lr_warmup_steps"
+                f"{hint if config.on_nonfinite == 'stop' else ''}; the same command goes on from the last "
                 "checkpoint, run_name=NAME starts anew"
             )
+        del self.module, self.state  # their memory is wanted for the new ones
         self._begin()
         state = self.state
-        # The batch that shows it, and the one whose update may have caused it.
-        skipped = {step for step in (problem.step - 1, problem.step) if step > state.global_step}
-        state.skipped_steps = before.skipped_steps | skipped
-        state.num_rollbacks = before.num_rollbacks + 1
+        # The batch that shows it and the one whose update may have caused it; where that did not help, twice as many.
+        width = 2 ** (1 + num_rollbacks - state.num_rollbacks)
+        first = max(state.global_step, problem.step - width) + 1
+        state.skipped_steps = skipped.union(range(first, problem.step + 1))
+        state.num_rollbacks = num_rollbacks + 1
         state.model.train()
         if self._records:
             self._records.rewind(state.global_step)
         self._note(
             "rolled_back",
-            f"{problem.what}; back to step {state.global_step}, leaving out the batches of steps {sorted(skipped)}",
+            f"{problem.what}; back to step {state.global_step}, leaving out the batches of steps {first} to "
+            f"{problem.step}",
         )
 
     def _report(self, values: dict[str, float]) -> None:
@@ -462,18 +468,27 @@ class Trainer:
     def _summary(self) -> dict[str, Any]:
         """What summary.json holds; metrics of the end and of the best checkpoint."""
         chosen = best(finished(self.run)) if self._records else None
-        done = self.state.global_step >= self.plan.last_step or self._stop_reason == "early_stopping"
+        at_end = self.state.global_step >= self.plan.last_step and not self._evaluation_is_due
         return {
             "final": self._records.last if self._records else {},
             "best": chosen.manifest.metrics if chosen else {},
             "global_step": self.state.global_step,
-            "finished": done and not self._evaluation_is_due,
-            "stop_reason": self._stop_reason,
+            "finished": at_end or self._stop_reason == "early_stopping",
+            "stop_reason": None if at_end else self._stop_reason,
             "num_rollbacks": self.state.num_rollbacks,
             "train_s": round(self.state.train_s, 3),
             "num_params": sum(p.numel() for p in self.state.model.parameters()),
             "checkpoint": str(chosen.folder) if chosen else None,
         }
+
+
+def _as_full_disk(error: BaseException, run: Storage) -> BaseException:
+    """`error`, or what it means to the user if a write failed for want of room."""
+    if isinstance(error, OSError) and is_full(error):
+        return RunFailed(
+            f"{run}: the disk is full; make room, and the same command goes on from the last checkpoint"
+        )
+    return error
 
 
 def open_checked(path: str, world: World) -> Dataset:
@@ -489,10 +504,10 @@ def open_checked(path: str, world: World) -> Dataset:
             if world.local_rank == 0 and name in dataset.splits:
                 dataset.split(name).check_files()
     except UserError as error:
-        problem = str(error)
+        problem = error
     problems = [problem for problem in world.gather_objects(problem) if problem]
     if problems:
-        raise UserError(problems[0])
+        raise problems[0]
     assert dataset is not None
     if len(set(world.gather_objects(dataset.fingerprint))) > 1:
         raise UserError(

@@ -76,14 +76,15 @@ class Meter:
         """
         self.check(world)
         sums = dict(zip(METRICS, world.sum(self.sums).tolist(), strict=True))
-        slots = max(1, self.num_steps) * global_batch_size
         halted = sums.pop("count")
-        record = {
-            f"train/{name}": sums[name] / slots for name in ("lm_loss", "q_halt_loss", "q_continue_loss")
-        }
-        record["train/loss"] = record["train/lm_loss"] + 0.5 * (
-            record["train/q_halt_loss"] + record["train/q_continue_loss"]
-        )
+        record = {}
+        if self.num_steps:  # none, if all were left out after a rollback
+            slots = self.num_steps * global_batch_size
+            for name in ("lm_loss", "q_halt_loss", "q_continue_loss"):
+                record[f"train/{name}"] = sums[name] / slots
+            record["train/loss"] = record["train/lm_loss"] + 0.5 * (
+                record["train/q_halt_loss"] + record["train/q_continue_loss"]
+            )
         if halted:
             for name in ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps"):
                 record[f"train/{name}"] = sums[name] / halted

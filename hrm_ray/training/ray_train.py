@@ -28,6 +28,7 @@ from hrm_ray.training.world import World
 POLL_S = 0.25  # how often the driver and the first worker look at each other's messages
 LOOK_AHEAD_S = 2.0  # how often the driver looks whether the workers will be restarted
 SAVE_AHEAD_S = 10.0  # and how often it then asks for a checkpoint
+SAVE_LAST_S = 6.0  # before a node is taken away, it asks once more
 RESIZE_INTERVAL_S = 30.0  # how often Ray looks for room for more workers
 START_TIMEOUT_S = 15.0  # how long it waits for lost ones to come back before it starts fewer
 SHUTDOWN_TIMEOUT_S = 5  # and for workers that hang to leave their process group, before it kills them
@@ -55,12 +56,12 @@ class Channel:
         """Add to the values under `key`."""
         self.put(f"{key}/{time.time_ns():020d}", value)
 
-    def added(self, key: str, number: int) -> list[Any]:
-        """The values added to `key`, in order, without the first `number`."""
+    def added(self, key: str) -> dict[str, Any]:
+        """The values added to `key`, by the names under which they were, oldest first."""
         from ray.experimental import internal_kv
 
-        keys = sorted(internal_kv._internal_kv_list(self._key(f"{key}/")))[number:]
-        return [json.loads(internal_kv._internal_kv_get(each)) for each in keys]
+        names = sorted(internal_kv._internal_kv_list(self._key(f"{key}/")))
+        return {name.decode(): json.loads(internal_kv._internal_kv_get(name)) for name in names}
 
     def _key(self, key: str) -> bytes:
         return f"hrm_ray/{self.name}/{key}".encode()
@@ -85,8 +86,8 @@ def train_on_ray(config: TrainConfig, run: Storage, driver: Driver) -> dict[str,
         # In a thread of its own, so that signals reach our handler and not Ray's, which kills the workers.
         thread = threading.Thread(target=fit, daemon=True)
         thread.start()
-        look_ahead, ask_to_save = Every(LOOK_AHEAD_S), Every(SAVE_AHEAD_S)
-        num_events = 0
+        look_ahead = LookAhead(config, cpus, use_gpu)
+        heard: set[str] = set()
         told_to_stop = False
         while thread.is_alive():
             thread.join(POLL_S)
@@ -94,20 +95,20 @@ def train_on_ray(config: TrainConfig, run: Storage, driver: Driver) -> dict[str,
             if reason is not None and not told_to_stop:
                 channel.put("stop", reason)
                 told_to_stop = True
-            for entry in channel.added("events", num_events):
-                driver.event(entry)
-                num_events += 1
+            for name, entry in channel.added("events").items():
+                if name not in heard:
+                    driver.event(entry)
+                    heard.add(name)
             failure = channel.get("failure")
             if failure is not None:
                 raise (RunFailed if failure["exit_code"] == 1 else UserError)(failure["message"])
             progress = channel.get("progress")
             if progress is not None:
                 driver.progress(Progress(**progress))
-            if look_ahead():
-                ahead = _restart_ahead(config, cpus, driver.num_workers)
-                driver.warn(ahead)
-                if ahead and ask_to_save():
-                    channel.put("save", time.time())
+            if reason is not None and (driver.num_workers == 0 or not look_ahead.has_room_for_least()):
+                return driver.nothing_ran(reason)  # nobody is there, or can be, who would heed it
+            if look_ahead.asks_to_save(driver):
+                channel.put("save", time.time())
         if "error" in outcome:
             raise RunFailed(
                 f"Ray Train gave up: {_first_cause(outcome['error'])}; "
@@ -142,16 +143,65 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _restart_ahead(config: TrainConfig, cpus: int, num_workers: int) -> str | None:
-    """Why Ray is about to restart the workers; None if it is not."""
+class LookAhead:
+    """Looks every `LOOK_AHEAD_S` whether Ray is about to restart the workers.
+
+    Args:
+        config: the run.
+        cpus, use_gpu: what each worker takes.
+    """
+
+    def __init__(self, config: TrainConfig, cpus: int, use_gpu: bool):
+        self._scaling = config.scaling
+        self._needs = {"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
+        self._due_look, self._due_save = Every(LOOK_AHEAD_S), Every(SAVE_AHEAD_S)
+        self._room_since: float | None = None
+        self._asked_last: set[str] = set()  # nodes for which the last possible checkpoint was asked for
+
+    def asks_to_save(self, driver: Driver) -> bool:
+        """Whether it is time for a checkpoint because of a restart, of which the driver's user is told."""
+        if not self._due_look():
+            return False
+        draining = _draining_nodes()
+        has_room = not draining and self._has_room_for_more(driver.num_workers)
+        room = "there is room for more workers" if has_room else None
+        driver.warn("a node is being taken away" if draining else room)
+        now = time.time()
+        last = {
+            node for node, deadline in draining.items() if 0 < deadline - now < SAVE_LAST_S
+        } - self._asked_last
+        self._asked_last |= last
+        return bool(last) or ((bool(draining) or has_room) and self._due_save())
+
+    def has_room_for_least(self) -> bool:
+        """Whether the living nodes could hold the fewest workers that the run may have."""
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return sum(map(self._workers_in, nodes)) >= self._scaling.min_workers
+
+    def _has_room_for_more(self, num_workers: int) -> bool:
+        """Whether there is, and Ray has not left it unused for so long that it will not take it."""
+        if not self._scaling.is_elastic or not 0 < num_workers < self._scaling.max_workers:
+            return False
+        from ray._private.state import available_resources_per_node
+
+        now = time.monotonic()
+        if not any(map(self._workers_in, available_resources_per_node().values())):
+            self._room_since = None
+        elif self._room_since is None:
+            self._room_since = now
+        return self._room_since is not None and now - self._room_since < 3 * RESIZE_INTERVAL_S
+
+    def _workers_in(self, resources: dict[str, float]) -> int:
+        return int(min(resources.get(kind, 0) // needed for kind, needed in self._needs.items()))
+
+
+def _draining_nodes() -> dict[str, float]:
+    """Nodes that are about to be taken away, with the time in epoch seconds; 0 if that is not known."""
     import ray
 
-    if ray._private.state.state.get_draining_nodes():
-        return "a node is being taken away"
-    has_room = config.scaling.is_elastic and 0 < num_workers < config.scaling.max_workers
-    if has_room and ray.available_resources().get("CPU", 0) >= cpus:
-        return "there is room for more workers"
-    return None
+    return {node: ms / 1000 for node, ms in (ray._private.state.state.get_draining_nodes() or {}).items()}
 
 
 def _ray_trainer(config: TrainConfig, run: Storage, channel: Channel, cpus: int, use_gpu: bool):
@@ -283,9 +333,7 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
         raise
     except UserError as error:
         channel.put("failure", {"message": str(error), "exit_code": error.exit_code})
-        if isinstance(error, RunFailed):  # raised by every worker alike: end without a restart
-            return {}
-        raise
+        raise  # also where this worker is the only one that fails; whoever is started again finds the message
 
 
 def _first_cause(error: BaseException) -> str:

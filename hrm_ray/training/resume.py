@@ -5,7 +5,7 @@ from typing import Any
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset
 from hrm_ray.errors import UserError
-from hrm_ray.training.checkpoint import Checkpoint, finished
+from hrm_ray.training.checkpoint import Checkpoint, finished, newest_whole
 from hrm_ray.training.storage import Storage
 
 
@@ -63,7 +63,7 @@ def set_aside(run: Storage) -> Storage:
     """
     lock = run.lock(wait_s=0)
     before = _aside(run)
-    name = f"{run.name}-before-{len(before) + 1}"
+    name = f"{run.name}-before-{_number(before[-1]) + 1 if before else 1}"
     run.rename(name)
     if lock:
         lock.close()
@@ -77,9 +77,9 @@ def weights_source(run: Storage) -> Checkpoint:
         UserError: there is none.
     """
     for folder in reversed(_aside(run)):
-        checkpoints = finished(run.parent / folder)
-        if checkpoints:
-            return checkpoints[-1]
+        checkpoint = newest_whole(run.parent / folder, lambda what: None)
+        if checkpoint:
+            return checkpoint
     raise UserError(
         f"resume=weights: {run} has no checkpoint to take weights from; leave it out to start anew"
     )
@@ -91,4 +91,8 @@ def _aside(run: Storage) -> list[str]:
     found = [
         name for name in run.parent.folders() if name.startswith(prefix) and name[len(prefix) :].isdigit()
     ]
-    return sorted(found, key=lambda name: int(name[len(prefix) :]))
+    return sorted(found, key=_number)
+
+
+def _number(aside: str) -> int:
+    return int(aside.rpartition("-")[2])

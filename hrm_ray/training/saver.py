@@ -6,11 +6,12 @@ before is the newest. One checkpoint is written at a time.
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 
-from hrm_ray.errors import RunFailed, first_line
+from hrm_ray.errors import RunFailed, UserError, first_line
+from hrm_ray.remote import StorageError
 from hrm_ray.training.checkpoint import (
     FOLDER,
     SAVED,
@@ -23,7 +24,7 @@ from hrm_ray.training.checkpoint import (
     write_manifest,
     write_tensors,
 )
-from hrm_ray.training.storage import Storage
+from hrm_ray.training.storage import Storage, is_full
 from hrm_ray.training.world import World
 
 SPARE_BYTES = 64 * 2**20  # to leave on the disk, for records and whatever else writes there
@@ -48,10 +49,19 @@ class Saver:
         run: the run's folder.
         world: this worker's place.
         keep_last, keep_best: see `prune`.
+        on_wait: called now and then while `finish` waits for the writing.
     """
 
-    def __init__(self, run: Storage, world: World, *, keep_last: int, keep_best: int):
-        self._run, self._world = run, world
+    def __init__(
+        self,
+        run: Storage,
+        world: World,
+        *,
+        keep_last: int,
+        keep_best: int,
+        on_wait: Callable[[], object] = lambda: None,
+    ):
+        self._run, self._world, self._on_wait = run, world, on_wait
         self._keep_last, self._keep_best = keep_last, keep_best
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._manifest: Manifest | None = None
@@ -80,7 +90,7 @@ class Saver:
         # Also the barrier that lets nobody write before the old folder is gone.
         shortages = [text for text in self._world.gather_objects(self._shortage(snapshot)) if text]
         if shortages:
-            raise RunFailed(f"{shortages[0]}; {_GO_ON}")
+            raise RunFailed(f"{shortages[0]}; make room, and {_GO_ON}")
         self._manifest = snapshot.manifest
         self._writing = self._pool.submit(_write, self._run / FOLDER / name, snapshot.files)
 
@@ -91,23 +101,29 @@ class Saver:
             before_valid: called on the first worker when all parts are written.
 
         Raises:
-            RunFailed: a worker could not write its part; the checkpoint before is still there.
+            RunFailed: a worker could not write its part, or writes where the others do not see it.
+            StorageError: a remote storage did not answer. In both cases the checkpoint before is still there.
         """
         if self._writing is None:
             return
+        while not wait([self._writing], timeout=1).done:
+            self._on_wait()
         outcomes = self._world.gather_objects(_outcome(self._writing))
         manifest, self._writing, self._manifest = self._manifest, None, None
         assert manifest is not None
         folder = self._run / FOLDER / step_name(manifest.global_step)
-        failures = [outcome for outcome in outcomes if isinstance(outcome, str)]
-        if failures:
+        problems = [outcome for outcome in outcomes if isinstance(outcome, UserError)]
+        files = dict(entry for entries in outcomes if isinstance(entries, list) for entry in entries)
+        problems += self._world.from_first(
+            _unseen(folder, files) if self._world.is_first and not problems else []
+        )
+        if problems:
             if self._world.is_first:
                 with suppress(OSError):  # what made the writing fail may last
                     discard(folder)
-            raise RunFailed(f"{folder} cannot be written ({failures[0]}); {_GO_ON}")
+            raise problems[0]
         if self._world.is_first:
             before_valid()
-            files = dict(entry for entries in outcomes for entry in entries)
             write_manifest(folder, manifest.model_copy(update={"files": files}))
             if self._run.read(f"{FOLDER}/{SAVED}") is None:
                 self._run.write(f"{FOLDER}/{SAVED}", b"")
@@ -127,21 +143,39 @@ class Saver:
         self._pool.shutdown()
 
     def _shortage(self, snapshot: Snapshot) -> str | None:
+        self._run.create()
         free, needed = self._run.free_bytes, snapshot.num_bytes + SPARE_BYTES
         if free is None or free >= needed:
             return None
         return f"{self._run} has {free / 1e9:.2f} GB free, a checkpoint needs {needed / 1e9:.2f} GB"
 
 
-_GO_ON = "make room, and the same command goes on from the last checkpoint"
+_GO_ON = "the same command goes on from the last checkpoint"
 
 
 def _write(folder: Storage, files: dict[str, Tensors]) -> list[tuple[str, FileInfo]]:
     return [write_tensors(folder, name, tensors) for name, tensors in files.items()]
 
 
-def _outcome(writing: Future[list[tuple[str, FileInfo]]]) -> list[tuple[str, FileInfo]] | str:
+def _outcome(writing: Future[list[tuple[str, FileInfo]]]) -> list[tuple[str, FileInfo]] | UserError:
     try:
         return writing.result()
+    except StorageError as error:
+        return error
     except OSError as error:
-        return first_line(error)
+        mend = "make room" if is_full(error) else "mend that"
+        return RunFailed(f"a checkpoint cannot be written ({first_line(error)}); {mend}, and {_GO_ON}")
+
+
+def _unseen(folder: Storage, files: dict[str, FileInfo]) -> list[UserError]:
+    """What is wrong if not all of the workers' `files` are in `folder`, as this worker sees it."""
+    sizes = folder.sizes()
+    lost = [name for name, info in files.items() if sizes.get(name) != info.bytes]
+    if not lost:
+        return []
+    return [
+        RunFailed(
+            f"{folder}/{lost[0]}, written by another worker, is not there: the nodes do not share that folder; "
+            "use storage=FOLDER on a filesystem that they share, or a URI (s3://, gs://)"
+        )
+    ]

@@ -113,6 +113,11 @@ class TrainState:
         )
         return Snapshot(manifest, {name: _copied(tensors) for name, tensors in files.items()})
 
+    def moments(self) -> list[Tensor]:
+        """The optimizer's first and second moments."""
+        states = self.optimizer.state.values()
+        return [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+
     def _optimizer_tensors(self) -> Tensors:
         return {
             f"{name}.{key}": value
@@ -121,7 +126,7 @@ class TrainState:
         }
 
     def restore(self, checkpoint: Checkpoint, world: World) -> Tensor:
-        """Continue from `checkpoint`, which must fit (see `loop.resume_point`).
+        """Continue from `checkpoint`, which must fit (see `resume.check_fits`).
 
         Returns:
             this worker's share of the sums of metrics not yet reported.

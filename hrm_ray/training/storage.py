@@ -145,6 +145,13 @@ class Storage:
             raise UserError(f"{self} cannot be renamed; choose another run_name=")
         self.local_path.rename(self.local_path.with_name(name))
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files directly inside, by name."""
+        selector = pafs.FileSelector(self._root, allow_not_found=True)
+        with self._reaching():
+            entries = self._fs.get_file_info(selector)
+        return {entry.base_name: entry.size for entry in entries if entry.type == pafs.FileType.File}
+
     def exists(self) -> bool:
         with self._reaching():
             return self._fs.get_file_info(self._root).type == pafs.FileType.Directory

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset, open_dataset
-from hrm_ray.training.checkpoint import Checkpoint, finished
+from hrm_ray.training.checkpoint import Checkpoint, finished, newest_whole
 from hrm_ray.training.logging import SUMMARY_FILE
 from hrm_ray.training.loop import Hooks, Progress, Trainer
 from hrm_ray.training.plan import Plan
@@ -95,7 +95,8 @@ class StopRequest:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = number
-        print("\nstopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr)
+        # Not by print, which may be at work where the signal came.
+        os.write(2, b"\nstopping after this step, with a checkpoint; once more to stop at once\n")
 
 
 class Driver:
@@ -108,6 +109,7 @@ class Driver:
 
     def __init__(self, config: TrainConfig, bar: ProgressBar | None = None):
         self.stop = StopRequest(config.max_time_s)
+        self._run = run_folder(config)
         self._bar = bar
         self.num_workers = 0  # at the last start
         self._warned: str | None = None
@@ -128,6 +130,18 @@ class Driver:
         if self._bar and not usual:
             lost = "workers were lost or added; " if entry["event"] == "started" else ""
             self._bar.say(f"{lost}{entry['message']}")
+
+    def nothing_ran(self, reason: str) -> dict[str, Any]:
+        """The summary of a run that is stopped while it has no workers."""
+        newest = finished(self._run)[-1:]
+        return {
+            "final": {},
+            "best": {},
+            "global_step": newest[0].manifest.global_step if newest else 0,
+            "train_s": newest[0].manifest.train_s if newest else 0.0,
+            "finished": False,
+            "stop_reason": reason,
+        }
 
     def warn(self, restart_ahead: str | None) -> None:
         """Say once why the workers are about to be restarted."""
@@ -155,6 +169,14 @@ def announce(config: TrainConfig) -> str:
         f"run {run} {start}: {plan.last_step} steps of {config.global_batch_size} puzzles from "
         f"{config.data_path}, {_where(config)}{_changes(point, config)}"
     )
+
+
+def last_summary(run: Storage) -> dict[str, Any]:
+    """What summary.json says; nothing if it is not there or damaged."""
+    try:
+        return dict(json.loads(run.read(SUMMARY_FILE) or b"{}"))
+    except (ValueError, TypeError):
+        return {}
 
 
 def _where(config: TrainConfig) -> str:
@@ -199,13 +221,15 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> tuple[dict[str,
     run = run_folder(config)
     bar = ProgressBar(config.global_batch_size)
     if _starts_from_weights(config, dataset):
-        check_weights_fit(finished(run)[-1], config, dataset)
+        whole = newest_whole(run, bar.say)
+        assert whole is not None  # it raises if none of those there is
+        check_weights_fit(whole, config, dataset)
         aside = set_aside(run)
         if show_progress:
             bar.say(f"the run before is kept as {aside}")
     point = resume_point(config, run, dataset)
     if point and point.manifest.global_step >= plan.last_step:
-        summary = json.loads(run.read(SUMMARY_FILE) or b"{}")
+        summary = last_summary(run)
         if summary.get("finished") and summary["global_step"] == point.manifest.global_step:
             return summary, None
     driver = Driver(config, bar if show_progress else None)

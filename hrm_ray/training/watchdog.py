@@ -34,7 +34,13 @@ class Watchdog:
         self._closed.set()
 
     def _watch(self, timeout_s: float) -> None:
-        while not self._closed.wait(min(1.0, timeout_s / 4)):
+        pause_s = min(1.0, timeout_s / 4)
+        looked_at = time.monotonic()
+        while not self._closed.wait(pause_s):
+            now = time.monotonic()
+            if now - looked_at > timeout_s / 2 + pause_s:  # the whole process stood still, as after Ctrl-Z
+                self.beat()
+            looked_at = now
             if self._beat_at is not None and time.monotonic() - self._beat_at > timeout_s:
                 print(
                     f"no progress for {timeout_s:g} s (watchdog_s): this process hangs and is ended; the run goes on "

@@ -88,7 +88,9 @@ def test_a_rollback_before_the_first_checkpoint_begins_anew(config):
         {**config, "on_nonfinite": "rollback", "eval_interval": None, "log_interval": 1}, PoisonedTrainer
     )
     assert finished(made.run)[-1].manifest.skipped_steps == [11, 12]
-    assert [r["global_step"] for r in records(made) if "train/loss" in r] == list(range(1, 21))
+    reports = [r for r in records(made) if "train/lr" in r]
+    assert [r["global_step"] for r in reports] == list(range(1, 21))
+    assert [r["global_step"] for r in reports if "train/loss" not in r] == [11, 12]
 
 
 def test_rollbacks_are_not_endless(config):
@@ -100,6 +102,48 @@ def test_rollbacks_are_not_endless(config):
 def test_an_exploding_loss_counts_as_not_finite(config):
     with pytest.raises(RunFailed, match="not finite at step 1 on rank 0"):
         run({**config, "max_loss": 0.5})
+
+
+def test_an_infinite_moment_is_never_saved(config):
+    """An infinite gradient leaves the weights finite for a step, and the moments infinite for good."""
+
+    class InfiniteMoment(Trainer):
+        def _step(self, step):
+            super()._step(step)
+            if step == 5 and step not in self.state.skipped_steps:
+                self.state.moments()[0].view(-1)[0] = float("inf")
+
+    config |= {"on_nonfinite": "rollback", "checkpoint_interval": 1}
+    made = run(config, InfiniteMoment)
+    assert finished(made.run)[-1].manifest.skipped_steps == [5]
+    assert all(e["global_step"] == 4 for e in events(made) if e["event"] == "rolled_back")
+
+
+def test_a_rollback_that_did_not_help_leaves_out_more(config):
+    """The cause lies four steps before what shows it."""
+
+    class LateEffect(Trainer):
+        poisoned = False
+
+        def _step(self, step):
+            super()._step(step)
+            if step == 8 and step not in self.state.skipped_steps:
+                self.poisoned = True
+            if step == 12 and self.poisoned:
+                self.poisoned = False
+                with torch.no_grad():
+                    self.state.model.inner.lm_head.weight[0, 0] = float("nan")
+
+    made = run({**config, "on_nonfinite": "rollback", "eval_interval": None, "log_interval": 1}, LateEffect)
+    manifest = finished(made.run)[-1].manifest
+    assert manifest.num_rollbacks == 3 and manifest.skipped_steps == list(range(6, 14))
+
+
+def test_a_failed_run_says_so_in_its_events(config):
+    with pytest.raises(RunFailed):
+        run({**config, "max_loss": 0.5})
+    lines = (Path(config["storage"]) / "toy" / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["started", "failed"]
 
 
 # Ends that are not failures
