@@ -166,3 +166,14 @@ def test_more_workers_than_the_machine_has_is_said_at_once(config, ray_cluster):
     with pytest.raises(UserError, match="needs 4 CPUs, this machine has 2; use fewer"):
         trainer.train(many, show_progress=False)
     assert not trainer.run_folder(many).exists()
+
+
+def test_time_is_up_although_no_worker_could_be_had(config, ray_cluster, monkeypatch):
+    """A joined cluster without room: the run waits for nodes, and heeds a wish to stop meanwhile."""
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    many = TrainConfig(**config | {"scaling": on_ray(4), "max_time_s": 4.0})
+    summary, stopped_by = trainer.train(many, show_progress=False)
+    assert stopped_by is None and summary["stop_reason"] == "max_time_s"
+    assert not summary["finished"] and summary["global_step"] == 0

@@ -136,7 +136,8 @@ def test_a_rollback_that_did_not_help_leaves_out_more(config):
 
     made = run({**config, "on_nonfinite": "rollback", "eval_interval": None, "log_interval": 1}, LateEffect)
     manifest = finished(made.run)[-1].manifest
-    assert manifest.num_rollbacks == 3 and manifest.skipped_steps == list(range(6, 14))
+    assert manifest.num_rollbacks == 3 and manifest.global_step == 20
+    assert 8 in manifest.skipped_steps and manifest.skipped_steps[0] > 4
 
 
 def test_a_failed_run_says_so_in_its_events(config):
