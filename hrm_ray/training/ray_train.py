@@ -31,7 +31,7 @@ SAVE_AHEAD_S = 10.0  # and how often it then asks for a checkpoint
 SAVE_LAST_S = 6.0  # before a node is taken away, it asks once more
 RESIZE_INTERVAL_S = 30.0  # how often Ray looks for room for more workers
 START_TIMEOUT_S = 15.0  # how long it waits for lost ones to come back before it starts fewer
-SHUTDOWN_TIMEOUT_S = 5  # and for workers that hang to leave their process group, before it kills them
+SHUTDOWN_TIMEOUT_S = "5"  # and for workers that hang to leave their process group, before it kills them
 
 
 class Channel:
@@ -86,29 +86,9 @@ def train_on_ray(config: TrainConfig, run: Storage, driver: Driver) -> dict[str,
         # In a thread of its own, so that signals reach our handler and not Ray's, which kills the workers.
         thread = threading.Thread(target=fit, daemon=True)
         thread.start()
-        look_ahead = LookAhead(config, cpus, use_gpu)
-        heard: set[str] = set()
-        told_to_stop = False
-        while thread.is_alive():
-            thread.join(POLL_S)
-            reason = driver.stop.reason()
-            if reason is not None and not told_to_stop:
-                channel.put("stop", reason)
-                told_to_stop = True
-            for name, entry in channel.added("events").items():
-                if name not in heard:
-                    driver.event(entry)
-                    heard.add(name)
-            failure = channel.get("failure")
-            if failure is not None:
-                raise (RunFailed if failure["exit_code"] == 1 else UserError)(failure["message"])
-            progress = channel.get("progress")
-            if progress is not None:
-                driver.progress(Progress(**progress))
-            if reason is not None and (driver.num_workers == 0 or not look_ahead.has_room_for_least()):
-                return driver.nothing_ran(reason)  # nobody is there, or can be, who would heed it
-            if look_ahead.asks_to_save(driver):
-                channel.put("save", time.time())
+        stopped = _accompany(thread, channel, driver, LookAhead(config, cpus, use_gpu))
+        if stopped is not None:
+            return stopped
         if "error" in outcome:
             raise RunFailed(
                 f"Ray Train gave up: {_first_cause(outcome['error'])}; "
@@ -117,13 +97,49 @@ def train_on_ray(config: TrainConfig, run: Storage, driver: Driver) -> dict[str,
         return outcome["summary"]
 
 
+def _accompany(
+    thread: threading.Thread, channel: Channel, driver: Driver, look_ahead: "LookAhead"
+) -> dict[str, Any] | None:
+    """Tell the driver of what the workers say and them of what is wanted, until `thread` ends.
+
+    Returns:
+        a summary if the run was stopped while it had no workers, else None.
+
+    Raises:
+        UserError, RunFailed: what a worker failed of.
+    """
+    heard: set[str] = set()
+    told_to_stop = False
+    while thread.is_alive():
+        thread.join(POLL_S)
+        for name, entry in channel.added("events").items():
+            if name not in heard:
+                driver.event(entry)
+                heard.add(name)
+        failure = channel.get("failure")
+        if failure is not None:
+            raise (RunFailed if failure["exit_code"] == RunFailed.exit_code else UserError)(
+                failure["message"]
+            )
+        progress = channel.get("progress")
+        if progress is not None:
+            driver.progress(Progress(**progress))
+        reason = driver.stop.reason()
+        if reason is not None and not told_to_stop:
+            channel.put("stop", reason)
+            told_to_stop = True
+        if told_to_stop and (driver.num_workers == 0 or not look_ahead.has_room_for_least()):
+            return driver.nothing_ran(str(reason))  # nobody is there, or can be, who would heed it
+        if look_ahead.asks_to_save(driver):
+            channel.put("save", time.time())
+    return None
+
+
 def _ray_settings(config: TrainConfig) -> dict[str, str]:
     """Ray Train's environment variables; what the user has set stays."""
     settings = {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": str(
-            SHUTDOWN_TIMEOUT_S
-        ),  # heard of by private clusters only
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": SHUTDOWN_TIMEOUT_S,  # heard of by private clusters only
     }
     if config.watchdog_s is not None:  # for a worker that is stopped as a whole, its own watchdog with it
         settings["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.watchdog_s)
