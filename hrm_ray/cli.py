@@ -363,7 +363,7 @@ def build_parser() -> argparse.ArgumentParser:
         "hrm-ray train experiment=quickstart\n"
         "hrm-ray train experiment=quickstart lr=1e-3 run_name=slower\n"
         "hrm-ray train experiment=sudoku_extreme data=data/mine scaling.num_workers=2 max_steps=100\n"
-        "hrm-ray train experiment=sudoku_extreme scaling.num_workers=[1,8] max_time_s=14400   (spot machines)\n"
+        "hrm-ray train experiment=sudoku_extreme scaling.num_workers=[1,8] max_time_s=14400\n"
         "hrm-ray train experiment=quickstart scaling=local run_name=debug",
     )
     p.add_argument("words", **key_value, help="experiment=NAME and any key of the configuration")
