@@ -50,6 +50,7 @@ def _sigterm_handler_kept() -> Iterator[None]:
         return
     from ray._private import utils
 
+    alarm = signal.getitimer(signal.ITIMER_REAL)
     install = utils.set_sigterm_handler
     utils.set_sigterm_handler = lambda handler: None
     try:
@@ -57,4 +58,6 @@ def _sigterm_handler_kept() -> Iterator[None]:
     finally:
         utils.set_sigterm_handler = install
         signal.signal(signal.SIGTERM, ours)  # above what the core has set
-        signal.alarm(0)  # by which it aborts, if a signal has come already
+        signal.setitimer(
+            signal.ITIMER_REAL, *alarm
+        )  # not the one by which it aborts, if a signal has come already

@@ -135,6 +135,8 @@ class TrainState:
         self.model.inner.load_state_dict(checkpoint.tensors("model.safetensors"))
         moments = checkpoint.tensors("optimizer.safetensors")
         for name, parameter in self.model.inner.named_parameters():
+            if f"{name}.step" not in moments:  # every step so far was left out
+                continue
             self.optimizer.state[parameter].update(
                 step=moments[f"{name}.step"],
                 exp_avg=moments[f"{name}.exp_avg"].to(device),

@@ -93,6 +93,16 @@ def test_a_rollback_before_the_first_checkpoint_begins_anew(config):
     assert [r["global_step"] for r in reports if "train/loss" not in r] == [11, 12]
 
 
+def test_a_first_step_that_is_left_out_can_be_saved(config):
+    class PoisonedFirst(PoisonedTrainer):
+        poisoned_step = 1
+
+    config |= {"on_nonfinite": "rollback", "checkpoint_interval": 1}
+    run({**config, "max_steps": 1}, PoisonedFirst)
+    made = run(config, PoisonedFirst)
+    assert made.state.global_step == 20 and finished(made.run)[-1].manifest.skipped_steps == [1]
+
+
 def test_rollbacks_are_not_endless(config):
     hopeless = {**config, "lr": 1e30, "lr_warmup_steps": 0, "on_nonfinite": "rollback", "max_rollbacks": 2}
     with pytest.raises(RunFailed, match="after 2 rollbacks"):
