@@ -19,9 +19,12 @@ def test_every_act_step_of_an_evaluation(case):
         for i in range(arch["halt_max_steps"]):
             step = model(carry, batch)
             loss, metrics = act_loss(step, arch["loss"]["loss_type"])
-            np.testing.assert_allclose(step.prediction.logits, golden["logits"][i], atol=1e-5, rtol=1e-5)
-            np.testing.assert_allclose(step.prediction.q_halt, golden["q_halt_logits"][i], atol=1e-5)
-            np.testing.assert_allclose(step.prediction.q_continue, golden["q_continue_logits"][i], atol=1e-5)
+            # Steps feed on each other, and CPUs round differently: 2e-6 after the first, up to 2e-5 after the fourth.
+            close = 1e-5 if i == 0 else 5e-5
+            prediction = step.prediction
+            np.testing.assert_allclose(prediction.logits, golden["logits"][i], atol=close, rtol=close)
+            np.testing.assert_allclose(prediction.q_halt, golden["q_halt_logits"][i], atol=close)
+            np.testing.assert_allclose(prediction.q_continue, golden["q_continue_logits"][i], atol=close)
             np.testing.assert_allclose(loss, golden["loss"][i], rtol=1e-5)
             carry = step.carry
     assert carry.halted.all()
