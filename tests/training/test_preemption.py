@@ -84,10 +84,16 @@ def test_ray_job_stop_ends_with_a_checkpoint_and_the_same_job_continues(tmp_path
 
     def submit(values: dict) -> str:
         words = command(values, "scaling=ray", "scaling.num_workers=1")
-        environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
-        return jobs.submit_job(
-            entrypoint=" ".join(map(shlex.quote, words)), runtime_env={"env_vars": environment}
-        )
+        entrypoint = " ".join(map(shlex.quote, words))
+        environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
+
+        def submitted():
+            try:
+                return jobs.submit_job(entrypoint=entrypoint, runtime_env=environment)
+            except RuntimeError as error:  # the dashboard is there before what runs jobs
+                assert "No available agent" in str(error)
+
+        return _wait_for(submitted, "agent that runs jobs")
 
     def has_ended(job: str) -> bool:
         return jobs.get_job_status(job).is_terminal()
