@@ -22,19 +22,20 @@ from tests.training.test_ray import command
 pytestmark = pytest.mark.ray
 
 
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @pytest.fixture
 def head(tmp_path: Path):
     """A Ray head with a dashboard on loopback, as one that jobs are submitted to; its dashboard's address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port, agent_port = _free_port(), _free_port()
     words = ["start", "--head", "--block", "--num-cpus=2", "--port=0", "--dashboard-host=127.0.0.1"]
-    words += [
-        f"--dashboard-port={port}",
-        "--node-manager-port=0",
-        "--object-manager-port=0",
-        "--disable-usage-stats",
-    ]
+    words += [f"--dashboard-port={port}", "--node-manager-port=0", "--object-manager-port=0"]
+    # Other clusters on this machine have the agent's usual port, and without its own it runs no jobs.
+    words += [f"--dashboard-agent-listen-port={agent_port}", "--disable-usage-stats"]
     # How long a stopped job may take; Ray reads it where the head starts (3 s unless told).
     environment = {**os.environ, "RAY_JOB_STOP_WAIT_TIME_S": "60"}
     with (tmp_path / "head.log").open("w") as log:
