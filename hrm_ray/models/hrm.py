@@ -160,6 +160,6 @@ class HRM(nn.Module):
         z_L = self.L_level(z_L, z_H + e_BSD, rope)
         z_H = self.H_level(z_H, z_L, rope)
 
-        logits = self.lm_head(z_H[:, self.num_puzzle_tokens :]).float()
-        q = F.linear(z_H[:, 0].float(), self.q_head.weight, self.q_head.bias)
+        q = F.linear(z_H[:, 0].to(self.q_head.weight.dtype), self.q_head.weight, self.q_head.bias)
+        logits = self.lm_head(z_H[:, self.num_puzzle_tokens :]).to(q.dtype)
         return State(z_H.detach(), z_L.detach()), Prediction(logits, q[:, 0], q[:, 1])
