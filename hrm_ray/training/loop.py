@@ -209,8 +209,8 @@ class Trainer:
 
     def _close(self) -> None:
         """Let go of everything."""
-        self._watchdog.close()
         self._saver.close()
+        self._watchdog.close()
         if self._records:
             self._records.close()
         if self._lock:
@@ -323,7 +323,7 @@ class Trainer:
             return
         started = time.perf_counter()
         try:
-            with self.state.averaged_weights():
+            with self._meter.excluded(), self.state.averaged_weights():
                 metrics, _ = evaluate(
                     self.state.model,
                     self.dataset.split("test"),
@@ -341,7 +341,6 @@ class Trainer:
         self._evaluated_step = self.state.global_step
         named = {f"eval/{name}": value for name, value in metrics.items()}
         self._report(named)
-        self._meter.exclude(time.perf_counter() - started)
         self._finish_saving()
         if self._records:
             self._records.flush()  # before the checkpoint says that this evaluation is done
@@ -391,26 +390,24 @@ class Trainer:
     def _save(self) -> None:
         """Begin to write a checkpoint of what is known to be sound. Collective."""
         self._finish_saving()
-        started = time.perf_counter()
-        self._meter.check(self.world)
-        self._check_state()
-        snapshot = self.state.snapshot(
-            self.config,
-            self.dataset,
-            self.world,
-            sums=self._meter.sums,
-            unreported_steps=self._meter.num_steps,
-        )
-        self._saver.start(snapshot)
+        with self._meter.excluded(checkpoint=True):
+            self._meter.check(self.world)
+            self._check_state()
+            snapshot = self.state.snapshot(
+                self.config,
+                self.dataset,
+                self.world,
+                sums=self._meter.sums,
+                unreported_steps=self._meter.num_steps,
+            )
+            self._saver.start(snapshot)
         self._saved_at = time.monotonic()
-        self._meter.exclude(time.perf_counter() - started, checkpoint=True)
 
     def _finish_saving(self) -> None:
         """Make the pending checkpoint valid, if there is one. Collective."""
         if self._saver.is_pending:
-            started = time.perf_counter()
-            self._saver.finish(self._records.flush if self._records else lambda: None)
-            self._meter.exclude(time.perf_counter() - started, checkpoint=True)
+            with self._meter.excluded(checkpoint=True):
+                self._saver.finish(self._records.flush if self._records else lambda: None)
 
     def _roll_back(self, problem: Diverged) -> None:
         """Go back to the last checkpoint and leave out the batches around `problem`. Collective.

@@ -1,7 +1,8 @@
 """Training metrics between two reports, summed on the device so that no step waits for them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class Meter:
 
     def __init__(self, device: torch.device, max_loss: float, sums: Tensor | None = None, num_steps: int = 0):
         self._device, self._max_loss = device, max_loss
+        self._depth = 0  # of `excluded`
         self._reset()
         if sums is not None:
             self.sums += sums.to(device)
@@ -96,8 +98,17 @@ class Meter:
         self._reset()
         return record
 
-    def exclude(self, seconds: float, *, checkpoint: bool = False) -> None:
-        """Do not count `seconds` that have just passed as time of steps; of a checkpoint, report them."""
-        self._started += seconds
-        if checkpoint:
-            self._checkpoint_s = (self._checkpoint_s or 0.0) + seconds
+    @contextmanager
+    def excluded(self, *, checkpoint: bool = False) -> Iterator[None]:
+        """Do not count what is done inside as time of steps; of a checkpoint, report it. May be nested."""
+        started = time.perf_counter()
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            seconds = time.perf_counter() - started
+            if self._depth == 0:
+                self._started += seconds
+            if checkpoint:
+                self._checkpoint_s = (self._checkpoint_s or 0.0) + seconds
