@@ -21,10 +21,11 @@ from torch import Tensor
 
 from benchmarks.machine import facts
 from hrm_ray import machine
-from hrm_ray.config.schema import HRMConfig
 from hrm_ray.models import act as act_module
 from hrm_ray.models import layers, losses
 from hrm_ray.models.act import Batch
+from hrm_ray.models.halting import Control
+from hrm_ray.models.hrm_v1 import HRMConfig
 from hrm_ray.models.registry import build_model
 from hrm_ray.optim.adam_atan2 import AdamATan2
 from hrm_ray.training.checkpoint import DatasetInfo
@@ -90,13 +91,16 @@ def make_step(
     optimizer = AdamATan2(model.parameters(), backend=setup.optimizer_backend)
     tokens = torch.randint(1, vocab_size, (batch_size, seq_len), device=setup.device)
     batch = Batch(tokens.int(), tokens, torch.zeros(batch_size, dtype=torch.int32, device=setup.device))
-    minima = torch.zeros(batch_size, dtype=torch.int32, device=setup.device)
+    control = Control(
+        torch.zeros(batch_size, dtype=torch.int32, device=setup.device),
+        torch.zeros(batch_size, device=setup.device),
+    )
     carry = model.initial_carry(batch)
 
     def step() -> None:
         nonlocal carry
         with Swapped(plain):
-            out = model(carry, batch, minima)
+            out = model(carry, batch, control)
             loss, _ = losses.act_loss(out, arch.loss.loss_type)
             (loss / batch_size).backward()
         optimizer.step()

@@ -8,18 +8,23 @@ for solution in hrm_ray.load("runs/quickstart").solve(["1...|..."]):
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from hrm_ray import machine
+from hrm_ray.config.halting import HaltingConfig
+from hrm_ray.config.inference import Inference
+from hrm_ray.config.validate import validated
 from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.data.tasks.base import Task, get_task
 from hrm_ray.errors import UserError
 from hrm_ray.models.act import IGNORE, Batch
+from hrm_ray.models.inference import think_and_vote, thinking_for
 from hrm_ray.models.registry import build_model
 from hrm_ray.training.checkpoint import Checkpoint, find
-from hrm_ray.training.evaluate import OUTPUTS, evaluate, run_to_halt
+from hrm_ray.training.evaluate import OUTPUTS, evaluate
 from hrm_ray.training.world import World
 
 
@@ -30,7 +35,9 @@ class Solution:
     Attributes:
         puzzle, answer: one-line texts of the task.
         tokens: the answer, uint8 [seq_len].
-        confidence: the model's own probability (Q head) that the answer is exactly right, 0..1.
+        confidence: the model's own probability (Q head) that the answer is exactly right, 0..1; of several votes, the
+            mean over the copies, where those that disagree count 0.
+        num_steps: ACT steps it took, over all votes.
         is_valid: whether the answer obeys the rules and keeps the clues; None if the task cannot tell.
     """
 
@@ -38,6 +45,7 @@ class Solution:
     answer: str
     tokens: np.ndarray
     confidence: float
+    num_steps: int
     is_valid: bool | None
 
 
@@ -53,7 +61,8 @@ class Solver:
             forward_dtype=forward_dtype or manifest.config.get("forward_dtype", "auto"),
             num_tokens=manifest.dataset.seq_len,
         )
-        self.model = build_model(manifest.arch, manifest.dataset, self.setup)
+        halting = validated(HaltingConfig, manifest.config.get("halting", {}), str(checkpoint.folder))
+        self.model = build_model(manifest.arch, manifest.dataset, self.setup, halting)
         self.model.inner.load_state_dict(checkpoint.weights())
         self.model.eval()
 
@@ -91,34 +100,49 @@ class Solver:
             )
         return list(examples.rows(np.arange(index, index + count))["inputs"])
 
-    def solve(self, puzzles: Sequence[str | np.ndarray], batch_size: int = 256) -> list[Solution]:
+    def solve(
+        self, puzzles: Sequence[str | np.ndarray], *, batch_size: int = 256, **inference: Any
+    ) -> list[Solution]:
         """Answer puzzles given as texts or as tokens (integers [seq_len]).
 
+        Args:
+            inference: `halt`, `halt_max_steps`, `votes`; see `Inference`.
+
         Raises:
-            UserError: a text that is no puzzle of this task, or has no solution.
+            UserError: a text that is no puzzle of this task, or has no solution; or the task has no copies to vote.
         """
+        use = validated(Inference, inference, "solve")
         questions = [self.parse(p) if isinstance(p, str) else np.asarray(p, np.uint8) for p in puzzles]
         solutions = []
-        for start in range(0, len(questions), batch_size):
-            solutions += self._solve_batch(np.stack(questions[start : start + batch_size]))
+        with thinking_for(self.model, use.halt_max_steps):
+            for start in range(0, len(questions), batch_size):
+                solutions += self._solve_batch(np.stack(questions[start : start + batch_size]), use)
         return solutions
 
-    def _solve_batch(self, questions: np.ndarray) -> list[Solution]:
+    def _relabelings(self, use: Inference) -> np.ndarray | None:
+        return self.task.relabelings(use.votes) if use.votes > 1 else None
+
+    def _solve_batch(self, questions: np.ndarray, use: Inference) -> list[Solution]:
         inputs = torch.from_numpy(questions.astype(np.int32))
         blank = torch.full((len(inputs),), self.task.blank_identifier_id, dtype=torch.int32)
         batch = Batch(inputs, torch.full(inputs.shape, IGNORE), blank).to(self.setup.device)
-        prediction = run_to_halt(self.model, batch).prediction
-        answers = prediction.logits.argmax(-1).cpu().numpy().astype(np.uint8)
-        confidences = prediction.q_halt.sigmoid().cpu().tolist()
+        copies = self._relabelings(use)
+        answer = think_and_vote(
+            self.model,
+            batch,
+            stops_early=use.halt == "learned",
+            relabelings=None if copies is None else torch.from_numpy(copies).to(self.setup.device),
+        ).last
+        answers = answer.tokens.cpu().numpy().astype(np.uint8)
         valid = (
             self.task.is_solution(questions, answers).tolist()
             if self.task.checkable
             else [None] * len(answers)
         )
-        return [
-            Solution(self.task.to_text(q), self.task.to_text(a), a, c, v)
-            for q, a, c, v in zip(questions, answers, confidences, valid, strict=True)
-        ]
+        rows = zip(
+            questions, answers, answer.q_halt.sigmoid().tolist(), answer.steps.tolist(), valid, strict=True
+        )
+        return [Solution(self.task.to_text(q), self.task.to_text(a), a, c, n, v) for q, a, c, n, v in rows]
 
     def evaluate(
         self,
@@ -129,12 +153,18 @@ class Solver:
         batch_size: int = 256,
         save_outputs: Sequence[str] = (),
         on_batch: Callable[[int], object] | None = None,
+        **inference: Any,
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Metrics over a split of the dataset `data`, and the arrays named in `save_outputs` (see `OUTPUTS`).
 
+        Args:
+            inference: `halt`, `halt_max_steps`, `votes`; see `Inference`.
+
         Raises:
-            UserError: the dataset is damaged, its task or vocabulary is not the model's, or an output of unknown name.
+            UserError: the dataset is damaged, its task or vocabulary is not the model's, an output of unknown name, or
+                the task has no copies to vote.
         """
+        use = validated(Inference, inference, "evaluate")
         unknown = [name for name in save_outputs if name not in OUTPUTS]
         if unknown:
             raise UserError(f"save_outputs: unknown '{unknown[0]}'; known: {', '.join(OUTPUTS)}")
@@ -146,7 +176,8 @@ class Solver:
             self.model,
             examples,
             ignore_label_id=dataset.manifest.ignore_label_id,
-            loss_type=self.checkpoint.manifest.arch.loss.loss_type,
+            inference=use,
+            relabelings=self._relabelings(use),
             batch_size=batch_size,
             num_examples=num_examples,
             world=World(),

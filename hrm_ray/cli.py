@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
 
+from hrm_ray.config.inference import Inference
 from hrm_ray.config.validate import Settings, read_words, validated
 from hrm_ray.errors import UserError, about_file
 
@@ -57,16 +58,16 @@ class ImportOptions(OutOptions):
     data: str | None = None
 
 
-class SolveOptions(Settings):
-    """Of ``solve``, in place of puzzles: which examples of a dataset."""
+class SolveOptions(Inference):
+    """Of ``solve``; `data` and what follows, in place of puzzles: which examples of a dataset."""
 
-    data: str
+    data: str | None = None
     split: str = "test"
     index: NonNegativeInt = 0
     count: PositiveInt = 1
 
 
-class EvalOptions(Settings):
+class EvalOptions(Inference):
     """Of ``eval``; names in `save_outputs` are those of `hrm_ray.training.evaluate.OUTPUTS`."""
 
     data: str
@@ -95,6 +96,11 @@ class EvalOptions(Settings):
 def options_of(args: argparse.Namespace) -> Any:
     """The key=value words of a command as an object of its options class. Raises UserError."""
     return validated(args.options, read_words(args.words, args.options), args.title)
+
+
+def inference_of(options: Inference) -> dict[str, Any]:
+    """The part of `options` that says how the model is used."""
+    return {key: getattr(options, key) for key in Inference.model_fields}
 
 
 def build_options(words: Sequence[str]) -> tuple[BuildOptions, "Recipe"]:
@@ -206,6 +212,7 @@ def evaluate(args: argparse.Namespace) -> None:
             batch_size=options.batch_size,
             save_outputs=options.save_outputs,
             on_batch=bar.update,
+            **inference_of(options),
         )
         if file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -221,12 +228,14 @@ def solve(args: argparse.Namespace) -> None:
     from hrm_ray.api import load
 
     solver = load(args.checkpoint)
-    puzzles = _read_puzzles(solver, args)
-    solutions = solver.solve(puzzles)
+    named = [word for word in args.words if "=" in word]
+    options = validated(SolveOptions, read_words(named, SolveOptions), args.title)
+    puzzles = _read_puzzles(solver, [word for word in args.words if "=" not in word], options)
+    solutions = solver.solve(puzzles, **inference_of(options))
     if args.json:
         for s in solutions:
-            row = {"puzzle": s.puzzle, "answer": s.answer, "confidence": s.confidence, "valid": s.is_valid}
-            print(json.dumps(row))
+            row = {"puzzle": s.puzzle, "answer": s.answer, "confidence": s.confidence, "steps": s.num_steps}
+            print(json.dumps(row | {"valid": s.is_valid}))
         return
     for question, s in zip(puzzles, solutions, strict=True):
         verdict = {True: "valid", False: "NOT valid", None: "cannot be checked"}[s.is_valid]
@@ -236,13 +245,11 @@ def solve(args: argparse.Namespace) -> None:
         print(f"{sum(bool(s.is_valid) for s in solutions)} of {len(solutions)} valid")
 
 
-def _read_puzzles(solver: "Solver", args: argparse.Namespace) -> list["np.ndarray"]:
-    """The puzzles that the words of `solve` mean: one puzzle, a file of them, or examples of a dataset."""
-    words = args.words
-    if not words or "=" in words[0]:
-        options: SolveOptions = options_of(args)
-        return solver.questions(**options.model_dump())
-    if len(words) > 1:
+def _read_puzzles(solver: "Solver", words: Sequence[str], options: SolveOptions) -> list["np.ndarray"]:
+    """The puzzles that are meant: one puzzle, a file of them, or examples of a dataset."""
+    if options.data is not None and not words:
+        return solver.questions(options.data, split=options.split, index=options.index, count=options.count)
+    if len(words) != 1 or options.data is not None:
         raise UserError("give one puzzle (without spaces), one file, or data=DIR")
     word = words[0]
     file = Path(word)
@@ -362,6 +369,7 @@ def build_parser() -> argparse.ArgumentParser:
         "train a model under Ray; the same command again resumes",
         "hrm-ray train experiment=quickstart\n"
         "hrm-ray train experiment=quickstart lr=1e-3 run_name=slower\n"
+        "hrm-ray train experiment=quickstart arch=trm halting=q_learning run_name=trm\n"
         "hrm-ray train experiment=sudoku_extreme data=data/mine scaling.num_workers=2 max_steps=100\n"
         "hrm-ray train experiment=sudoku_extreme scaling.num_workers=[1,8] max_time_s=14400\n"
         "hrm-ray train experiment=quickstart scaling=local run_name=debug",
@@ -373,13 +381,16 @@ def build_parser() -> argparse.ArgumentParser:
         evaluate,
         "measure a checkpoint on a dataset",
         "hrm-ray eval runs/quickstart data=data/sudoku-4x4\n"
+        "hrm-ray eval runs/quickstart data=data/sudoku-4x4 halt=learned\n"
+        "hrm-ray eval runs/quickstart data=data/sudoku-4x4 halt_max_steps=32 votes=9\n"
         "hrm-ray eval runs/quickstart data=data/sudoku-4x4 save_outputs=[logits,q_halt_logits] out=outputs.npz",
     )
     p.add_argument("checkpoint", help="checkpoint folder, or run folder (then its best)")
     p.add_argument(
         "words",
         **key_value,
-        help="data=DIR [split=test] [num_examples=N] [batch_size=N] [save_outputs=[NAME,...] out=FILE.npz]",
+        help="data=DIR [split=test] [num_examples=N] [batch_size=N] [halt=max|learned] [halt_max_steps=N] [votes=K] "
+        "[save_outputs=[NAME,...] out=FILE.npz]",
     )
     p.set_defaults(options=EvalOptions)
     p.add_argument("--json", action="store_true", help="print one JSON object")
@@ -390,6 +401,7 @@ def build_parser() -> argparse.ArgumentParser:
         "solve puzzles with a trained model",
         "hrm-ray solve runs/quickstart ...1.2....3.4...\n"
         "hrm-ray solve runs/quickstart puzzles.txt --json\n"
+        "hrm-ray solve runs/quickstart puzzles.txt halt=learned votes=9\n"
         "hrm-ray solve runs/quickstart data=data/sudoku-4x4 index=7 count=3",
     )
     p.add_argument("checkpoint", help="checkpoint folder, or run folder (then its best)")
@@ -397,9 +409,9 @@ def build_parser() -> argparse.ArgumentParser:
         "words",
         nargs="*",
         metavar="PUZZLE",
-        help="a puzzle, a file with one a line, or data=DIR [split=test] [index=0] [count=1]",
+        help="a puzzle, a file with one a line, or data=DIR [split=test] [index=0] [count=1]; "
+        "[halt=max|learned] [halt_max_steps=N] [votes=K]",
     )
-    p.set_defaults(options=SolveOptions)
     p.add_argument("--json", action="store_true", help="print one JSON object a puzzle")
     p = _add(
         commands,

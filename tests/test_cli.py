@@ -67,7 +67,13 @@ def test_eval_prints_one_json_object(trained, capsys):
     data, run = trained
     assert main(["eval", str(run), f"data={data}", "--json"]) == 0
     metrics = json.loads(capsys.readouterr().out)
-    assert metrics.keys() == {f"eval/{n}" for n in ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps")}
+    assert metrics.keys() == {
+        f"eval/{name}"
+        for name in (
+            *("accuracy", "exact_accuracy", "q_halt_accuracy", "steps"),
+            *("learned_exact_accuracy", "learned_steps"),
+        )
+    }
     summary = json.loads((run / "summary.json").read_text())
     assert metrics == pytest.approx(summary["best"])
 
@@ -183,7 +189,7 @@ MISTAKES = [
     (["eval", "{run}", "data={data}", "save_outputs=[logits]", "out=/proc/x.npz"], "/proc/x.npz"),
     (["solve", "{run}", "data={data}", "index=foo"], "solve: index='foo': input should be a valid integer"),
     (["solve", "{run}", "data={data}", "count=0"], "count=0: input should be greater than 0"),
-    (["solve", "{run}"], "solve: 'data' is not given"),
+    (["solve", "{run}"], "give one puzzle (without spaces), one file, or data=DIR"),
     (["solve", "{run}", "{binary}"], "is no text file"),
     (["solve", "{run}", "1,2,3"], "3 tokens, where 16 are needed"),
     (["solve", "{run}", "data={data}", "index=24"], "holds examples 0..23"),
@@ -227,7 +233,7 @@ def test_a_run_of_another_model_is_refused_before_anything_starts(trained, capsy
     words = [f"data={data}", f"storage={run.parent}", "run_name=toy"]
     words += [*TINY, "arch.H_cycles=3"]
     assert main(["train", *words]) == 2
-    assert "arch H_cycles=2, not 3" in capsys.readouterr().err
+    assert "arch.H_cycles=2, not 3" in capsys.readouterr().err
 
 
 def test_an_error_of_the_system_that_names_no_file_is_no_mistake_of_the_user(monkeypatch):
@@ -244,7 +250,12 @@ def sudoku_run(tmp_path) -> Path:
     """A run on 4x4 Sudoku which has learned nothing."""
     sudoku_dataset(tmp_path / "sudoku")
     values = toy_config(
-        tmp_path / "sudoku", tmp_path / "runs", global_batch_size=1, max_steps=1, run_name="sudoku"
+        tmp_path / "sudoku",
+        tmp_path / "runs",
+        global_batch_size=1,
+        max_steps=1,
+        run_name="sudoku",
+        lr_warmup_steps=0,
     )
     trainer.train(TrainConfig(**values), show_progress=False)
     return tmp_path / "runs" / "sudoku"

@@ -45,7 +45,7 @@ def test_trains_and_solves(tmp_path):
     )
 
 
-@pytest.mark.parametrize("room", ["hrm_ray.models.hrm", "hrm_ray.optim.adam_atan2", "hrm_ray.data.shards"])
+@pytest.mark.parametrize("room", ["hrm_ray.models.trm", "hrm_ray.optim.adam_atan2", "hrm_ray.data.shards"])
 def test_rooms_below_do_not_import_training(room):
     run(
         f"import importlib; importlib.import_module({room!r}); "

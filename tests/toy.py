@@ -66,6 +66,12 @@ ARCH = {
     "halt_max_steps": 4,
     "halt_exploration_prob": 0.3,
 }
+TRM = {
+    **{k: v for k, v in ARCH.items() if k != "H_layers"},
+    "name": "trm",
+    "L_cycles": 2,
+    "puzzle_emb_len": 2,
+}
 
 
 def toy_config(data_path: Path, storage: Path, **values) -> dict:

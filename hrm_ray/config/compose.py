@@ -12,12 +12,16 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hrm_ray.config.arch import arch_class
+from hrm_ray.config.halting import HaltingConfig
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import as_typed, is_text, known_keys, nearest, split_word, validated
 from hrm_ray.errors import UserError, first_line
 
-GROUPS = ("arch", "scaling", "experiment")
-ALIASES = {"data": "data_path"}
+GROUPS = ("arch", "halting", "scaling", "experiment")
+ALIASES = {"data": "data_path"} | {
+    key: f"halting.{key}" for key in HaltingConfig.model_fields if key != "name"
+}
 
 
 def choices(group: str) -> list[str]:
@@ -47,6 +51,8 @@ def train_config(words: Sequence[str]) -> TrainConfig:
             chosen[key] = value
             if value not in choices(key):
                 raise UserError(f"unknown {key} '{value}'; {nearest(value, choices(key))}")
+        elif key.startswith("arch."):
+            key = f"++{key}"  # which keys there are, the architecture knows
         elif key not in known:
             raise UserError(f"unknown key '{key}'; {nearest(key, [*known, *GROUPS])}")
         if is_text(TrainConfig, key):
@@ -57,6 +63,12 @@ def train_config(words: Sequence[str]) -> TrainConfig:
         overrides.append("scaling.num_workers=1")  # whatever the experiment says
     where = f"experiment {chosen['experiment']}" if "experiment" in chosen else "configuration"
     values = _compose(overrides) | texts
+    if "arch" in chosen:
+        # What the experiment says of its own architecture holds for this one where that has such a key and does not
+        # say otherwise.
+        own = _compose([o for o in overrides if o.lstrip("+").startswith("arch")])["arch"]
+        fields = arch_class(own["name"]).model_fields
+        values["arch"] = {key: value for key, value in values["arch"].items() if key in fields} | own
     values.pop("experiment", None)
     if values.get("data_path") is None:
         raise UserError(
@@ -73,7 +85,7 @@ def train_config(words: Sequence[str]) -> TrainConfig:
 
 
 def _compose(overrides: list[str]) -> dict:
-    defaults = TrainConfig(data_path="").model_dump(mode="json") | {"data_path": None}
+    defaults = TrainConfig(data_path="").model_dump(mode="json", exclude={"arch"}) | {"data_path": None}
     ConfigStore.instance().store(name="schema", node=defaults)
     try:
         with initialize_config_module("hrm_ray.config", version_base="1.3"):

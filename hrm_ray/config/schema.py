@@ -8,46 +8,9 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from hrm_ray.config.arch import DEFAULT_ARCH, Arch, arch_class
+from hrm_ray.config.halting import HaltingConfig
 from hrm_ray.config.validate import Settings
-
-Ratio = Field(ge=0, le=1)
-
-
-class LossConfig(Settings):
-    """The loss over the cells of a puzzle."""
-
-    loss_type: Literal["stablemax_cross_entropy", "softmax_cross_entropy"] = "stablemax_cross_entropy"
-
-
-class HRMConfig(Settings):
-    """Architecture `hrm_v1`."""
-
-    name: Literal["hrm_v1"] = "hrm_v1"
-    H_cycles: PositiveInt = 2  # updates of the slow module in an ACT step
-    L_cycles: PositiveInt = 2  # updates of the fast module for each of them
-    H_layers: PositiveInt = 4
-    L_layers: PositiveInt = 4
-    hidden_size: PositiveInt = 512
-    num_heads: PositiveInt = 8
-    expansion: PositiveFloat = 4  # SwiGLU's inner width is 2/3 of this times the width, to a multiple of 256
-    pos_encodings: Literal["rope", "learned"] = "rope"
-    puzzle_emb_ndim: int = Field(default=512, ge=0)  # numbers in a puzzle embedding; 0: none
-    halt_max_steps: PositiveInt = 16  # ACT steps at most
-    halt_exploration_prob: float = Field(default=0.1, ge=0, le=1)  # share of steps with a drawn minimum
-    loss: LossConfig = LossConfig()
-
-    @model_validator(mode="after")
-    def _heads_fit(self) -> "HRMConfig":
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"arch.hidden_size={self.hidden_size} is not a multiple of arch.num_heads={self.num_heads}"
-            )
-        if self.pos_encodings == "rope" and (self.hidden_size // self.num_heads) % 2:
-            raise ValueError(
-                f"heads of odd width {self.hidden_size // self.num_heads} cannot be rotated: change "
-                "arch.hidden_size or arch.num_heads, or set arch.pos_encodings=learned"
-            )
-        return self
 
 
 class ScalingConfig(Settings):
@@ -93,7 +56,8 @@ class TrainConfig(Settings):
     """A whole training run."""
 
     data_path: str  # dataset folder or URI, made by `hrm-ray data build`
-    arch: HRMConfig = HRMConfig()
+    arch: Arch = Field(default_factory=lambda: arch_class(DEFAULT_ARCH).model_validate({}))
+    halting: HaltingConfig = HaltingConfig()
 
     # length
     global_batch_size: PositiveInt = 384  # puzzles in one optimizer step, over all workers
@@ -105,13 +69,17 @@ class TrainConfig(Settings):
         None  # end this command after so long, with a checkpoint; null: no limit
     )
     early_stopping: PositiveInt | None = None  # evaluations without a better `best_metric` before ending
+    supervision_steps: PositiveInt = 1  # ACT steps of every slot before one update, a batch each
     drop_last: bool = True  # false: the last step takes what is left, a partial batch
 
     # optimizers
     lr: PositiveFloat = 1e-4
     lr_min_ratio: float = Field(default=1.0, ge=0, le=1)  # share of lr at the end of the cosine
     lr_warmup_steps: int = Field(default=2000, ge=0)
+    lr_warmup_ratio: float | None = Field(default=None, ge=0, le=1)  # share of the run; instead of a number
     weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay_end: float | None = Field(default=None, ge=0)  # cosine to this; null: constant
+    weight_decay_anneal_ratio: float = Field(default=1.0, ge=0, le=1)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     puzzle_emb_lr: float = Field(default=1e-2, ge=0)

@@ -16,7 +16,7 @@ from hrm_ray.data.shards import Split
 PADDING = -1  # the id of an empty place in a partial batch
 
 # What a stream of random words is for; part of the key, so that no two purposes share a stream.
-_GROUP_ORDER, _PUZZLE_CHOICE, _EXPLORATION = range(3)
+_GROUP_ORDER, _PUZZLE_CHOICE, _EXPLORATION, _CHOICE, _REPLAY = range(5)
 
 
 def _words(seed: int, purpose: int, counter: int, count: int) -> np.ndarray:
@@ -96,6 +96,21 @@ def min_halt_steps(
     if halt_max_steps < 2:
         return np.zeros(global_batch_size, np.int32)
     draws = _words(seed, _EXPLORATION, step, 2 * global_batch_size).reshape(2, -1)
-    explores = (draws[0] >> np.uint64(11)) * 2.0**-53 < exploration_prob
+    explores = _as_uniform(draws[0]) < exploration_prob
     minimum = 2 + (draws[1] % np.uint64(halt_max_steps - 1)).astype(np.int32)
     return np.where(explores, minimum, 0).astype(np.int32)
+
+
+def choice_draws(seed: int, step: int, global_batch_size: int) -> np.ndarray:
+    """A number from [0, 1) for each global slot at training step `step`, float32: whether the slot halts."""
+    return _as_uniform(_words(seed, _CHOICE, step, global_batch_size)).astype(np.float32)
+
+
+def replay_draws(seed: int, step: int, global_batch_size: int, count: int) -> np.ndarray:
+    """`count` numbers from [0, 1) for each global slot at `step`, float32 [slots, count]: what is remembered."""
+    words = _words(seed, _REPLAY, step, global_batch_size * count)
+    return _as_uniform(words).astype(np.float32).reshape(-1, count)
+
+
+def _as_uniform(words: np.ndarray) -> np.ndarray:
+    return (words >> np.uint64(11)) * 2.0**-53

@@ -5,7 +5,6 @@ with `_orig_mod.model.inner.`, or with `model.inner.` if the model was not compi
 Foreign files are read with `weights_only=True`: nothing in them can run code.
 """
 
-import math
 import pickle
 import shutil
 import zipfile
@@ -16,8 +15,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from hrm_ray.config.schema import HRMConfig
-from hrm_ray.config.validate import known_keys, validated
+from hrm_ray.config.arch import ArchConfig, arch_class
+from hrm_ray.config.validate import validated
 from hrm_ray.data.shards import Dataset
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.machine import resolve
@@ -28,7 +27,10 @@ from hrm_ray.training.storage import Storage
 
 CONFIG_FILE = "all_config.yaml"
 WEIGHTS_FILE = "checkpoint"
-ARCH_NAME = "hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1"
+ARCH_NAMES = {
+    "hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1": "hrm_v1",
+    "recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1": "trm",
+}
 LOSS_NAME = "losses@ACTLossHead"
 # Keys that mean the same in the published configuration and in ours.
 SHARED_KEYS = (
@@ -119,15 +121,15 @@ def _read_config(source: Path) -> dict[str, Any]:
     return config
 
 
-def _arch(config: dict[str, Any], file: Path) -> HRMConfig:
+def _arch(config: dict[str, Any], file: Path) -> ArchConfig:
     arch = dict(config["arch"])
-    name = arch.pop("name", "hrm_v1")
-    if name != ARCH_NAME:
-        raise UserError(f"{file}: arch.name={name} cannot be imported; known: {ARCH_NAME}")
+    name = arch.pop("name", None)
+    if name not in ARCH_NAMES:
+        raise UserError(f"{file}: arch.name={name} cannot be imported; known: {', '.join(ARCH_NAMES)}")
     loss_type = arch.pop("loss", {}).get("loss_type", "stablemax_cross_entropy")
-    known = known_keys(HRMConfig)
-    values = {key: value for key, value in arch.items() if key in known}
-    return validated(HRMConfig, {**values, "loss": {"loss_type": loss_type}}, str(file))
+    kind = arch_class(ARCH_NAMES[name])
+    values = {key: value for key, value in arch.items() if key in kind.model_fields}
+    return validated(kind, {**values, "loss": {"loss_type": loss_type}}, str(file))
 
 
 def _weights_file(source: Path) -> tuple[Path, int]:
@@ -165,7 +167,7 @@ def _strip_prefix(weights: dict[str, Tensor], file: Path) -> tuple[str, dict[str
 
 
 def _describe_data(
-    arch: HRMConfig, weights: dict[str, Tensor], file: Path, dataset: Dataset | None
+    arch: ArchConfig, weights: dict[str, Tensor], file: Path, dataset: Dataset | None
 ) -> DatasetInfo:
     try:
         vocab_size = len(weights["embed_tokens.embedding_weight"])
@@ -182,8 +184,7 @@ def _describe_data(
     task, options, seq_len = "sudoku", {"size": 9}, 81
     if vocab_size != SUDOKU_VOCAB_SIZE:
         positions = weights.get("embed_pos.embedding_weight")
-        num_puzzle_tokens = math.ceil(arch.puzzle_emb_ndim / arch.hidden_size)
-        seq_len = CANVAS if positions is None else len(positions) - num_puzzle_tokens
+        seq_len = CANVAS if positions is None else len(positions) - arch.num_puzzle_tokens
         task, options = "tokens", {"vocab_size": vocab_size, "seq_len": seq_len}
     return DatasetInfo(
         task=task,
@@ -210,7 +211,12 @@ def _check_fit(wanted: dict[str, Tensor], weights: dict[str, Tensor], file: Path
 def _published_config(manifest: Manifest) -> dict[str, Any]:
     """Our configuration in the published words, as far as they go."""
     arch = manifest.arch.model_dump(mode="json")
-    arch["name"] = ARCH_NAME
+    names = {ours: published for published, ours in ARCH_NAMES.items()}
+    if arch["name"] not in names:
+        raise UserError(f"arch {arch['name']} has no published layout; known: {', '.join(names)}")
+    if arch["name"] == "trm":
+        arch["H_layers"] = 0  # asked for there, and not used
+    arch["name"] = names[arch["name"]]
     arch["loss"] = {"name": LOSS_NAME, **arch["loss"]}
     dtype = manifest.config.get("forward_dtype", "auto")
     arch["forward_dtype"] = "bfloat16" if dtype == "auto" else dtype

@@ -1,9 +1,8 @@
 """Adaptive computation time: the carry of a batch, and when a slot halts.
 
 A batch slot keeps its puzzle and hidden state over training steps until it halts ("deep supervision"); then it
-takes the puzzle at its position in the next batch and starts anew. Nothing here is random: exploration comes in
-as `min_halt_steps`, drawn by the caller from (seed, global step, global slot), so any number of workers draws
-the same.
+takes the puzzle at its position in the next batch and starts anew. Nothing here is random: what is drawn comes in
+as `Control`, from the caller.
 
 Source: Wang et al. 2025, arXiv:2506.21734, "Deep supervision" and "Adaptive computational time".
 """
@@ -14,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hrm_ray.models.hrm import HRM, Prediction, State
+from hrm_ray.models.halting import Control, Fixed
+from hrm_ray.models.recursive import Prediction, RecursiveModel, State
 
 IGNORE = -100  # the label of a cell that is not scored
 
@@ -39,6 +39,10 @@ class Batch:
             torch.where(mask_B, self.puzzle_identifiers, other.puzzle_identifiers),
         )
 
+    def rows(self, index: Tensor) -> "Batch":
+        """The rows that `index` (bool [B]) marks."""
+        return Batch(self.inputs[index], self.labels[index], self.puzzle_identifiers[index])
+
     def to(self, device: torch.device) -> "Batch":
         return Batch(
             self.inputs.to(device, non_blocking=True),
@@ -56,6 +60,11 @@ class Carry:
     halted: Tensor
     batch: Batch
 
+    def rows(self, index: Tensor) -> "Carry":
+        """The slots that `index` (bool [B]) marks."""
+        state = State(self.state.z_H[index], self.state.z_L[index])
+        return Carry(state, self.steps[index], self.halted[index], self.batch.rows(index))
+
 
 class Step(NamedTuple):
     """One ACT step: the new carry, the prediction, and in training the target of q_continue [B]."""
@@ -70,13 +79,15 @@ class ACT(nn.Module):
 
     Args:
         inner: the recursion.
-        halt_max_steps: every slot halts at this step at the latest.
+        halt_max_steps: every slot halts at this step at the latest. It may be set anew, also higher than in training.
+        halting: when a slot halts before.
     """
 
-    def __init__(self, inner: HRM, halt_max_steps: int):
+    def __init__(self, inner: RecursiveModel, halt_max_steps: int, halting: Fixed):
         super().__init__()
         self.inner = inner
         self.halt_max_steps = halt_max_steps
+        self.halting = halting
 
     def initial_carry(self, batch: Batch) -> Carry:
         """Carry in which every slot is halted, so that the first step takes its puzzle from the batch."""
@@ -88,27 +99,29 @@ class ACT(nn.Module):
             batch,
         )
 
-    def forward(self, carry: Carry, batch: Batch, min_halt_steps_B: Tensor | None = None) -> Step:
+    def forward(self, carry: Carry, batch: Batch, control: Control | None = None) -> Step:
         """One step of every slot.
 
         Args:
             carry: of the step before.
             batch: puzzles for the slots that have halted; the others ignore theirs.
-            min_halt_steps_B: int [B], in training: a slot does not halt before this step (exploration).
-                None means evaluation: every slot runs `halt_max_steps`.
+            control: of this training step. None means evaluation: every slot runs `halt_max_steps`.
         """
         state = self.inner.reset(carry.state, carry.halted)
         batch = batch.where(carry.halted, carry.batch)
         state, prediction = self.inner(state, batch.inputs, batch.puzzle_identifiers)
+        if control is not None and control.is_warming_up:
+            prediction = Prediction(prediction.logits, *self.inner.q_values(state.z_H))
         with torch.no_grad():
             steps = torch.where(carry.halted, 0, carry.steps) + 1
             is_last = steps >= self.halt_max_steps
-            if min_halt_steps_B is None or self.halt_max_steps == 1:
+            if control is None or self.halt_max_steps == 1:
                 return Step(Carry(state, steps, is_last, batch), prediction, None)
-            wants_to_halt = prediction.q_halt > prediction.q_continue
-            halted = is_last | (wants_to_halt & (steps >= min_halt_steps_B))
-            # Q-learning without a replay memory or target network: the next step's values, from here, now.
-            _, following = self.inner(state, batch.inputs, batch.puzzle_identifiers)
-            best_next = torch.maximum(following.q_halt, following.q_continue)
-            target = torch.where(is_last, following.q_halt, best_next).sigmoid()
+            halted = is_last | self.halting.chooses(prediction, steps, control)
+            target = None
+            if self.halting.looks_ahead:
+                # Q-learning without a replay memory or target network: the next step's values, from here, now.
+                _, following = self.inner(state, batch.inputs, batch.puzzle_identifiers)
+                best_next = torch.maximum(following.q_halt, following.q_continue)
+                target = torch.where(is_last, following.q_halt, best_next).sigmoid()
         return Step(Carry(state, steps, halted, batch), prediction, target)

@@ -9,7 +9,7 @@ Source: Wang et al. 2025 (arXiv:2506.21734) and its public code.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +87,7 @@ def flash_attention(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor) -> Tensor:
 
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+Rope = tuple[Tensor, Tensor] | None  # cosines and sines, or no rotation
 ATTENTION: dict[str, AttentionKernel] = {
     "sdpa": F.scaled_dot_product_attention,
     "matmul": matmul_attention,
@@ -104,7 +105,7 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(hidden_size, 3 * hidden_size)
         self.o_proj = Linear(hidden_size, hidden_size)
 
-    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, rope: Rope) -> Tensor:
         qkv = rearrange(self.qkv_proj(x_BSD), "b s (c n k) -> c b n s k", c=3, k=self.head_dim)
         q, k, v = qkv.unbind(0)
         if rope is not None:
@@ -139,23 +140,33 @@ class Block(nn.Module):
         self.self_attn = Attention(hidden_size, num_heads, attention)
         self.mlp = SwiGLU(hidden_size, expansion)
 
-    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, rope: Rope) -> Tensor:
         x_BSD = rms_norm(x_BSD + self.self_attn(x_BSD, rope))
+        return rms_norm(x_BSD + self.mlp(x_BSD))
+
+
+class MixerBlock(nn.Module):
+    """Post-norm block whose tokens are mixed by a SwiGLU over the sequence axis (`mlp_t`) instead of attention."""
+
+    def __init__(self, num_tokens: int, hidden_size: int, expansion: float):
+        super().__init__()
+        self.mlp_t = SwiGLU(num_tokens, expansion)
+        self.mlp = SwiGLU(hidden_size, expansion)
+
+    def forward(self, x_BSD: Tensor, rope: Rope) -> Tensor:
+        x_BDS = x_BSD.transpose(1, 2)
+        x_BSD = rms_norm(x_BDS + self.mlp_t(x_BDS)).transpose(1, 2)  # over the tokens, as published
         return rms_norm(x_BSD + self.mlp(x_BSD))
 
 
 class ReasoningModule(nn.Module):
     """A stack of blocks that first adds its input injection to its state (the H or L module)."""
 
-    def __init__(
-        self, num_layers: int, hidden_size: int, num_heads: int, expansion: float, attention: str = "sdpa"
-    ):
+    def __init__(self, layers: Iterable[nn.Module]):
         super().__init__()
-        self.layers = nn.ModuleList(
-            Block(hidden_size, num_heads, expansion, attention) for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(layers)
 
-    def forward(self, state_BSD: Tensor, injection_BSD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, state_BSD: Tensor, injection_BSD: Tensor | float, rope: Rope) -> Tensor:
         x_BSD = state_BSD + injection_BSD
         for layer in self.layers:
             x_BSD = layer(x_BSD, rope)

@@ -57,6 +57,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, loss_type: LossType) -> Tensor
     return flat.view(labels.shape)
 
 
+@torch.no_grad()
+def count_right(tokens_BC: Tensor, labels_BC: Tensor) -> tuple[Tensor, Tensor]:
+    """How many labelled cells of each puzzle are right, and how many there are; int64 [B] each."""
+    labelled = labels_BC != IGNORE
+    return ((tokens_BC == labels_BC) & labelled).sum(-1), labelled.sum(-1)
+
+
 def act_loss(step: Step, loss_type: LossType) -> tuple[Tensor, Tensor]:
     """Loss of one ACT step and its metrics.
 
@@ -65,14 +72,12 @@ def act_loss(step: Step, loss_type: LossType) -> tuple[Tensor, Tensor]:
         accuracies and steps over the slots that halted at this step).
     """
     labels, prediction = step.carry.batch.labels, step.prediction
-    labelled = labels != IGNORE
-    num_labelled = labelled.sum(-1)
+    num_right, num_labelled = count_right(prediction.logits.argmax(-1), labels)
     is_puzzle = num_labelled > 0
     cell_weight = 1 / num_labelled.clamp(min=1)
 
     lm_losses = cross_entropy(prediction.logits, labels, loss_type).sum(-1) * cell_weight
     with torch.no_grad():
-        num_right = ((prediction.logits.argmax(-1) == labels) & labelled).sum(-1)
         exact = num_right == num_labelled
         halted = (step.carry.halted & is_puzzle).float()
     q_halt_losses = is_puzzle * F.binary_cross_entropy_with_logits(

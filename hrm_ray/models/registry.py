@@ -4,10 +4,12 @@ from typing import Protocol
 
 import torch
 
-from hrm_ray.config.schema import HRMConfig
+from hrm_ray.config.arch import ArchConfig, architectures
+from hrm_ray.config.halting import AS_PUBLISHED, HaltingConfig
 from hrm_ray.machine import Setup
 from hrm_ray.models.act import ACT
-from hrm_ray.models.hrm import HRM
+from hrm_ray.models.halting import build_halting
+from hrm_ray.models.recursive import RecursiveModel
 
 
 class DataShape(Protocol):
@@ -21,10 +23,13 @@ class DataShape(Protocol):
     def num_puzzle_identifiers(self) -> int: ...
 
 
-def build_model(arch: HRMConfig, data: DataShape, setup: Setup) -> ACT:
+def build_model(
+    arch: ArchConfig, data: DataShape, setup: Setup, halting: HaltingConfig = AS_PUBLISHED
+) -> ACT:
     """A freshly initialised model, drawn from torch's global generator on the CPU and moved to its device."""
+    architectures()  # so that all classes are known
     with torch.device("cpu"):
-        inner = HRM(
+        inner = RecursiveModel.classes[type(arch)](
             arch,
             vocab_size=data.vocab_size,
             seq_len=data.seq_len,
@@ -32,4 +37,4 @@ def build_model(arch: HRMConfig, data: DataShape, setup: Setup) -> ACT:
             dtype=setup.dtype,
             attention=setup.attention,
         )
-    return ACT(inner, arch.halt_max_steps).to(setup.device)
+    return ACT(inner, arch.halt_max_steps, build_halting(halting, arch)).to(setup.device)

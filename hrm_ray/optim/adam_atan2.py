@@ -122,11 +122,12 @@ class AdamATan2(torch.optim.Optimizer):
             if not params:
                 continue
             for p in params:
+                moments = torch.promote_types(p.dtype, torch.float32)
                 if not self.state[p]:
                     self.state[p].update(
                         step=torch.tensor(0.0),
-                        exp_avg=torch.zeros_like(p, dtype=torch.float32),
-                        exp_avg_sq=torch.zeros_like(p, dtype=torch.float32),
+                        exp_avg=torch.zeros_like(p, dtype=moments),
+                        exp_avg_sq=torch.zeros_like(p, dtype=moments),
                     )
                 self.state[p]["step"] += 1
             states = [self.state[p] for p in params]

@@ -1,9 +1,35 @@
-"""Learning rates as pure functions of the one clock, the optimizer step."""
+"""Everything that changes over a run, as pure functions of the one clock: (global_step, total_steps).
+
+Nothing here counts by itself: how often a model or a loss is called moves no schedule, and a resumed run goes on where
+the clock stands. Durations are ratios of `total_steps`.
+"""
 
 import math
+from typing import Literal
+
+Shape = Literal["linear", "cosine", "exponential"]
+
+EXPONENTIAL_RATE = 5.0
 
 
-def warmup_cosine(step: int, total_steps: int, *, warmup_steps: int, min_ratio: float) -> float:
+def anneal(step: int, total_steps: int, *, start: float, end: float, ratio: float, shape: Shape) -> float:
+    """From `start` at step 0 to `end`, which is reached exactly at step `ratio` x `total_steps` and kept.
+
+    Args:
+        shape: "linear"; "cosine": half a cosine, smooth at both ends; "exponential": 1 - exp(-5x), fast early and slow
+            later, scaled so that it ends at `end`.
+    """
+    if step >= ratio * total_steps:
+        return end
+    x = max(0.0, step / (ratio * total_steps))
+    if shape == "cosine":
+        x = 0.5 * (1 - math.cos(math.pi * x))
+    elif shape == "exponential":
+        x = math.expm1(-EXPONENTIAL_RATE * x) / math.expm1(-EXPONENTIAL_RATE)
+    return start + (end - start) * x
+
+
+def warmup_cosine(step: int, total_steps: int, *, warmup_steps: float, min_ratio: float) -> float:
     """Share of the base learning rate at optimizer step `step`, counted from 1.
 
     Linear from 0 over `warmup_steps`, then half a cosine down to `min_ratio` at `total_steps`: the published

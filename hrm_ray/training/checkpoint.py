@@ -4,7 +4,9 @@
         model.safetensors                     weights and buffers, under their published names
         ema.safetensors                       averaged weights, if the run keeps them
         optimizer.safetensors                 first and second moments
-        carry-00000-of-00002.safetensors      one worker's hidden states, puzzles, and sums not yet reported
+        target.safetensors                    the Q head's slow copy, if halting is learned by Q-learning
+        carry-00000-of-00002.safetensors      one worker's hidden states, puzzles, replay memory, and
+                                              sums not yet reported
         manifest.json                         what it is; sizes and SHA-256 of the files and of itself; written last
 
         ../saved                              that the run has had a whole checkpoint at all
@@ -23,7 +25,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hrm_ray.config.schema import HRMConfig
+from hrm_ray.config.arch import Arch
 from hrm_ray.config.validate import Settings, validated
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.manifest import MANIFEST, Damaged, seal, unseal
@@ -61,7 +63,7 @@ class Manifest(Settings):
     format_version: int = FORMAT_VERSION
     global_step: int = Field(ge=0)
     world_size: int = 0  # workers whose carries are in it; 0: weights only
-    arch: HRMConfig
+    arch: Arch
     dataset: DatasetInfo
     config: dict[str, Any]
     # Of the evaluation at this step, added after it; empty if there was none.

@@ -1,4 +1,4 @@
-"""Metrics of a model over a split: every example once, shared out over the workers, all ACT steps run."""
+"""Metrics of a model over a split: every example once, shared out over the workers."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hrm_ray.config.inference import AS_TRAINED, Inference
 from hrm_ray.data.sampler import PADDING
 from hrm_ray.data.shards import Split
-from hrm_ray.models.act import ACT, IGNORE, Batch, Step
-from hrm_ray.models.losses import METRICS, LossType, act_loss
+from hrm_ray.models.act import ACT, IGNORE, Batch
+from hrm_ray.models.inference import Answer, Answers, think_and_vote, thinking_for
+from hrm_ray.models.losses import count_right
 from hrm_ray.training.world import World
-
-EVAL_METRICS = ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps")
 
 
 def make_batch(
@@ -35,17 +35,6 @@ def make_batch(
     )
 
 
-@torch.inference_mode()
-def run_to_halt(model: ACT, batch: Batch) -> Step:
-    """All ACT steps of a batch; the last one. The model must be in evaluation mode."""
-    carry = model.initial_carry(batch)
-    while True:
-        step = model(carry, batch)
-        if step.carry.halted.all():
-            return step
-        carry = step.carry
-
-
 class Interrupted(Exception):
     """An evaluation was given up; raised on every worker alike."""
 
@@ -62,9 +51,10 @@ def evaluate(
     split: Split,
     *,
     ignore_label_id: int | None,
-    loss_type: LossType,
     batch_size: int,
     world: World,
+    inference: Inference = AS_TRAINED,
+    relabelings: np.ndarray | None = None,
     num_examples: int | None = None,
     save_outputs: Sequence[str] = (),
     on_batch: Callable[[int], object] | None = None,
@@ -74,48 +64,91 @@ def evaluate(
 
     Args:
         batch_size: examples a worker computes at once.
+        inference: how the model is used.
+        relabelings: integers [votes, V], see `Task.relabelings`; needed for several votes.
         num_examples: only the first so many; None: all.
         save_outputs: names from `OUTPUTS` to collect; only with one worker.
         on_batch: called with the number of examples done by this worker after each batch.
         interrupt: asked by all workers alike after each batch; true ends the evaluation with `Interrupted`.
 
     Returns:
-        `EVAL_METRICS` as means over the examples, and the collected arrays, rows in the order of the split.
+        metrics as means over the examples: `accuracy`, `exact_accuracy`, `q_halt_accuracy`, `steps`; unless
+        `inference.halt` is learned, also `learned_exact_accuracy` and `learned_steps`, which it would give. And the
+        collected arrays, rows in the order of the split.
     """
     assert not save_outputs or world.size == 1
+    assert (inference.votes > 1) == (relabelings is not None)
     num_examples = min(num_examples or split.num_examples, split.num_examples)
     device = next(model.parameters()).device
-    totals = torch.zeros(len(METRICS), dtype=torch.float64)
+    copies = None if relabelings is None else torch.from_numpy(relabelings.astype(np.int64)).to(device)
+    totals = torch.zeros(len(SUMS), dtype=torch.float64)
     collected: dict[str, list[np.ndarray]] = {name: [] for name in save_outputs}
     was_training = model.training
     model.eval()
-    for start, stop in _spans(num_examples, batch_size, world):
-        if interrupt and interrupt():
-            model.train(was_training)
-            raise Interrupted
-        if start == stop:
-            continue
-        batch = make_batch(split, np.arange(start, stop), ignore_label_id).to(device)
-        step = run_to_halt(model, batch)
-        _, metrics = act_loss(step, loss_type)
-        totals += metrics.double().cpu()
-        for name in save_outputs:
-            collected[name].append(OUTPUTS[name](step).cpu().numpy())
-        if on_batch:
-            on_batch(stop - start)
-    model.train(was_training)
+    try:
+        with thinking_for(model, inference.halt_max_steps):
+            for start, stop in _spans(num_examples, batch_size, world):
+                if interrupt and interrupt():
+                    raise Interrupted
+                if start == stop:
+                    continue
+                batch = make_batch(split, np.arange(start, stop), ignore_label_id).to(device)
+                answers = think_and_vote(
+                    model, batch, stops_early=inference.halt == "learned", relabelings=copies
+                )
+                totals += _sums(answers, batch.labels).cpu()
+                for name in save_outputs:
+                    collected[name].append(OUTPUTS[name](batch, answers.last).cpu().numpy())
+                if on_batch:
+                    on_batch(stop - start)
+    finally:
+        model.train(was_training)
     totals = world.sum(totals.to(device) if world.size > 1 else totals).cpu()
-    sums = dict(zip(METRICS, totals.tolist(), strict=True))
-    means = {name: sums[name] / max(sums["count"], 1) for name in EVAL_METRICS}
+    sums = dict(zip(SUMS, totals.tolist(), strict=True))
+    count = max(sums.pop("count"), 1)
+    if inference.halt == "learned":
+        del sums["learned_exact_accuracy"], sums["learned_steps"]
+    means = {name: value / count for name, value in sums.items()}
     return means, {name: np.concatenate(parts) for name, parts in collected.items()}
 
 
-OUTPUTS: dict[str, Callable[[Step], Tensor]] = {
-    "inputs": lambda step: step.carry.batch.inputs,
-    "labels": lambda step: step.carry.batch.labels,
-    "puzzle_identifiers": lambda step: step.carry.batch.puzzle_identifiers,
-    "logits": lambda step: step.prediction.logits,
-    "predictions": lambda step: step.prediction.logits.argmax(-1),
-    "q_halt_logits": lambda step: step.prediction.q_halt,
-    "q_continue_logits": lambda step: step.prediction.q_continue,
+SUMS = (
+    "count",
+    "accuracy",
+    "exact_accuracy",
+    "q_halt_accuracy",
+    "steps",
+    "learned_exact_accuracy",
+    "learned_steps",
+)
+
+
+def _sums(answers: Answers, labels: Tensor) -> Tensor:
+    """Sums over the puzzles of a batch in the order of `SUMS`, float64."""
+    last, learned = answers
+    num_right, num_labelled = count_right(last.tokens, labels)
+    exact = num_right == num_labelled
+    num_right_learned, _ = count_right(learned.tokens, labels)
+    parts = (
+        torch.ones_like(exact),
+        num_right / num_labelled.clamp(min=1),
+        exact,
+        (last.q_halt >= 0) == exact,
+        last.steps,
+        num_right_learned == num_labelled,
+        learned.steps,
+    )
+    is_puzzle = num_labelled > 0
+    return torch.stack([(part * is_puzzle).sum(dtype=torch.float64) for part in parts])
+
+
+OUTPUTS: dict[str, Callable[[Batch, Answer], Tensor]] = {
+    "inputs": lambda batch, answer: batch.inputs,
+    "labels": lambda batch, answer: batch.labels,
+    "puzzle_identifiers": lambda batch, answer: batch.puzzle_identifiers,
+    "logits": lambda batch, answer: answer.logits,
+    "predictions": lambda batch, answer: answer.tokens,
+    "q_halt_logits": lambda batch, answer: answer.q_halt,
+    "q_continue_logits": lambda batch, answer: answer.q_continue,
+    "steps": lambda batch, answer: answer.steps,
 }

@@ -1,8 +1,6 @@
 """The training loop: the same in a plain process and in every Ray worker. Knows no Ray.
 
-One step: every slot's puzzle goes one ACT step on, the losses of all slots of all workers are summed and divided
-by the global batch size, and the optimizers move. DDP *averages* gradients over the workers, so the loss of each
-is multiplied by their number first; then N workers do what one would do on the same global batch.
+What follows on what: steps (`step`), reports, checkpoints, evaluations, and what is done about faults.
 """
 
 import time
@@ -11,20 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from hrm_ray import machine
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.data.sampler import Sampler, min_halt_steps
 from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.errors import RunFailed, UserError
-from hrm_ray.models.act import ACT, Batch, Carry
-from hrm_ray.models.hrm import num_tokens
-from hrm_ray.models.losses import LossType, act_loss
-from hrm_ray.optim.sign_sgd import sparse_sign_sgd
 from hrm_ray.training.agreement import WorkersDisagree, all_finite, bit_sum, odd_ones_out
 from hrm_ray.training.checkpoint import (
     FOLDER,
@@ -35,13 +25,14 @@ from hrm_ray.training.checkpoint import (
     step_name,
     write_manifest,
 )
-from hrm_ray.training.evaluate import Interrupted, evaluate, make_batch
+from hrm_ray.training.evaluate import Interrupted, evaluate
 from hrm_ray.training.logging import Records, note_event
 from hrm_ray.training.meter import Diverged, Meter
 from hrm_ray.training.plan import Plan, out_of_patience
 from hrm_ray.training.resume import check_fits, weights_source
 from hrm_ray.training.saver import Saver
 from hrm_ray.training.state import TrainState
+from hrm_ray.training.step import Stepper
 from hrm_ray.training.storage import Storage, is_full
 from hrm_ray.training.watchdog import Watchdog
 from hrm_ray.training.world import World
@@ -75,20 +66,6 @@ class Hooks:
     event: Callable[[dict[str, Any]], None] = lambda entry: None
 
 
-class LossModule(nn.Module):
-    """ACT step and loss as one module, for DDP to wrap."""
-
-    def __init__(self, model: ACT, loss_type: LossType):
-        super().__init__()
-        self.model = model
-        self.loss_type: LossType = loss_type
-
-    def forward(self, carry: Carry, batch: Batch, min_halt_steps_B: Tensor) -> tuple[Tensor, Tensor, Carry]:
-        step = self.model(carry, batch, min_halt_steps_B)
-        loss, metrics = act_loss(step, self.loss_type)
-        return loss, metrics, step.carry
-
-
 @dataclass(frozen=True)
 class Votes:
     """What the workers agree on after every step."""
@@ -111,15 +88,13 @@ class Trainer:
     def __init__(self, config: TrainConfig, run: Storage, world: World, hooks: Hooks):
         self.config, self.run, self.world, self.hooks = config, run, world, hooks
         self.dataset = open_checked(config.data_path, world)
-        self.split = self.dataset.split("train")
-        self.plan = Plan.of(config, self.split)
-        self.sampler = Sampler(self.split, config.seed, config.global_batch_size, self.plan.num_examples)
+        self.plan = Plan.of(config, self.dataset.split("train"))
         self.setup = machine.resolve(
             device=config.device,
             forward_dtype=config.forward_dtype,
             attention=config.attention,
             optimizer_backend=config.optimizer_backend,
-            num_tokens=num_tokens(config.arch, self.dataset.manifest.seq_len),
+            num_tokens=config.arch.num_tokens(self.dataset.manifest.seq_len),
             local_rank=world.local_rank,
         )
         self._stop_reason: str | None = None
@@ -145,21 +120,20 @@ class Trainer:
         config = self.config
         self.state = TrainState.initial(config, self.dataset, self.setup)
         checkpoint = self._newest_checkpoint()
-        self._meter = Meter(self.setup.device, config.max_loss)
+        sums, num_steps = None, 0
         if checkpoint is not None:
-            sums = self.state.restore(checkpoint, self.world)
-            manifest = checkpoint.manifest
-            self._meter = Meter(self.setup.device, config.max_loss, sums, manifest.unreported_steps)
+            sums = self.state.restore(checkpoint, self.world, config)
+            num_steps = checkpoint.manifest.unreported_steps
         elif config.resume == "weights":
             self._start_from_weights()
-        module: nn.Module = LossModule(self.state.model, config.arch.loss.loss_type)
-        if self.world.size > 1:
-            # DDP would lay out its buckets anew after the first step, and with them the order of summation: a
-            # continued run would differ in its last bits. It does not if it looks for unused parameters.
-            module = DistributedDataParallel(
-                module, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
-            )
-        self.module = module
+        self._meter = Meter(
+            self.setup.device,
+            slots_per_step=config.global_batch_size * config.supervision_steps,
+            max_loss=config.max_loss,
+            sums=sums,
+            num_steps=num_steps,
+        )
+        self.stepper = Stepper(config, self.plan, self.dataset, self.world, self.state)
         self._saved_at = time.monotonic()
         # The last step whose evaluation is done; a checkpoint without metrics was not evaluated.
         self._evaluated_step = self.state.global_step if checkpoint and checkpoint.manifest.metrics else 0
@@ -236,7 +210,7 @@ class Trainer:
         self._step(step)
         votes = self._vote()
         if plan.reports(step):
-            self._report(self._meter.report(step, self.config.global_batch_size, self._lr, self.world))
+            self._report(self._meter.report(self.world) | plan.values(step))
         interval = self.config.checksum_interval
         if interval is not None and step % interval == 0:
             self._check_state()
@@ -248,54 +222,10 @@ class Trainer:
         self._show("train")
         self._evaluate_if_due()
 
-    def _lr(self, step: int) -> float:
-        return self.config.lr * self.plan.lr_share(step)
-
-    def _batch(self, step: int) -> tuple[Batch, Tensor]:
-        """This worker's puzzles and exploration minima for `step`."""
-        slots = self.world.slots(self.config.global_batch_size)
-        manifest = self.dataset.manifest
-        batch = make_batch(
-            self.split, self.sampler.ids(step)[slots], manifest.ignore_label_id, manifest.blank_identifier_id
-        )
-        minima = min_halt_steps(
-            self.config.seed,
-            step,
-            self.config.global_batch_size,
-            exploration_prob=self.config.arch.halt_exploration_prob,
-            halt_max_steps=self.config.arch.halt_max_steps,
-        )
-        device = self.setup.device
-        return batch.to(device), torch.from_numpy(np.ascontiguousarray(minima[slots])).to(device)
-
     def _step(self, step: int) -> None:
-        config, state = self.config, self.state
-        started = time.perf_counter()
-        batch, minima = self._batch(step)
-        data_wait_s = time.perf_counter() - started
-        if state.carry is None:
-            state.carry = state.model.initial_carry(batch)
-        state.global_step = step
-        if step in state.skipped_steps:
-            return
-        loss, metrics, state.carry = self.module(state.carry, batch, minima)
-        (loss * (self.world.size / config.global_batch_size)).backward()
-
-        share = self.plan.lr_share(step)
-        state.optimizer.param_groups[0]["lr"] = self._lr(step)
-        state.optimizer.step()
-        state.optimizer.zero_grad()
-        if config.arch.puzzle_emb_ndim:
-            table = state.model.inner.puzzle_emb
-            of_all = [self.world.gather(rows, config.global_batch_size) for rows in table.take_gradients()]
-            sparse_sign_sgd(
-                table.weights,
-                *of_all,
-                lr=config.puzzle_emb_lr * share,
-                weight_decay=config.puzzle_emb_weight_decay,
-            )
-        state.update_averages(config.ema_rate)
-        self._meter.add(metrics, loss, step, len(minima), data_wait_s)
+        outcome = self.stepper.take(step)
+        if outcome is not None:  # it was not left out
+            self._meter.add(outcome, step)
 
     def _vote(self) -> Votes:
         """What all workers agree on after a step or a batch of an evaluation. Collective."""
@@ -328,7 +258,6 @@ class Trainer:
                     self.state.model,
                     self.dataset.split("test"),
                     ignore_label_id=self.dataset.manifest.ignore_label_id,
-                    loss_type=self.config.arch.loss.loss_type,
                     batch_size=max(1, self.config.global_batch_size // self.world.size),
                     num_examples=self.config.num_eval_examples,
                     world=self.world,
@@ -421,11 +350,11 @@ class Trainer:
             hint = ", or leave out such batches with on_nonfinite=rollback"
             raise RunFailed(
                 f"{problem.what}{f', after {num_rollbacks} rollbacks' if num_rollbacks else ''} "
-                f"(lr {self._lr(problem.step):.3g}); lower lr or lengthen lr_warmup_steps"
+                f"(lr {self.plan.lr(problem.step):.3g}); lower lr or lengthen lr_warmup_steps"
                 f"{hint if config.on_nonfinite == 'stop' else ''}; the same command goes on from the last "
                 "checkpoint, run_name=NAME starts anew"
             )
-        del self.module, self.state  # their memory is wanted for the new ones
+        del self.stepper, self.state  # their memory is wanted for the new ones
         self._begin()
         state = self.state
         # The batch that shows it and the one whose update may have caused it; where that did not help, twice as many.

@@ -1,13 +1,14 @@
 """Training metrics between two reports, summed on the device so that no step waits for them."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from hrm_ray.models.losses import METRICS
+from hrm_ray.training.step import Outcome
 from hrm_ray.training.world import World
 
 NEVER = 2**31 - 1  # a step that no run reaches
@@ -31,12 +32,21 @@ class Meter:
 
     Args:
         device: of the losses.
+        slots_per_step: of all workers.
         max_loss: mean loss of a slot above which a step counts as not finite.
         sums, num_steps: what an earlier attempt summed and did not report.
     """
 
-    def __init__(self, device: torch.device, max_loss: float, sums: Tensor | None = None, num_steps: int = 0):
-        self._device, self._max_loss = device, max_loss
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        slots_per_step: int,
+        max_loss: float,
+        sums: Tensor | None = None,
+        num_steps: int = 0,
+    ):
+        self._device, self._slots_per_step, self._max_loss = device, slots_per_step, max_loss
         self._depth = 0  # of `excluded`
         self._reset()
         if sums is not None:
@@ -52,14 +62,14 @@ class Meter:
         self._checkpoint_s: float | None = None
         self._started = time.perf_counter()
 
-    def add(self, metrics: Tensor, loss: Tensor, step: int, num_slots: int, data_wait_s: float) -> None:
-        """Count one step of `num_slots` slots, whose losses sum up to `loss`."""
-        self.sums += metrics
-        good = loss.detach().abs() <= self._max_loss * num_slots  # false for NaN too
+    def add(self, outcome: Outcome, step: int) -> None:
+        """Count what came of `step`."""
+        self.sums += outcome.metrics
+        good = outcome.loss.abs() <= self._max_loss * outcome.num_slots  # false for NaN too
         self._bad_step = torch.minimum(self._bad_step, torch.where(good, NEVER, step))
         self.num_steps += 1
         self._num_timed += 1
-        self._data_wait_s += data_wait_s
+        self._data_wait_s += outcome.data_wait_s
 
     def check(self, world: World) -> None:
         """Raise `Diverged` if a loss since the last report was not finite. Collective."""
@@ -68,10 +78,8 @@ class Meter:
             rank = bad_steps.index(min(bad_steps))
             raise Diverged(min(bad_steps), f"the loss is not finite at step {min(bad_steps)} on rank {rank}")
 
-    def report(
-        self, step: int, global_batch_size: int, lr: Callable[[int], float], world: World
-    ) -> dict[str, float]:
-        """Metrics since the last report, over all workers, at `step`; `lr` is a function of it. Collective.
+    def report(self, world: World) -> dict[str, float]:
+        """Metrics since the last report, over all workers. Collective.
 
         Raises:
             Diverged: a loss was not finite.
@@ -81,7 +89,7 @@ class Meter:
         halted = sums.pop("count")
         record = {}
         if self.num_steps:  # none, if all were left out after a rollback
-            slots = self.num_steps * global_batch_size
+            slots = self.num_steps * self._slots_per_step
             for name in ("lm_loss", "q_halt_loss", "q_continue_loss"):
                 record[f"train/{name}"] = sums[name] / slots
             record["train/loss"] = record["train/lm_loss"] + 0.5 * (
@@ -90,7 +98,6 @@ class Meter:
         if halted:
             for name in ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps"):
                 record[f"train/{name}"] = sums[name] / halted
-        record["train/lr"] = lr(step)
         record["time/step_s"] = (time.perf_counter() - self._started) / max(1, self._num_timed)
         record["time/data_wait_s"] = self._data_wait_s / max(1, self._num_timed)
         if self._checkpoint_s is not None:

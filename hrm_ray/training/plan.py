@@ -1,11 +1,22 @@
 """The arithmetic of a run: how long it is and what happens after which step. Pure functions of the clock."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+from hrm_ray.config.halting import OLD_STEP_COUNTS, HaltingConfig
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Split
-from hrm_ray.optim.schedules import warmup_cosine
+from hrm_ray.errors import UserError
+from hrm_ray.optim.schedules import Shape, anneal, warmup_cosine
+
+# What is annealed while halting is learned: the key, the ratio that says until when, the shape.
+ANNEALED: tuple[tuple[str, str, Shape], ...] = (
+    ("expansion_penalty", "expansion_anneal_ratio", "cosine"),
+    ("q_temperature", "q_temperature_anneal_ratio", "exponential"),
+    ("epsilon", "epsilon_anneal_ratio", "linear"),
+)
 
 
 @dataclass(frozen=True)
@@ -25,11 +36,109 @@ class Plan:
 
     @classmethod
     def of(cls, config: TrainConfig, split: Split) -> "Plan":
+        """The plan of a run on the examples `split`.
+
+        Raises:
+            UserError: a duration is longer than the run.
+        """
         examples_per_epoch = split.num_groups * split.info.mean_puzzle_examples
-        batches = config.epochs * examples_per_epoch / config.global_batch_size
+        # As many as the run will take: its batches go on over the ends of epochs, as in the published schedule.
+        batches = config.epochs * examples_per_epoch / (config.global_batch_size * config.supervision_steps)
         total_steps = max(1, int(batches) if config.drop_last else -int(-batches // 1))
         last_step = min(total_steps, config.max_steps or total_steps)
-        return cls(config, total_steps, last_step, examples_per_epoch)
+        plan = cls(config, total_steps, last_step, examples_per_epoch)
+        plan._check_durations()
+        return plan
+
+    def _check_durations(self) -> None:
+        steps = {key: getattr(self.config.halting, key) for key in OLD_STEP_COUNTS}
+        if self.config.lr_warmup_ratio is None:
+            steps["lr_warmup_steps"] = self.config.lr_warmup_steps
+        for key, value in steps.items():
+            if value is not None and value > self.total_steps:
+                ratio = {"lr_warmup_steps": "lr_warmup_ratio"}.get(key) or OLD_STEP_COUNTS[key]
+                raise UserError(
+                    f"{key}={value} is longer than the run's {self.total_steps} steps; lower it, or give "
+                    f"{ratio}=RATIO, a share of the run"
+                )
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps in which every group is visited once."""
+        return self.examples_per_epoch / (self.config.global_batch_size * self.config.supervision_steps)
+
+    @cached_property
+    def halting(self) -> HaltingConfig:
+        """`config.halting` with numbers of steps, where they were given, turned into ratios."""
+        given = {old: getattr(self.config.halting, old) for old in OLD_STEP_COUNTS}
+        ratios = {OLD_STEP_COUNTS[old]: n / self.total_steps for old, n in given.items() if n is not None}
+        return self.config.halting.model_copy(update=ratios)
+
+    def conversions(self) -> list[str]:
+        """A warning for every number of steps that became a ratio."""
+        return [
+            f"{old}={getattr(self.config.halting, old)} of {self.total_steps} steps is taken as "
+            f"{ratio}={getattr(self.halting, ratio):g}; give that instead"
+            for old, ratio in OLD_STEP_COUNTS.items()
+            if getattr(self.config.halting, old) is not None
+        ]
+
+    def describe(self) -> list[str]:
+        """Lines for a user: the length of the run, and the step at which each schedule ends."""
+        config, h = self.config, self.halting
+        lines = [f"{self.total_steps} steps, {self.steps_per_epoch:.5g} an epoch"]
+        warmup = f"lr: warm-up to step {math.ceil(self.lr_warmup_steps)}"
+        constant = config.lr_min_ratio == 1
+        lines.append(
+            warmup + ("" if constant else f", down to {config.lr_min_ratio:g} at {self.total_steps}")
+        )
+        if config.weight_decay_end is not None:
+            end = self._ends(config.weight_decay_anneal_ratio)
+            lines.append(
+                f"weight_decay: {config.weight_decay:g} to {config.weight_decay_end:g} at step {end}"
+            )
+        if h.name == "q_learning":
+            lines.append(f"Q-learning: warm-up to step {self._ends(h.dqn_warmup_ratio)}")
+            for key, ratio, _ in ANNEALED:
+                start, end = getattr(h, key), getattr(h, f"{key}_end")
+                lines.append(f"{key}: {start:g} to {end:g} at step {self._ends(getattr(h, ratio))}")
+        return lines
+
+    def _ends(self, ratio: float) -> int:
+        return math.ceil(ratio * self.total_steps)
+
+    def annealed(self, step: int) -> dict[str, float]:
+        """The values of `ANNEALED` at `step`, by name."""
+        h = self.halting
+        return {
+            key: anneal(
+                step,
+                self.total_steps,
+                start=getattr(h, key),
+                end=getattr(h, f"{key}_end"),
+                ratio=getattr(h, ratio),
+                shape=shape,
+            )
+            for key, ratio, shape in ANNEALED
+        }
+
+    def is_warming_up(self, step: int) -> bool:
+        """Whether Q-learning only watches at `step`."""
+        return step <= self.halting.dqn_warmup_ratio * self.total_steps
+
+    def weight_decay(self, step: int) -> float:
+        """Weight decay of the dense parameters at `step`."""
+        config = self.config
+        if config.weight_decay_end is None:
+            return config.weight_decay
+        return anneal(
+            step,
+            self.total_steps,
+            start=config.weight_decay,
+            end=config.weight_decay_end,
+            ratio=config.weight_decay_anneal_ratio,
+            shape="cosine",
+        )
 
     @property
     def num_examples(self) -> int | None:
@@ -38,16 +147,35 @@ class Plan:
 
     def epoch(self, step: int) -> float:
         """Epochs seen after `step`."""
-        return step * self.config.global_batch_size / self.examples_per_epoch
+        batches = step * self.config.supervision_steps
+        return batches * self.config.global_batch_size / self.examples_per_epoch
 
     def lr_share(self, step: int) -> float:
         """Share of each base learning rate at `step`."""
         return warmup_cosine(
             step,
             self.total_steps,
-            warmup_steps=self.config.lr_warmup_steps,
+            warmup_steps=self.lr_warmup_steps,
             min_ratio=self.config.lr_min_ratio,
         )
+
+    @property
+    def lr_warmup_steps(self) -> float:
+        ratio = self.config.lr_warmup_ratio
+        return self.config.lr_warmup_steps if ratio is None else ratio * self.total_steps
+
+    def lr(self, step: int) -> float:
+        """Learning rate of the dense parameters at `step`."""
+        return self.config.lr * self.lr_share(step)
+
+    def values(self, step: int) -> dict[str, float]:
+        """What is scheduled, at `step`, by the names of metrics."""
+        values = {"train/lr": self.lr(step)}
+        if self.config.weight_decay_end is not None:
+            values["train/weight_decay"] = self.weight_decay(step)
+        if self.config.halting.name == "q_learning":
+            values |= {f"train/{key}": value for key, value in self.annealed(step).items()}
+        return values
 
     def evaluates(self, step: int) -> bool:
         """Whether an evaluation follows `step`: at the end of every `eval_interval` epochs, and at the end."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from hrm_ray.config.halting import HaltingConfig
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset
 from hrm_ray.errors import UserError
@@ -35,24 +36,21 @@ def check_fits(checkpoint: Checkpoint, config: TrainConfig, run: Storage, datase
 def misfit(checkpoint: Checkpoint, config: TrainConfig, dataset: Dataset) -> str | None:
     """What keeps `config` from continuing `checkpoint`: "KEY VALUE, not VALUE"; None if nothing does."""
     manifest = checkpoint.manifest
-    keys = ("seed", "global_batch_size", "ema")
-    there = {"data set": manifest.dataset.fingerprint, "arch": manifest.arch}
-    here = {"data set": dataset.fingerprint, "arch": config.arch}
-    there |= {key: manifest.config.get(key) for key in keys}
+    there: dict[str, Any] = {"data set": manifest.dataset.fingerprint, "arch": manifest.arch.name}
+    here: dict[str, Any] = {"data set": dataset.fingerprint, "arch": config.arch.name}
+    if here["arch"] == there["arch"]:
+        there |= {f"arch.{key}": value for key, value in manifest.arch}
+        here |= {f"arch.{key}": value for key, value in config.arch}
+    keys = ("seed", "global_batch_size", "supervision_steps", "ema")
+    there |= {key: manifest.config.get(key, TrainConfig.model_fields[key].default) for key in keys}
     here |= {key: getattr(config, key) for key in keys}
-    different = [key for key in here if there[key] != here[key]]
-    return f"{different[0]} {_both(there[different[0]], here[different[0]])}" if different else None
-
-
-def _both(there: Any, here: Any) -> str:
-    """Both values, or of two architectures the fields that differ."""
-    if hasattr(there, "model_dump"):
-        a, b = there.model_dump(), here.model_dump()
-        changed = [key for key in a if a[key] != b.get(key)]
-        return (
-            ", ".join(f"{key}={a[key]}" for key in changed) + ", not " + ", ".join(f"{b[k]}" for k in changed)
-        )
-    return f"{str(there)[:16]}, not {str(here)[:16]}"
+    own = HaltingConfig.model_validate(manifest.config.get("halting", {}))
+    for key in ("name", "replay_max_age") if config.halting.name == "q_learning" else ("name",):
+        there[f"halting.{key}"], here[f"halting.{key}"] = getattr(own, key), getattr(config.halting, key)
+    for key in here:
+        if there[key] != here[key]:
+            return f"{key}={str(there[key])[:40]}, not {str(here[key])[:40]}"
+    return None
 
 
 def set_aside(run: Storage) -> Storage:

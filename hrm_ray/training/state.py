@@ -18,7 +18,8 @@ from hrm_ray.data.shards import Dataset
 from hrm_ray.errors import UserError
 from hrm_ray.machine import Setup
 from hrm_ray.models.act import ACT, Batch, Carry
-from hrm_ray.models.hrm import State
+from hrm_ray.models.q_learning import Head, Memory, QLearner
+from hrm_ray.models.recursive import State
 from hrm_ray.models.registry import build_model
 from hrm_ray.optim.adam_atan2 import AdamATan2
 from hrm_ray.training.checkpoint import (
@@ -31,6 +32,7 @@ from hrm_ray.training.checkpoint import (
 from hrm_ray.training.saver import Snapshot
 from hrm_ray.training.world import World
 
+REPLAY = "replay."  # before the names of the memory's tensors, which lie beside the carry's
 PER_PUZZLE = {"puzzle_emb.weights"}  # tensors whose size follows from the data set
 
 
@@ -44,6 +46,7 @@ class TrainState:
     carry: Carry | None  # None: before the first step
     global_step: int
     train_s: float  # seconds trained so far, over all attempts
+    learner: QLearner | None = None  # from the first step on, if halting is learned by Q-learning
     skipped_steps: frozenset[int] = frozenset()  # steps that are left out, after a loss that was not finite
     num_rollbacks: int = 0
 
@@ -51,7 +54,7 @@ class TrainState:
     def initial(cls, config: TrainConfig, dataset: Dataset, setup: Setup) -> "TrainState":
         """A new run; the weights are a function of (config, seed)."""
         torch.manual_seed(config.seed)
-        model = build_model(config.arch, dataset_info(dataset), setup)
+        model = build_model(config.arch, dataset_info(dataset), setup, config.halting)
         optimizer = AdamATan2(
             model.parameters(),
             lr=config.lr,
@@ -62,6 +65,13 @@ class TrainState:
         )
         averages = {n: p.detach().clone() for n, p in model.inner.named_parameters()} if config.ema else {}
         return cls(model, optimizer, averages, None, 0, 0.0)
+
+    def begin(self, batch: Batch, config: TrainConfig) -> Carry:
+        """The carry of the first step, whose puzzles are `batch`."""
+        self.carry = self.model.initial_carry(batch)
+        if config.halting.name == "q_learning":
+            self.learner = QLearner(self.model.inner.q_head, len(batch.inputs), config.halting)
+        return self.carry
 
     @torch.no_grad()
     def update_averages(self, rate: float) -> None:
@@ -93,12 +103,16 @@ class TrainState:
         """
         assert self.carry is not None, "nothing to save before the first step"
         carry = _flatten_carry(self.carry) | {"sums": sums[None]}
+        if self.learner is not None:
+            carry |= {REPLAY + name: tensor for name, tensor in self.learner.memory._asdict().items()}
         files = {carry_name(world.rank, world.size): carry}
         if world.is_first:
             files["model.safetensors"] = self.model.inner.state_dict()
             files["optimizer.safetensors"] = self._optimizer_tensors()
             if self.averages:
                 files["ema.safetensors"] = self.averages
+            if self.learner is not None:
+                files["target.safetensors"] = self.learner.target._asdict()
         manifest = Manifest(
             global_step=self.global_step,
             world_size=world.size,
@@ -125,7 +139,7 @@ class TrainState:
             for key, value in self.optimizer.state[parameter].items()
         }
 
-    def restore(self, checkpoint: Checkpoint, world: World) -> Tensor:
+    def restore(self, checkpoint: Checkpoint, world: World, config: TrainConfig) -> Tensor:
         """Continue from `checkpoint`, which must fit (see `resume.check_fits`).
 
         Returns:
@@ -147,6 +161,12 @@ class TrainState:
             self.averages = {name: averages[name].to(device) for name in self.averages}
         share = _deal(checkpoint, world)
         self.carry = _unflatten_carry(share, device, self.model.inner.dtype)
+        if config.halting.name == "q_learning":
+            self.learner = QLearner(self.model.inner.q_head, len(self.carry.steps), config.halting)
+            target = checkpoint.tensors("target.safetensors")
+            self.learner.target = Head(**{name: tensor.to(device) for name, tensor in target.items()})
+            memory = {name: share[REPLAY + name].to(device) for name in Memory._fields}
+            self.learner.memory = Memory(**memory)
         manifest = checkpoint.manifest
         self.global_step, self.train_s = manifest.global_step, manifest.train_s
         self.skipped_steps, self.num_rollbacks = frozenset(manifest.skipped_steps), manifest.num_rollbacks
@@ -216,7 +236,7 @@ def _flatten_carry(carry: Carry) -> Tensors:
 
 
 def _unflatten_carry(tensors: Tensors, device: torch.device, dtype: torch.dtype) -> Carry:
-    t = {name: tensor.to(device) for name, tensor in tensors.items()}
+    t = {name: tensor.to(device) for name, tensor in tensors.items() if not name.startswith(REPLAY)}
     return Carry(
         State(t["z_H"].to(dtype), t["z_L"].to(dtype)),  # a run may go on in another precision
         t["steps"],

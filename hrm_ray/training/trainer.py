@@ -156,7 +156,7 @@ def run_folder(config: TrainConfig) -> Storage:
 
 
 def announce(config: TrainConfig) -> str:
-    """One line to print before training: where, what, how long."""
+    """Lines to print before training: where, what, how long, and when each schedule ends."""
     dataset = open_dataset(config.data_path)
     plan = Plan.of(config, dataset.split("train"))
     run = run_folder(config)
@@ -165,10 +165,12 @@ def announce(config: TrainConfig) -> str:
         step = point.manifest.global_step
         return f"run {run} is finished at step {step}; run_name=NAME starts another"
     start = f"continues after step {point.manifest.global_step}" if point else "starts"
-    return (
+    first = (
         f"run {run} {start}: {plan.last_step} steps of {config.global_batch_size} puzzles from "
         f"{config.data_path}, {_where(config)}{_changes(point, config)}"
     )
+    warnings = [f"warning: {text}" for text in plan.conversions()]
+    return "\n".join([first, f"schedule: {'; '.join(plan.describe())}", *warnings])
 
 
 def last_summary(run: Storage) -> dict[str, Any]:

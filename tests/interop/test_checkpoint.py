@@ -16,7 +16,14 @@ from hrm_ray.training.storage import Storage
 from tests.toy import toy_dataset
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = ["hrm_base", "hrm_wide_puzzle_emb", "hrm_no_puzzle_emb", "hrm_learned_softmax"]
+CASES = [
+    "hrm_base",
+    "hrm_wide_puzzle_emb",
+    "hrm_no_puzzle_emb",
+    "hrm_learned_softmax",
+    "trm_base",
+    "trm_mlp_t",
+]
 
 
 def read(folder: Path) -> tuple[dict, dict]:

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from hrm_ray.config.schema import HRMConfig
-from hrm_ray.models.act import ACT, Batch
-from hrm_ray.models.hrm import HRM
+from hrm_ray.models.act import ACT, Batch, Step
+from hrm_ray.models.halting import Control, Published
+from hrm_ray.models.hrm_v1 import HRM, HRMConfig
 from hrm_ray.models.layers import ATTENTION, swiglu_width, trunc_normal_
 from hrm_ray.models.losses import act_loss
+from hrm_ray.models.recursive import Prediction
 
 SMALL = HRMConfig(hidden_size=32, num_heads=2, H_layers=1, L_layers=1, puzzle_emb_ndim=32, halt_max_steps=4)
 
@@ -15,7 +16,10 @@ SMALL = HRMConfig(hidden_size=32, num_heads=2, H_layers=1, L_layers=1, puzzle_em
 def model(dtype=torch.float32, attention="sdpa", config=SMALL) -> ACT:
     torch.manual_seed(0)
     inner = HRM(config, vocab_size=6, seq_len=16, num_puzzle_identifiers=3, dtype=dtype, attention=attention)
-    return ACT(inner, config.halt_max_steps)
+    return ACT(inner, config.halt_max_steps, Published(no_ACT_continue=False))
+
+
+UNTIL_THE_END = Control(min_halt_steps=torch.full((8,), 4), uniform=torch.zeros(8))
 
 
 def batch(size=8) -> Batch:
@@ -42,7 +46,7 @@ def test_truncated_normal_has_the_wished_deviation_and_no_tail():
 def run(act: ACT, steps=3):
     carry, losses = act.initial_carry(batch()), []
     for _ in range(steps):
-        step = act(carry, batch(), torch.full((8,), 4))
+        step = act(carry, batch(), UNTIL_THE_END)
         loss, _ = act_loss(step, "stablemax_cross_entropy")
         losses.append(loss)
         carry = step.carry
@@ -93,9 +97,7 @@ def test_gradient_is_that_of_the_last_updates_alone():
     logits = inner.lm_head(z_H[:, 1:])
     q = inner.q_head(z_H[:, 0])
     with torch.no_grad():
-        step = act(act.initial_carry(data), data, torch.full((8,), 4))
-    from hrm_ray.models.act import Step
-    from hrm_ray.models.hrm import Prediction
+        step = act(act.initial_carry(data), data, UNTIL_THE_END)
 
     by_hand = Step(step.carry, Prediction(logits, q[:, 0], q[:, 1]), step.target_q_continue)
     act_loss(by_hand, "stablemax_cross_entropy")[0].backward()
@@ -106,10 +108,10 @@ def test_gradient_is_that_of_the_last_updates_alone():
 def test_halted_slots_take_the_new_puzzle_and_others_keep_theirs():
     act = model()
     old, new = batch(), Batch(batch().inputs.flip(0), batch().labels.flip(0), batch().puzzle_identifiers + 1)
-    carry = act(act.initial_carry(old), old, torch.full((8,), 4)).carry
+    carry = act(act.initial_carry(old), old, UNTIL_THE_END).carry
     halted = torch.tensor([True, False] * 4)
     carry = type(carry)(carry.state, carry.steps, halted, carry.batch)
-    after = act(carry, new, torch.full((8,), 4)).carry
+    after = act(carry, new, UNTIL_THE_END).carry
     assert torch.equal(after.steps, torch.where(halted, 1, 2).int())
     assert torch.equal(after.batch.inputs, torch.where(halted[:, None], new.inputs, old.inputs))
     assert torch.equal(after.batch.puzzle_identifiers, halted.int())

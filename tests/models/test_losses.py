@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hrm_ray.models.act import IGNORE, Batch, Carry, Step
-from hrm_ray.models.hrm import Prediction, State
 from hrm_ray.models.losses import METRICS, act_loss, cross_entropy
+from hrm_ray.models.recursive import Prediction, State
 
 
 def stablemax64(logits, labels):

@@ -13,7 +13,7 @@ from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import announce, run_folder
 from hrm_ray.training.world import World
-from tests.toy import ARCH, toy_config, toy_dataset
+from tests.toy import ARCH, TRM, toy_config, toy_dataset
 
 
 def run(config: dict, hooks: Hooks | None = None) -> Trainer:
@@ -67,6 +67,68 @@ def test_continued_equals_undisturbed(config, asked, step, evaluated):
     assert records(undisturbed) == records(second)  # sums not yet reported are part of the checkpoint
 
 
+LEARNED = {"halting": {"name": "q_learning", "replay_max_age": 6}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        LEARNED,
+        {**LEARNED, "supervision_steps": 2, "weight_decay_end": 0.01},
+        {"arch": TRM},
+        {"arch": {**TRM, "mlp_t": True, "pos_encodings": "none", "no_ACT_continue": False}},
+        {"arch": {"name": "transformer", "hidden_size": 32, "num_heads": 2, "num_layers": 1}},
+        {"halting": {"name": "fixed"}},
+    ],
+    ids=["q_learning", "supervision_steps", "trm", "trm_mlp", "transformer", "fixed"],
+)
+def test_every_kind_of_run_continues(config, change):
+    config |= change
+    undisturbed = run({**config, "run_name": "whole", "log_interval": 1})
+    run({**config, "run_name": "parts", "max_steps": 7, "log_interval": 1})
+    second = run({**config, "run_name": "parts", "log_interval": 1})
+    assert_same_state(undisturbed, second)
+    # All but the evaluation at the end of the first part, which the whole run has no reason for.
+    trained, continued = ([r for r in records(t) if "train/loss" in r] for t in (undisturbed, second))
+    assert trained == continued and len(trained) == undisturbed.state.global_step
+    assert trained[-1]["train/loss"] < trained[0]["train/loss"]
+
+
+def test_how_often_a_model_is_called_changes_nothing(config):
+    """No schedule, draw or memory counts calls: a run whose model is called between the steps is the same run."""
+
+    class Called(Trainer):
+        def _step(self, step):
+            super()._step(step)
+            state, batch = self.state, self.stepper.batch(step)
+            control = self.stepper.control(step, step)
+            for _ in range(step % 3):
+                with torch.no_grad():
+                    self.stepper.module(state.carry, batch, control, None)
+
+    config |= LEARNED
+    quiet = run({**config, "run_name": "quiet"})
+    parsed = TrainConfig(**{**config, "run_name": "called"})
+    called = Called(parsed, run_folder(parsed), World(), Hooks())
+    called.train()
+    assert_same_state(quiet, called)
+    assert records(quiet) == records(called)
+
+
+def test_what_was_learned_about_halting_is_not_mixed_up(config):
+    run({**config, **LEARNED, "max_steps": 2})
+    with pytest.raises(UserError, match=r"halting\.name=q_learning, not act"):
+        run(config)
+    with pytest.raises(UserError, match=r"halting\.replay_max_age=6, not 7"):
+        run({**config, "halting": {**LEARNED["halting"], "replay_max_age": 7}})
+
+
+def test_another_family_is_not_continued(config):
+    run({**config, "max_steps": 2})
+    with pytest.raises(UserError, match="arch=hrm_v1, not trm"):
+        run({**config, "arch": TRM})
+
+
 def test_work_lost_after_the_last_checkpoint_is_reported_once(config):
     """A crash between checkpoints: the reports after the last one are cut off, then made again."""
 
@@ -104,9 +166,9 @@ def test_longer_run_goes_on(config):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"seed": 1}, "seed 0, not 1"),
-        ({"global_batch_size": 16}, "global_batch_size 8, not 16"),
-        ({"arch": {**ARCH, "H_cycles": 3}}, "arch H_cycles=2, not 3"),
+        ({"seed": 1}, "seed=0, not 1"),
+        ({"global_batch_size": 16}, "global_batch_size=8, not 16"),
+        ({"arch": {**ARCH, "H_cycles": 3}}, "arch.H_cycles=2, not 3"),
     ],
 )
 def test_another_run_is_not_continued(config, change, said):

@@ -16,7 +16,7 @@ from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.trainer import run_folder
 from hrm_ray.training.world import World
-from tests.toy import toy_config, toy_dataset
+from tests.toy import TRM, toy_config, toy_dataset
 
 
 def _worker(rank: int, size: int, meeting_point: str, config: dict) -> None:
@@ -70,10 +70,20 @@ def config(tmp_path: Path) -> dict:
     return {**values, "max_steps": None, "eval_interval": 2}
 
 
-def test_two_workers_equal_one(config):
+FAMILY = [
+    {},
+    {"halting": {"name": "q_learning", "dqn_warmup_ratio": 0.3, "replay_max_age": 6}},
+    {"supervision_steps": 3, "arch": {**TRM, "no_ACT_continue": False}},
+]
+
+
+@pytest.mark.parametrize("change", FAMILY, ids=["act", "q_learning", "supervision_steps"])
+def test_two_workers_equal_one(config, change):
+    config |= change
     one = run(1, {**config, "run_name": "one"})
     two = run(2, {**config, "run_name": "two"})
-    assert one.manifest.global_step == two.manifest.global_step == 23
+    num_steps = 8 if "supervision_steps" in change else 23
+    assert one.manifest.global_step == two.manifest.global_step == num_steps
     for name, tensor in one.tensors("model.safetensors").items():
         np.testing.assert_allclose(two.tensors("model.safetensors")[name], tensor, rtol=1e-4, atol=2e-5)
     # Weights alone would not show a wrong scale of the gradients: AdamATan2 does not feel it. Its moments do.
@@ -88,14 +98,17 @@ def test_two_workers_equal_one(config):
     # The carries of the two, in line, are the carry of the one.
     halves = [two.tensors(f"carry-0000{rank}-of-00002.safetensors") for rank in range(2)]
     whole = one.tensors("carry-00000-of-00001.safetensors")
-    for name in ("steps", "halted", "inputs", "labels", "puzzle_identifiers"):
-        assert torch.equal(torch.cat([half[name] for half in halves]), whole[name])
+    exact = {"steps", "halted", "inputs", "labels", "puzzle_identifiers"}
+    exact |= {name for name in whole if name.startswith("replay.") and name != "replay.states"}
+    for name in exact:
+        assert torch.equal(torch.cat([half[name] for half in halves]), whole[name]), name
 
 
 @pytest.mark.parametrize(
     "size", [2, 3]
 )  # from three on the order of a sum may change; 8 slots are dealt 3, 3, 2
 def test_workers_continue_bit_for_bit(config, size):
+    config["halting"] = {"name": "q_learning", "dqn_warmup_ratio": 0.1}
     whole = run(size, {**config, "run_name": "whole"})
     run(size, {**config, "run_name": "parts", "max_steps": 9})
     parts = run(size, {**config, "run_name": "parts"})

@@ -59,6 +59,11 @@ class Task(ABC):
         """Solutions of a question (uint8[seq_len]): 0, 1, or 2 for several; None: the task cannot tell."""
         return None
 
+    def relabelings(self, count: int) -> np.ndarray:
+        """`count` permutations of the tokens, integers [count, vocab_size], under which a puzzle remains one; the first
+        changes nothing, and the others are always the same. Raises UserError if the task knows none."""
+        raise UserError(f"votes={count}: task {self.name} has no relabelled copies of a puzzle; use votes=1")
+
 
 class Tokens(Task):
     """A data set of an unknown family (imported): shown as numbers, answers cannot be checked."""

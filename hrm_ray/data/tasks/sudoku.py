@@ -4,6 +4,7 @@ Tokens: 0 pad, 1 blank, digit d is d + 1. Reading, checking and showing need num
 generator and the augmentation are compiled (sudoku_kernels) and loaded when first used.
 """
 
+import math
 from functools import cached_property
 from types import ModuleType
 
@@ -16,6 +17,8 @@ BLANK = 1
 FIRST_DIGIT = 2
 BOX_SHAPES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 MIN_CLUES = {4: 4, 6: 8, 9: 17}  # fewer never determine a solution
+
+_RELABELING_KEY = 9  # any number; the copies of a puzzle that vote are always the same
 
 # Rows checked at a time: bounds the memory of a check over millions.
 _CHUNK = 65_536
@@ -228,6 +231,20 @@ class Sudoku(Task):
             self.box_rows,
             self.box_cols,
         )
+
+    def relabelings(self, count: int) -> np.ndarray:
+        """Digits permuted, each time otherwise; pad and blank stay."""
+        if count > math.factorial(self.size):
+            raise UserError(
+                f"votes={count}: {self.size}x{self.size} Sudoku has only {math.factorial(self.size)} relabelled copies"
+            )
+        words = np.random.Philox(key=_RELABELING_KEY)
+        found = {tuple(range(self.size)): None}  # a dict, since it keeps the order
+        while len(found) < count:
+            found[tuple(words.random_raw(self.size).argsort(kind="stable").tolist())] = None
+        tokens = np.tile(np.arange(self.vocab_size), (count, 1))
+        tokens[:, FIRST_DIGIT:] = FIRST_DIGIT + np.array(list(found))
+        return tokens
 
 
 def _shorten(text: str, width: int = 100) -> str:

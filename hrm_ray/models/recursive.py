@@ -1,25 +1,27 @@
-"""The hierarchical reasoning model: a fast (L) and a slow (H) module that refine a hidden state in turn.
+"""What the architectures share: embeddings, heads, and the state that goes from one ACT step to the next.
 
-One call is one ACT step: H_cycles x (L_cycles updates of z_L, then one of z_H), of which only the very last
-update of each module carries a gradient (the paper's one-step gradient), so memory does not grow with depth.
-The state that goes in and out is detached: it is the carry between steps.
+One call is one ACT step. An architecture says in `recur` how the two hidden states are refined; the state that goes
+out is detached: it is the carry between steps.
 
 Shapes: B batch, C puzzle cells, P puzzle tokens, S = P + C tokens, D width, V vocabulary.
 Source: Wang et al. 2025, arXiv:2506.21734, section 2; public code sapientinc/HRM.
 """
 
 import math
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hrm_ray.config.schema import HRMConfig
+from hrm_ray.config.arch import ArchConfig
 from hrm_ray.models.layers import (
+    Block,
     Linear,
     PuzzleEmbedding,
     ReasoningModule,
+    Rope,
     TokenEmbedding,
     cast_weights,
     rope_tables,
@@ -27,16 +29,6 @@ from hrm_ray.models.layers import (
 )
 
 Q_HEAD_BIAS = -5.0  # "do not halt yet" until the Q head has learned something
-
-
-def num_puzzle_tokens(config: HRMConfig) -> int:
-    """P, leading tokens that a puzzle's embedding takes."""
-    return math.ceil(config.puzzle_emb_ndim / config.hidden_size)
-
-
-def num_tokens(config: HRMConfig, seq_len: int) -> int:
-    """S, tokens that the model sees for a puzzle of `seq_len` cells."""
-    return num_puzzle_tokens(config) + seq_len
 
 
 class State(NamedTuple):
@@ -54,8 +46,11 @@ class Prediction(NamedTuple):
     q_continue: Tensor
 
 
-class HRM(nn.Module):
-    """The recursion with its embeddings and heads.
+class RecursiveModel(nn.Module, ABC):
+    """Embeddings and heads around a recursion; the base of every architecture.
+
+    A subclass names its configuration in its head, `class TRM(RecursiveModel, config=TRMConfig)`, adds its modules in
+    `__init__`, and defines `recur`.
 
     Args:
         config: the architecture.
@@ -66,9 +61,15 @@ class HRM(nn.Module):
         attention: a key of `layers.ATTENTION`.
     """
 
+    classes: ClassVar[dict[type[ArchConfig], type["RecursiveModel"]]] = {}
+
+    def __init_subclass__(cls, *, config: type[ArchConfig], **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        RecursiveModel.classes[config] = cls
+
     def __init__(
         self,
-        config: HRMConfig,
+        config: ArchConfig,
         *,
         vocab_size: int,
         seq_len: int,
@@ -81,8 +82,9 @@ class HRM(nn.Module):
         self.config = config
         self.dtype = dtype
         self.seq_len = seq_len
-        self.num_puzzle_tokens = num_puzzle_tokens(config)
-        self.num_tokens = num_tokens(config, seq_len)
+        self.attention = attention
+        self.num_puzzle_tokens = config.num_puzzle_tokens
+        self.num_tokens = config.num_tokens(seq_len)
 
         self.embed_tokens = TokenEmbedding(vocab_size, D)
         self.lm_head = Linear(D, vocab_size)
@@ -94,17 +96,38 @@ class HRM(nn.Module):
             self.puzzle_emb = PuzzleEmbedding(num_puzzle_identifiers, config.puzzle_emb_ndim)
         if config.pos_encodings == "learned":
             self.embed_pos = TokenEmbedding(self.num_tokens, D)
-        else:
+        elif config.pos_encodings == "rope":
+            self.rope_cos: Tensor
+            self.rope_sin: Tensor
             cos, sin = rope_tables(self.num_tokens, D // config.num_heads)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
-
-        self.H_level = ReasoningModule(config.H_layers, D, config.num_heads, config.expansion, attention)
-        self.L_level = ReasoningModule(config.L_layers, D, config.num_heads, config.expansion, attention)
         self.H_init: Tensor
         self.L_init: Tensor
         self.register_buffer("H_init", trunc_normal_(torch.empty(D), std=1.0))
         self.register_buffer("L_init", trunc_normal_(torch.empty(D), std=1.0))
+
+    def stack(self, num_layers: int) -> ReasoningModule:
+        """A module of `num_layers` transformer blocks of this model's width."""
+        c = self.config
+        return ReasoningModule(
+            Block(c.hidden_size, c.num_heads, c.expansion, self.attention) for _ in range(num_layers)
+        )
+
+    @abstractmethod
+    def recur(self, z_H: Tensor, z_L: Tensor, e_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Refine both states for one ACT step.
+
+        Where gradients are to stop is decided here; they reach `e_BSD` and the weights.
+
+        Args:
+            z_H, z_L: the answer's and the working state, [B, S, D] in the compute dtype.
+            e_BSD: the embedded puzzle.
+            rope: to be passed on to the modules.
+
+        Returns:
+            the new z_H, which the heads read, and z_L.
+        """
 
     def initial_state(self, batch_size: int) -> State:
         """A fresh state for `batch_size` slots."""
@@ -142,24 +165,17 @@ class HRM(nn.Module):
             puzzle_identifiers_B: int.
 
         Returns:
-            the new state (detached) and the prediction, whose gradient reaches the last update of each module.
+            the new state (detached) and the prediction.
         """
         cast_weights(self, self.dtype)
-        rope = None
-        if self.config.pos_encodings == "rope":
-            rope = (self.rope_cos, self.rope_sin)
+        rope = (self.rope_cos, self.rope_sin) if self.config.pos_encodings == "rope" else None
         e_BSD = self.embed(inputs_BC, puzzle_identifiers_B)
-        z_H, z_L = state
-        H_cycles, L_cycles = self.config.H_cycles, self.config.L_cycles
-        with torch.no_grad():
-            for h in range(H_cycles):
-                for _ in range(L_cycles if h < H_cycles - 1 else L_cycles - 1):
-                    z_L = self.L_level(z_L, z_H + e_BSD, rope)
-                if h < H_cycles - 1:
-                    z_H = self.H_level(z_H, z_L, rope)
-        z_L = self.L_level(z_L, z_H + e_BSD, rope)
-        z_H = self.H_level(z_H, z_L, rope)
+        z_H, z_L = self.recur(state.z_H, state.z_L, e_BSD, rope)
+        q_halt, q_continue = self.q_values(z_H)
+        logits = self.lm_head(z_H[:, self.num_puzzle_tokens :]).to(q_halt.dtype)
+        return State(z_H.detach(), z_L.detach()), Prediction(logits, q_halt, q_continue)
 
-        q = F.linear(z_H[:, 0].to(self.q_head.weight.dtype), self.q_head.weight, self.q_head.bias)
-        logits = self.lm_head(z_H[:, self.num_puzzle_tokens :]).to(q.dtype)
-        return State(z_H.detach(), z_L.detach()), Prediction(logits, q[:, 0], q[:, 1])
+    def q_values(self, z_H: Tensor) -> tuple[Tensor, Tensor]:
+        """q_halt and q_continue [B], read from the first token in the precision of the weights."""
+        q_B2 = F.linear(z_H[:, 0].to(self.q_head.weight.dtype), self.q_head.weight, self.q_head.bias)
+        return q_B2[:, 0], q_B2[:, 1]

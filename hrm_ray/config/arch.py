@@ -1,0 +1,100 @@
+"""What every architecture is told, and how a name in a configuration finds the class that reads it.
+
+An architecture is a module of `hrm_ray.models` with two classes, its configuration and its model, and a YAML of the
+same name under `config/arch/`. Its configuration derives from `ArchConfig` and gives `name` a default: that is what
+`arch.name` looks for.
+"""
+
+import importlib
+import math
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, SerializeAsAny, model_validator
+
+from hrm_ray.config.validate import Settings, known_keys, nearest
+
+ROOM = "hrm_ray.models"  # where the architectures are
+DEFAULT_ARCH = "hrm_v1"
+
+
+class LossConfig(Settings):
+    """The loss over the cells of a puzzle."""
+
+    loss_type: Literal["stablemax_cross_entropy", "softmax_cross_entropy"] = "stablemax_cross_entropy"
+
+
+class ArchConfig(Settings):
+    """Keys that all architectures share."""
+
+    classes: ClassVar[dict[str, type["ArchConfig"]]] = {}
+
+    name: str
+    hidden_size: PositiveInt = 512
+    num_heads: PositiveInt = 8
+    expansion: PositiveFloat = 4  # SwiGLU's inner width is 2/3 of this times the width, to a multiple of 256
+    pos_encodings: Literal["rope", "learned", "none"] = "rope"
+    puzzle_emb_ndim: int = Field(default=512, ge=0)  # numbers in a puzzle embedding; 0: none
+    halt_max_steps: PositiveInt = 16  # ACT steps at most
+    halt_exploration_prob: float = Field(default=0.1, ge=0, le=1)  # share of steps with a drawn minimum
+    no_ACT_continue: bool = False  # halt when q_halt > 0, and learn no q_continue
+    loss: LossConfig = LossConfig()
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        ArchConfig.classes[cls.model_fields["name"].default] = cls
+
+    @property
+    def num_puzzle_tokens(self) -> int:
+        """P, leading tokens that a puzzle's embedding takes."""
+        return math.ceil(self.puzzle_emb_ndim / self.hidden_size)
+
+    def num_tokens(self, seq_len: int) -> int:
+        """S, tokens that the model sees for a puzzle of `seq_len` cells."""
+        return self.num_puzzle_tokens + seq_len
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "ArchConfig":
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"arch.hidden_size={self.hidden_size} is not a multiple of arch.num_heads={self.num_heads}"
+            )
+        if self.pos_encodings == "rope" and (self.hidden_size // self.num_heads) % 2:
+            raise ValueError(
+                f"heads of odd width {self.hidden_size // self.num_heads} cannot be rotated: change "
+                "arch.hidden_size or arch.num_heads, or set arch.pos_encodings=learned"
+            )
+        return self
+
+
+@cache
+def architectures() -> dict[str, type[ArchConfig]]:
+    """Configuration classes by name, of every module in `ROOM`."""
+    # By name, as with plug-ins: the configuration does not depend on the models.
+    for module in pkgutil.iter_modules(importlib.import_module(ROOM).__path__, f"{ROOM}."):
+        importlib.import_module(module.name)
+    return ArchConfig.classes
+
+
+def arch_class(name: str) -> type[ArchConfig]:
+    """The configuration class of the architecture `name`. Raises ValueError if there is none."""
+    known = architectures()
+    if name not in known:
+        raise ValueError(f"arch.name={name} is unknown; {nearest(str(name), known)}")
+    return known[name]
+
+
+def _as_its_class(values: Any) -> Any:
+    if not isinstance(values, Mapping):
+        return values
+    kind = arch_class(values.get("name", DEFAULT_ARCH))
+    for key in values:
+        if key not in kind.model_fields:
+            raise ValueError(f"unknown key 'arch.{key}'; {nearest(f'arch.{key}', known_keys(kind, 'arch.'))}")
+    return kind.model_validate(dict(values))
+
+
+# The field of a configuration that holds any architecture.
+Arch = Annotated[SerializeAsAny[ArchConfig], BeforeValidator(_as_its_class)]

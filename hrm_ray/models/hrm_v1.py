@@ -1,0 +1,48 @@
+"""The hierarchical reasoning model: a fast (L) and a slow (H) module that refine a hidden state in turn.
+
+Only the very last update of each module carries a gradient (the paper's one-step gradient), so memory does not grow
+with depth.
+
+Source: Wang et al. 2025, arXiv:2506.21734, section 2; public code sapientinc/HRM.
+"""
+
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from hrm_ray.config.arch import ArchConfig
+from hrm_ray.models.layers import Rope
+from hrm_ray.models.recursive import RecursiveModel
+
+
+class HRMConfig(ArchConfig):
+    """Architecture `hrm_v1`."""
+
+    name: Literal["hrm_v1"] = "hrm_v1"
+    H_cycles: PositiveInt = 2  # updates of the slow module in an ACT step
+    L_cycles: PositiveInt = 2  # updates of the fast module for each of them
+    H_layers: PositiveInt = 4
+    L_layers: PositiveInt = 4
+
+
+class HRM(RecursiveModel, config=HRMConfig):
+    """H_cycles x (L_cycles updates of z_L, then one of z_H)."""
+
+    def __init__(self, config: HRMConfig, **shape: Any):
+        super().__init__(config, **shape)
+        self.H_cycles, self.L_cycles = config.H_cycles, config.L_cycles
+        self.H_level = self.stack(config.H_layers)
+        self.L_level = self.stack(config.L_layers)
+
+    def recur(self, z_H: Tensor, z_L: Tensor, e_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            for h in range(self.H_cycles):
+                is_last = h == self.H_cycles - 1
+                for _ in range(self.L_cycles - is_last):
+                    z_L = self.L_level(z_L, z_H + e_BSD, rope)
+                if not is_last:
+                    z_H = self.H_level(z_H, z_L, rope)
+        z_L = self.L_level(z_L, z_H + e_BSD, rope)
+        return self.H_level(z_H, z_L, rope), z_L

@@ -1,0 +1,32 @@
+"""A plain transformer with the same inputs, outputs and losses: what recursion is compared with.
+
+It reads the puzzle anew at every ACT step and keeps nothing from the one before, so one step is all it needs.
+"""
+
+from typing import Any, Literal
+
+from pydantic import PositiveInt
+from torch import Tensor
+
+from hrm_ray.config.arch import ArchConfig
+from hrm_ray.models.layers import Rope
+from hrm_ray.models.recursive import RecursiveModel
+
+
+class TransformerConfig(ArchConfig):
+    """Architecture `transformer`."""
+
+    name: Literal["transformer"] = "transformer"
+    num_layers: PositiveInt = 8
+    halt_max_steps: PositiveInt = 1
+
+
+class Transformer(RecursiveModel, config=TransformerConfig):
+    """`num_layers` blocks, applied once."""
+
+    def __init__(self, config: TransformerConfig, **shape: Any):
+        super().__init__(config, **shape)
+        self.blocks = self.stack(config.num_layers)
+
+    def recur(self, z_H: Tensor, z_L: Tensor, e_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        return self.blocks(e_BSD, 0.0, rope), z_L

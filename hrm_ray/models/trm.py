@@ -1,0 +1,59 @@
+"""The tiny recursive model: one small module updates both the working state z_L and the answer z_H.
+
+All cycles but the last run without gradient; the last one wholly with it. With `mlp_t` the module mixes tokens by an
+MLP over the sequence instead of attention, so the model is bound to the sequence length it was made for.
+
+Source: Jolicoeur-Martineau 2025, arXiv:2510.04871; public code SamsungSAILMontreal/TinyRecursiveModels.
+"""
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from hrm_ray.config.arch import ArchConfig
+from hrm_ray.models.layers import MixerBlock, ReasoningModule, Rope
+from hrm_ray.models.recursive import RecursiveModel
+
+
+class TRMConfig(ArchConfig):
+    """Architecture `trm`, and with `mlp_t` also `trm_mlp`."""
+
+    name: Literal["trm"] = "trm"
+    H_cycles: PositiveInt = 3  # updates of the answer in an ACT step
+    L_cycles: PositiveInt = 6  # updates of the working state for each of them
+    L_layers: PositiveInt = 2
+    mlp_t: bool = False  # an MLP over the sequence in place of attention
+    puzzle_emb_len: int = Field(default=16, ge=0)  # leading tokens; 0: as many as puzzle_emb_ndim fills
+    no_ACT_continue: bool = True
+
+    @property
+    def num_puzzle_tokens(self) -> int:
+        return (self.puzzle_emb_ndim and self.puzzle_emb_len) or super().num_puzzle_tokens
+
+
+class TRM(RecursiveModel, config=TRMConfig):
+    """H_cycles x (L_cycles updates of z_L, then one of z_H), all by the same module."""
+
+    def __init__(self, config: TRMConfig, **shape: Any):
+        super().__init__(config, **shape)
+        self.H_cycles, self.L_cycles = config.H_cycles, config.L_cycles
+        if config.mlp_t:
+            self.L_level = ReasoningModule(
+                MixerBlock(self.num_tokens, config.hidden_size, config.expansion)
+                for _ in range(config.L_layers)
+            )
+        else:
+            self.L_level = self.stack(config.L_layers)
+
+    def recur(self, z_H: Tensor, z_L: Tensor, e_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            for _ in range(self.H_cycles - 1):
+                z_H, z_L = self._cycle(z_H, z_L, e_BSD, rope)
+        return self._cycle(z_H, z_L, e_BSD, rope)
+
+    def _cycle(self, z_H: Tensor, z_L: Tensor, e_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        for _ in range(self.L_cycles):
+            z_L = self.L_level(z_L, z_H + e_BSD, rope)
+        return self.L_level(z_H, z_L, rope), z_L

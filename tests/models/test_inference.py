@@ -1,0 +1,124 @@
+"""Stopping early, thinking longer, and voting."""
+
+import numpy as np
+import pytest
+import torch
+
+from hrm_ray.data.tasks.base import get_task
+from hrm_ray.errors import UserError
+from hrm_ray.models.act import ACT
+from hrm_ray.models.halting import Fixed
+from hrm_ray.models.inference import Answer, think, think_and_vote, thinking_for, vote
+from hrm_ray.models.recursive import Prediction
+from tests.golden_cases import FOLDER as GOLDEN
+from tests.golden_cases import batch_of, model_of
+
+
+def model_and_batch():
+    model = model_of("hrm_base").eval()
+    with torch.no_grad():
+        model.inner.q_head.weight.mul_(8)  # so that puzzles halt at different steps
+        model.inner.q_head.bias.zero_()
+    return model, batch_of(np.load(GOLDEN / "hrm_base" / "eval.npz"))
+
+
+def test_stopping_early_gives_what_the_full_run_says_it_would():
+    model, batch = model_and_batch()
+    answers = think(model, batch)
+    stopped = think(model, batch, stops_early=True)
+    assert len(set(answers.learned.steps.tolist())) > 1
+    assert answers.last.steps.tolist() == [4] * 8
+    assert torch.equal(stopped.last.steps, answers.learned.steps)
+    assert torch.equal(stopped.last.tokens, answers.learned.tokens)
+    torch.testing.assert_close(stopped.last.q_halt, answers.learned.q_halt, rtol=1e-4, atol=1e-5)
+
+
+def test_finished_puzzles_are_not_computed():
+    model, batch = model_and_batch()
+    sizes = []
+    model.inner.register_forward_hook(lambda module, args, output: sizes.append(len(args[1])))
+    stopped = think(model, batch, stops_early=True).last
+    assert sizes == [int((stopped.steps > step).sum()) for step in range(int(stopped.steps.max()))]
+    assert sizes[-1] < 8
+
+
+def test_thinking_longer_than_in_training():
+    model, batch = model_and_batch()
+    with thinking_for(model, 7):
+        assert think(model, batch).last.steps.tolist() == [7] * 8
+    assert think(model, batch).last.steps.tolist() == [4] * 8
+    golden = np.load(GOLDEN / "hrm_base" / "eval.npz")["logits"]
+    with thinking_for(model, 2):
+        np.testing.assert_allclose(think(model, batch).last.logits, golden[1], atol=2.5e-5)
+
+
+def answer(tokens, q_halt) -> Answer:
+    B = len(tokens)
+    return Answer(
+        torch.tensor(tokens),
+        torch.zeros(B, 2, 3),
+        torch.tensor(q_halt),
+        torch.zeros(B),
+        torch.full((B,), 2),
+    )
+
+
+def test_whole_answers_vote_with_their_trust():
+    copies = (
+        answer([[1, 1], [1, 1]], [0.0, 0.0]),
+        answer([[1, 2], [1, 2]], [0.4, 3.0]),
+        answer([[1, 1], [1, 1]], [0.0, 0.0]),
+    )
+    won = vote(copies)
+    # 0.5 + 0.5 against 0.6; 0.5 + 0.5 against 0.95: in both the two that agree.
+    assert won.tokens.tolist() == [[1, 1], [1, 1]]
+    assert won.steps.tolist() == [6, 6]
+    torch.testing.assert_close(won.q_halt.sigmoid(), torch.full((2,), 1 / 3))
+    assert vote((copies[0], copies[1])).tokens.tolist() == [[1, 2], [1, 2]]
+
+
+def test_a_copy_is_answered_in_its_own_labels_and_read_back():
+    """A model that copies its clues answers every relabelling alike once it is read back."""
+
+    seen = []
+
+    class Copies(torch.nn.Module):
+        def forward(self, state, inputs, identifiers):
+            seen.append(inputs.clone())
+            zeros = torch.zeros(len(inputs))
+            return state, Prediction(torch.nn.functional.one_hot(inputs.long(), 6).float(), zeros, zeros)
+
+    real, batch = model_and_batch()
+    model = ACT(Copies(), 1, Fixed())
+    model.inner.initial_state, model.inner.reset = real.inner.initial_state, real.inner.reset
+    task = get_task("sudoku", size=4)
+    relabelings = torch.from_numpy(task.relabelings(5))
+    voted = think_and_vote(model, batch, relabelings=relabelings).last
+    assert torch.equal(voted.tokens, batch.inputs.long())
+    assert len(seen) == 5 and not torch.equal(seen[0], seen[1])
+    torch.testing.assert_close(voted.q_halt.sigmoid(), torch.full((8,), 0.5))
+
+
+@pytest.mark.parametrize("size", [4, 6, 9])
+def test_relabelled_sudoku_is_the_same_sudoku(size):
+    task = get_task("sudoku", size=size)
+    relabelings = task.relabelings(9)
+    assert relabelings.shape == (9, size + 2)
+    assert (relabelings[0] == np.arange(size + 2)).all()
+    assert len({tuple(row) for row in relabelings}) == 9
+    np.testing.assert_array_equal(relabelings, task.relabelings(12)[:9])
+    question, solution, _ = next(zip(*puzzles(task), strict=True))
+    for relabeling in relabelings:
+        assert sorted(relabeling) == list(range(size + 2)) and (relabeling[:2] == [0, 1]).all()
+        assert task.is_solution(relabeling[question][None], relabeling[solution][None]).all()
+
+
+def puzzles(task):
+    clues = {4: 8, 6: 18, 9: 40}[task.size]
+    questions, solutions = task.generate(0, 0, 1, clues, 1000)
+    return questions, solutions, [None]
+
+
+def test_a_task_without_copies_says_so():
+    with pytest.raises(UserError, match="votes=3: task tokens has no relabelled copies"):
+        get_task("tokens", vocab_size=6, seq_len=16).relabelings(3)

@@ -1,0 +1,81 @@
+"""When each schedule ends, and what is said of it."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from hrm_ray.config.schema import TrainConfig
+from hrm_ray.errors import UserError
+from hrm_ray.training.plan import Plan
+
+EXAMPLES = SimpleNamespace(num_groups=1000, info=SimpleNamespace(mean_puzzle_examples=1.0))
+
+
+def plan(total_steps: int, **values) -> Plan:
+    """Of a run of 1,000 groups in batches of 10: 100 steps an epoch."""
+    halting = {"name": "q_learning", **values.pop("halting", {})}
+    values = {"lr_warmup_steps": 10, **values}
+    epochs = total_steps // 100
+    config = TrainConfig(data_path="", global_batch_size=10, epochs=epochs, halting=halting, **values)
+    made = Plan.of(config, EXAMPLES)
+    assert (made.total_steps, made.steps_per_epoch) == (total_steps, 100)
+    return made
+
+
+@pytest.mark.parametrize("total_steps", [1_000, 100_000])
+def test_durations_are_ratios_of_the_run(total_steps):
+    """The two published scenarios: warm-up for a tenth, the penalty falls until half, the temperature to the end."""
+    p = plan(total_steps)
+    tenth, half = total_steps // 10, total_steps // 2
+    assert p.is_warming_up(tenth) and not p.is_warming_up(tenth + 1)
+    assert p.annealed(0) == {"expansion_penalty": 0.1, "q_temperature": 1.0, "epsilon": 0.2}
+    assert p.annealed(half)["expansion_penalty"] == 0.001 < p.annealed(half - 1)["expansion_penalty"]
+    assert p.annealed(total_steps)["q_temperature"] == 0.1 < p.annealed(total_steps - 1)["q_temperature"]
+    said = "; ".join(p.describe())
+    assert f"{total_steps} steps, 100 an epoch" in said
+    assert f"Q-learning: warm-up to step {tenth}" in said
+    assert f"expansion_penalty: 0.1 to 0.001 at step {half}" in said
+    assert f"q_temperature: 1 to 0.1 at step {total_steps}" in said
+
+
+def test_numbers_of_steps_become_ratios_with_one_warning_each():
+    p = plan(10_000, halting={"expansion_anneal_steps": 2_500, "dqn_warmup_steps": 500})
+    assert (p.halting.expansion_anneal_ratio, p.halting.dqn_warmup_ratio) == (0.25, 0.05)
+    assert p.annealed(2_500)["expansion_penalty"] == 0.001 < p.annealed(2_499)["expansion_penalty"]
+    assert p.conversions() == [
+        "expansion_anneal_steps=2500 of 10000 steps is taken as expansion_anneal_ratio=0.25; give that instead",
+        "dqn_warmup_steps=500 of 10000 steps is taken as dqn_warmup_ratio=0.05; give that instead",
+    ]
+    assert plan(1_000).conversions() == []
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"lr_warmup_steps": 1001}, "lr_warmup_steps=1001 is longer than the run's 1000 steps"),
+        (
+            {"halting": {"dqn_warmup_steps": 2000}},
+            "dqn_warmup_steps=2000 is longer than the run's 1000 steps",
+        ),
+    ],
+)
+def test_a_warmup_longer_than_the_run(values, said):
+    with pytest.raises(UserError, match=said):
+        plan(1_000, **values)
+
+
+def test_warmup_and_weight_decay_by_ratio():
+    p = plan(
+        1_000, lr_warmup_ratio=0.2, weight_decay=1.0, weight_decay_end=0.1, weight_decay_anneal_ratio=0.5
+    )
+    assert p.lr(199) < p.lr(200) == p.config.lr
+    assert (p.weight_decay(0), p.weight_decay(500), p.weight_decay(999)) == (1.0, 0.1, 0.1)
+    assert p.values(500)["train/weight_decay"] == 0.1
+
+
+def test_supervision_steps_make_the_run_shorter():
+    config = TrainConfig(
+        data_path="", global_batch_size=10, epochs=10, supervision_steps=4, lr_warmup_steps=0
+    )
+    p = Plan.of(config, EXAMPLES)
+    assert (p.total_steps, p.steps_per_epoch, p.epoch(250)) == (250, 25, 10)
