@@ -56,6 +56,20 @@ def test_paths_uris_and_names_are_taken_as_typed(monkeypatch):
         (["data=d", "run_name=a/b"], "run_name=a/b is no plain folder name"),
         (["data=d", "run_name=.."], "run_name=.. is no plain folder name"),
         (["data=d", "run_name="], "run_name= is empty"),
+        (
+            ["data=d", "arch=trm", "arch.H_layers=2"],
+            "unknown key 'arch.H_layers'; did you mean 'arch.L_layers'?",
+        ),
+        (["data=d", "arch.name=gru"], "arch.name=gru is unknown"),
+        (["data=d", "arch=trm", "arch.pos_encodings=sin"], "arch.pos_encodings='sin'"),
+        (["data=d", "halting=dqn"], "unknown halting 'dqn'"),
+        (["data=d", "expansion_anneal_ratio=1.5"], "halting.expansion_anneal_ratio=1.5"),
+        (["data=d", "dqn_warmup_ratio=-0.1"], "halting.dqn_warmup_ratio=-0.1"),
+        (["data=d", "lr_warmup_ratio=2"], "lr_warmup_ratio=2"),
+        (["data=d", "expansion_penalty=0.001", "expansion_penalty_end=0.1"], "annealed down to"),
+        (["data=d", "q_temperature=0.01"], "halting.q_temperature=0.01 is annealed down to"),
+        (["data=d", "halting.q_temprature=1"], "did you mean 'halting.q_temperature'?"),
+        (["data=d", "supervision_steps=0"], "supervision_steps=0"),
         (["data=d", "epochs"], "'epochs' is not of the form key=value"),
         (["lr=1e-3"], "data_path is not given; add data=DIR"),
     ],
@@ -65,3 +79,28 @@ def test_mistakes_are_one_line(words, said):
         train_config(words)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_another_architecture_takes_of_the_experiment_what_it_understands():
+    trm = train_config(["experiment=quickstart", "arch=trm", "arch.L_cycles=3"]).arch
+    assert (trm.name, trm.hidden_size, trm.halt_max_steps, trm.L_layers) == ("trm", 96, 8, 2)
+    assert (trm.H_cycles, trm.L_cycles, trm.pos_encodings) == (3, 3, "learned")
+    mlp = train_config(["experiment=quickstart", "arch=trm_mlp"]).arch
+    assert (mlp.name, mlp.mlp_t, mlp.pos_encodings) == ("trm", True, "none")
+    transformer = train_config(["experiment=quickstart", "arch=transformer", "arch.num_layers=4"]).arch
+    assert (transformer.halt_max_steps, transformer.num_layers, transformer.hidden_size) == (1, 4, 96)
+
+
+def test_published_trm_is_understood():
+    words = (
+        "data=d arch=trm arch.mlp_t=True arch.pos_encodings=none arch.L_layers=2 arch.H_cycles=3 arch.L_cycles=6 "
+        "arch.puzzle_emb_len=16 arch.no_ACT_continue=True ema=True"
+    )
+    arch = train_config(words.split()).arch
+    assert (arch.num_puzzle_tokens, arch.num_tokens(81)) == (16, 97)
+    assert train_config(["data=d", "arch=trm", "arch.puzzle_emb_ndim=0"]).arch.num_puzzle_tokens == 0
+
+
+def test_halting_keys_may_stand_alone():
+    config = train_config(["data=d", "halting=q_learning", "expansion_penalty=0.2", "dqn_warmup_steps=7"])
+    assert (config.halting.expansion_penalty, config.halting.dqn_warmup_steps) == (0.2, 7)

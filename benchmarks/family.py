@@ -1,0 +1,199 @@
+"""The architectures side by side: trains each under each way of halting, then writes a table and draws curves.
+
+python -m benchmarks.family 4x4                   three seeds of everything, about an hour on two cores
+python -m benchmarks.family 6x6                   one seed of HRM, TRM and the transformer; votes and depth
+python -m benchmarks.family 4x4 seeds=1 max_steps=100      a look
+
+Every run is `hrm-ray train` on one core, as many at a time as there are cores; finished ones are not done again, and
+interrupted ones go on. Results lie in FOLDER/runs; the tables are printed, and with out=docs/results.md written there
+between the lines `<!-- 4x4 -->` and `<!-- end -->`.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+import hrm_ray
+from benchmarks.machine import facts
+
+# At the width of the experiment, and about HRM's work a step: the published TRM has 3 and 6 cycles.
+FEWER_CYCLES = ("arch.H_cycles=2", "arch.L_cycles=3")
+ARCHS = {
+    "hrm_v1": (),
+    "trm": FEWER_CYCLES,
+    "trm_mlp": FEWER_CYCLES,
+    "transformer": ("arch.num_layers=4",),  # as many parameters as HRM's 2 + 2 layers
+}
+HALTINGS = ("act", "q_learning", "fixed")
+RECURSIVE = ("hrm_v1", "trm")
+SIZES = {"4x4": ("sudoku_4x4", "quickstart"), "6x6": ("sudoku_6x6", "sudoku_6x6")}
+DEPTHS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
+VOTES = (1, 2, 3, 5, 9, 16)
+
+
+@dataclass(frozen=True)
+class Run:
+    size: str
+    arch: str
+    halting: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.size}-{self.arch}-{self.halting}-{self.seed}"
+
+
+def runs_of(size: str, seeds: int) -> Iterator[Run]:
+    """Every run of a table, the first seed of all before the second."""
+    halting = HALTINGS if size == "4x4" else HALTINGS[:2]
+    archs = ARCHS if size == "4x4" else [*RECURSIVE, "transformer"]
+    for seed, arch, how in product(range(seeds), archs, halting):
+        if arch != "transformer" or how == "act":  # it takes one step: there is nothing to halt
+            yield Run(size, arch, how, seed)
+
+
+def command(*words: str) -> None:
+    """Run `hrm-ray` on one core; its last line on failure."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hrm_ray.cli", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"hrm-ray {' '.join(words)}: {done.stderr.strip().splitlines()[-1]}")
+
+
+def train(run: Run, folder: Path, overrides: list[str]) -> dict:
+    """Train to the end; what came of it."""
+    recipe, experiment = SIZES[run.size]
+    words = [f"experiment={experiment}", f"arch={run.arch}", *ARCHS[run.arch], f"halting={run.halting}"]
+    words += [f"data={folder}/{recipe}", f"storage={folder}/runs", f"run_name={run.name}", f"seed={run.seed}"]
+    summary = folder / "runs" / run.name / "summary.json"
+    if not summary.exists() or not json.loads(summary.read_text())["finished"]:
+        command("train", *words, "scaling=local", "tensorboard=false", *overrides)
+    result = json.loads(summary.read_text())
+    last = result["final"]
+    print(
+        f"{run.name}: {last['eval/exact_accuracy']:.1%}, {result['train_s']:.0f} s",
+        file=sys.stderr,
+        flush=True,
+    )
+    return result
+
+
+def show(values: list[float], form: str) -> str:
+    """Mean, and the range if there are several."""
+    mean = format(statistics.mean(values), form)
+    return (
+        mean if len(values) == 1 else f"{mean} ({format(min(values), form)} to {format(max(values), form)})"
+    )
+
+
+def table(results: dict[Run, dict]) -> str:
+    """One row an architecture and way of halting, over all seeds."""
+    rows = [
+        "| architecture | halting in training | parameters | exact, all steps | exact, halting itself | "
+        "its steps of | training, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for run, result in results.items():
+        groups.setdefault((run.arch, run.halting), []).append(result)
+    for (arch, halting), group in groups.items():
+        last = [result["final"] for result in group]
+        rows.append(
+            f"| {arch} | {halting if arch != 'transformer' else '-'} | {group[0]['num_params']:,} | "
+            f"{show([m['eval/exact_accuracy'] for m in last], '.1%')} | "
+            f"{show([m['eval/learned_exact_accuracy'] for m in last], '.1%')} | "
+            f"{show([m['eval/learned_steps'] for m in last], '.2f')} of {last[0]['eval/steps']:.0f} | "
+            f"{show([result['train_s'] for result in group], '.0f')} |"
+        )
+    return "\n".join(rows)
+
+
+def curves(folder: Path, out: Path) -> str:
+    """Accuracy over votes and depth of the 6x6 runs; draws them and returns them as a table."""
+    data = folder / SIZES["6x6"][0]
+    points: dict[str, dict[str, list[float]]] = {}
+    for arch in RECURSIVE:
+        solver = hrm_ray.load(folder / "runs" / Run("6x6", arch, "act", 0).name)
+        points[arch] = {
+            "depth": [solver.evaluate(data, halt_max_steps=n)[0]["exact_accuracy"] for n in DEPTHS],
+            "votes": [solver.evaluate(data, votes=n)[0]["exact_accuracy"] for n in VOTES],
+        }
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
+    for axis, kind, xs in zip(axes, ("depth", "votes"), (DEPTHS, VOTES), strict=True):
+        for arch, values in points.items():
+            axis.plot(xs, values[kind], "o-", label=arch)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(xs, [str(x) for x in xs])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axes[0].axvline(8, color="grey", linestyle=":", linewidth=1)
+    axes[0].set(xlabel="ACT steps at most (8 in training)", ylabel="puzzles exactly right")
+    axes[1].set(xlabel="relabelled copies that vote")
+    axes[1].legend(loc="lower right", frameon=False)
+    figure.savefig(out, dpi=130)
+    rows = []
+    for kind, xs in (("depth", DEPTHS), ("votes", VOTES)):
+        rows += ["", f"| {kind} | " + " | ".join(map(str, xs)) + " |", "|---" * (len(xs) + 1) + "|"]
+        rows += [
+            f"| {arch} | " + " | ".join(f"{v:.1%}" for v in points[arch][kind]) + " |" for arch in points
+        ]
+    return "\n".join(rows)
+
+
+def insert(page: Path, mark: str, text: str) -> None:
+    """Replace what stands between the mark's line and the next `<!-- end -->`."""
+    before, _, rest = page.read_text().partition(f"<!-- {mark} -->\n")
+    page.write_text(f"{before}<!-- {mark} -->\n{text}\n<!-- end -->{rest.partition('<!-- end -->')[2]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("words", nargs="*", metavar="key=value", help="folder, seeds, out, or of `train`")
+    args = parser.parse_args()
+    options = dict(word.split("=", 1) for word in args.words)
+    folder, out = Path(options.pop("folder", "results")), options.pop("out", None)
+    seeds = int(options.pop("seeds", 3 if args.size == "4x4" else 1))
+    recipe = SIZES[args.size][0]
+    if not (folder / recipe).exists():
+        command("data", "build", f"recipe={recipe}", f"out={folder}/{recipe}")
+    runs = list(runs_of(args.size, seeds))
+    overrides = [f"{key}={value}" for key, value in options.items()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = dict(zip(runs, pool.map(lambda run: train(run, folder, overrides), runs), strict=True))
+    about = facts()
+    text = f"{about['cpu']}, one core a run, torch {about['torch']}, commit {about['commit']}\n\n" + table(
+        results
+    )
+    if args.size == "6x6":
+        text += "\n" + curves(
+            folder, Path(out).with_name("depth_and_votes.png") if out else folder / "6x6.png"
+        )
+    print(text)
+    if out:
+        insert(Path(out), args.size, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The architecture in the README is one module and one YAML, and trains, halts, resumes and evaluates as it stands."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hrm_ray
+from tests.toy import toy_dataset
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A copy of the package with the two files of the README in it, and data."""
+    folder = tmp_path_factory.mktemp("own")
+    shutil.copytree(Path(hrm_ray.__file__).parent, folder / "hrm_ray")
+    readme = (ROOT / "README.md").read_text()
+    section = readme.partition("## An architecture of your own")[2].partition("\n## ")[0]
+    for kind, file in (("python", "models/gated.py"), ("yaml", "config/arch/gated.yaml")):
+        assert f"hrm_ray/{file}" in section
+        (code,) = re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL)
+        (folder / "hrm_ray" / file).write_text(code)
+    toy_dataset(folder / "data")
+    return folder
+
+
+def command(tree: Path, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "hrm_ray.cli", *words],
+        cwd=tree,
+        env=os.environ | {"PYTHONPATH": str(tree)},
+        capture_output=True,
+        text=True,
+    )
+
+
+ARCH = {"hidden_size": 32, "num_heads": 2, "num_layers": 1, "puzzle_emb_ndim": 0, "halt_max_steps": 4}
+RUN = {
+    "data": "data",
+    "global_batch_size": 8,
+    "epochs": 3,
+    "lr_warmup_steps": 4,
+    "lr": 1e-3,
+    "scaling": "local",
+}
+WORDS = ["train", "arch=gated", "tensorboard=false", *(f"arch.{key}={value}" for key, value in ARCH.items())]
+WORDS += [f"{key}={value}" for key, value in RUN.items()]
+
+
+@pytest.mark.parametrize("halting", ["act", "q_learning"])
+def test_it_trains_resumes_and_is_evaluated(tree, halting):
+    words = [*WORDS, f"halting={halting}", f"run_name={halting}"]
+    for more in (["max_steps=9"], []):
+        done = command(tree, *words, *more)
+        assert done.returncode == 0, done.stderr
+    records = [
+        json.loads(line) for line in (tree / "runs" / halting / "metrics.jsonl").read_text().splitlines()
+    ]
+    losses = [r["train/loss"] for r in records if "train/loss" in r]
+    assert losses[-1] < losses[0]
+    assert records[-1]["global_step"] == 24
+    assert "cycles: 4" in (tree / "runs" / halting / "config.yaml").read_text()
+    evaluated = command(tree, "eval", f"runs/{halting}", "data=data", "halt=learned", "--json")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert 1 <= json.loads(evaluated.stdout)["eval/steps"] <= 4
+
+
+def test_its_keys_are_checked_as_all_others(tree):
+    done = command(tree, *WORDS, "arch.cycels=3")
+    assert done.returncode == 2
+    assert (
+        done.stderr.strip() == "error: configuration: unknown key 'arch.cycels'; did you mean 'arch.cycles'?"
+    )
