@@ -10,8 +10,8 @@ from typing import Any
 
 
 @contextmanager
-def ray_session(object_store_bytes: int | None = None) -> Iterator[None]:
-    """Inside, `ray` is initialised; what was started here is shut down at the end.
+def ray_session(object_store_bytes: int | None = None) -> Iterator[bool]:
+    """Inside, `ray` is initialised; what was started here is shut down at the end. Yields whether it was.
 
     RAY_ADDRESS (which Ray sets in jobs) names a cluster to join. Without it a private cluster is started on this
     machine, so that a stray one is never joined by accident; `object_store_bytes` bounds its shared memory.
@@ -21,7 +21,7 @@ def ray_session(object_store_bytes: int | None = None) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        yield
+        yield False
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with _sigterm_handler_kept():
@@ -32,7 +32,7 @@ def ray_session(object_store_bytes: int | None = None) -> Iterator[None]:
                 address="local", include_dashboard=False, object_store_memory=object_store_bytes, **quiet
             )
     try:
-        yield
+        yield True
     finally:
         ray.shutdown()
 

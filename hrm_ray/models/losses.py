@@ -18,7 +18,7 @@ from hrm_ray.models.act import IGNORE, Step
 LossType = Literal["stablemax_cross_entropy", "softmax_cross_entropy"]
 
 # Sums over slots, in the order of the vector that is reduced over workers. The first group is over the slots
-# that halted at this step, the second over all.
+# that halted at this step, the second over all; under Q-learning `q_continue_loss` is the loss of what is replayed.
 METRICS = (
     "count",
     "accuracy",

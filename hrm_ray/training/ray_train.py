@@ -31,6 +31,7 @@ SAVE_AHEAD_S = 10.0  # and how often it then asks for a checkpoint
 SAVE_LAST_S = 6.0  # before a node is taken away, it asks once more
 RESIZE_INTERVAL_S = 30.0  # how often Ray looks for room for more workers
 START_TIMEOUT_S = 15.0  # how long it waits for lost ones to come back before it starts fewer
+COMING_S = 60.0  # beyond `watchdog_s`, how long no worker may be heard of
 SHUTDOWN_TIMEOUT_S = "5"  # and for workers that hang to leave their process group, before it kills them
 
 
@@ -67,49 +68,76 @@ class Channel:
         return f"hrm_ray/{self.name}/{key}".encode()
 
 
+class NobodyCame(RunFailed):
+    """There is room, and yet no worker has been heard of for too long."""
+
+
 def train_on_ray(config: TrainConfig, run: Storage, driver: Driver) -> dict[str, Any]:
     """Train `config` in the folder `run`; returns the summary. For what is raised, see `trainer.train`."""
     from hrm_ray.ray_session import ray_session
 
-    with _environment(_ray_settings(config)), ray_session():
-        channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
-        cpus, use_gpu = _resources(config)
-        trainer = _ray_trainer(config, run, channel, cpus, use_gpu)
-        outcome: dict[str, Any] = {}
+    with _environment(_ray_settings(config)):
+        for attempt in range(config.failure.max_failures + 1):
+            with ray_session() as is_ours:
+                try:
+                    return _fit(config, run, driver)
+                except NobodyCame as problem:
+                    if not is_ours or attempt == config.failure.max_failures:
+                        raise
+                    driver.say(f"{problem.args[0].partition(';')[0]}; Ray is joined anew")
+    raise AssertionError
 
-        def fit() -> None:
-            try:
-                outcome["summary"] = trainer.fit().return_value
-            except BaseException as error:  # handed to the main thread
-                outcome["error"] = error
 
-        # In a thread of its own, so that signals reach our handler and not Ray's, which kills the workers.
-        thread = threading.Thread(target=fit, daemon=True)
-        thread.start()
-        stopped = _accompany(thread, channel, driver, LookAhead(config, cpus, use_gpu))
-        if stopped is not None:
-            return stopped
-        if "error" in outcome:
-            raise RunFailed(
-                f"Ray Train gave up: {_first_cause(outcome['error'])}; "
-                "the same command goes on from the last checkpoint"
-            ) from outcome["error"]
-        return outcome["summary"]
+def _fit(config: TrainConfig, run: Storage, driver: Driver) -> dict[str, Any]:
+    """Train in the present session of Ray."""
+    channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
+    cpus, use_gpu = _resources(config)
+    trainer = _ray_trainer(config, run, channel, cpus, use_gpu)
+    outcome: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            outcome["summary"] = trainer.fit().return_value
+        except BaseException as error:  # handed to the main thread
+            outcome["error"] = error
+
+    # In a thread of its own, so that signals reach our handler and not Ray's, which kills the workers.
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    silence = None if config.watchdog_s is None else config.watchdog_s + COMING_S
+    stopped = _accompany(thread, channel, driver, LookAhead(config, cpus, use_gpu), silence)
+    if stopped is not None:
+        return stopped
+    if "error" in outcome:
+        raise RunFailed(
+            f"Ray Train gave up: {_first_cause(outcome['error'])}; "
+            "the same command goes on from the last checkpoint"
+        ) from outcome["error"]
+    return outcome["summary"]
 
 
 def _accompany(
-    thread: threading.Thread, channel: Channel, driver: Driver, look_ahead: "LookAhead"
+    thread: threading.Thread,
+    channel: Channel,
+    driver: Driver,
+    look_ahead: "LookAhead",
+    max_silence_s: float | None,
 ) -> dict[str, Any] | None:
     """Tell the driver of what the workers say and them of what is wanted, until `thread` ends.
+
+    Args:
+        max_silence_s: how long no worker may say anything while the living nodes could hold them.
 
     Returns:
         a summary if the run was stopped while it had no workers, else None.
 
     Raises:
         UserError, RunFailed: what a worker failed of.
+        NobodyCame: there were none.
     """
     heard: set[str] = set()
     told_to_stop = False
+    last_said, heard_at = None, time.monotonic()
     while thread.is_alive():
         thread.join(POLL_S)
         for name, entry in channel.added("events").items():
@@ -132,6 +160,16 @@ def _accompany(
             return driver.nothing_ran(str(reason))  # nobody is there, or can be, who would heed it
         if look_ahead.asks_to_save(driver):
             channel.put("save", time.time())
+        now = time.monotonic()
+        if (progress, len(heard)) != last_said:
+            last_said, heard_at = (progress, len(heard)), now
+        elif max_silence_s is not None and now - heard_at > max_silence_s:
+            if look_ahead.has_room_for_least():
+                raise NobodyCame(
+                    f"no worker was heard of for {max_silence_s:g} s, though there is room for "
+                    "them; the same command goes on from the last checkpoint"
+                )
+            heard_at = now  # the cluster has to grow first
     return None
 
 
@@ -222,7 +260,9 @@ def _draining_nodes() -> dict[str, float]:
 
 def _ray_trainer(config: TrainConfig, run: Storage, channel: Channel, cpus: int, use_gpu: bool):
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from hrm_ray.training import ray_backend
 
     least, most = config.scaling.min_workers, config.scaling.max_workers
     workers = (least, most) if config.scaling.is_elastic else most
@@ -238,7 +278,7 @@ def _ray_trainer(config: TrainConfig, run: Storage, channel: Channel, cpus: int,
             "channel": channel.name,
             "cpus": cpus,
         },
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+        torch_config=ray_backend.ProcessGroup(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]  # the types are of Ray's older version
             elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,  # type: ignore[call-arg]

@@ -22,7 +22,7 @@ from hrm_ray.data.shards import Dataset
 from hrm_ray.models.act import ACT, Batch, Carry
 from hrm_ray.models.halting import Control
 from hrm_ray.models.layers import Linear
-from hrm_ray.models.losses import LossType, act_loss, count_right
+from hrm_ray.models.losses import METRICS, LossType, act_loss, count_right
 from hrm_ray.optim.sign_sgd import sparse_sign_sgd
 from hrm_ray.training.evaluate import make_batch
 from hrm_ray.training.plan import Plan
@@ -47,7 +47,9 @@ class LossModule(nn.Module):
         step = self.model(carry, batch, control)
         loss, metrics = act_loss(step, self.loss_type)
         if replay_loss is not None:
-            loss = loss + 0.5 * replay_loss(self.model.inner.q_head)
+            replayed = replay_loss(self.model.inner.q_head)
+            loss = loss + 0.5 * replayed
+            metrics[METRICS.index("q_continue_loss")] += replayed.detach()
         right = count_right(step.prediction.logits.argmax(-1), step.carry.batch.labels)
         return loss, metrics, step.carry, right
 

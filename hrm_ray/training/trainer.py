@@ -127,9 +127,13 @@ class Driver:
         usual = entry["event"] in ("finished", "stopped") or (
             entry["event"] == "started" and self._starts == 1
         )
-        if self._bar and not usual:
+        if not usual:
             lost = "workers were lost or added; " if entry["event"] == "started" else ""
-            self._bar.say(f"{lost}{entry['message']}")
+            self.say(f"{lost}{entry['message']}")
+
+    def say(self, text: str) -> None:
+        if self._bar:
+            self._bar.say(text)
 
     def nothing_ran(self, reason: str) -> dict[str, Any]:
         """The summary of a run that is stopped while it has no workers."""
@@ -145,8 +149,8 @@ class Driver:
 
     def warn(self, restart_ahead: str | None) -> None:
         """Say once why the workers are about to be restarted."""
-        if self._bar and restart_ahead and restart_ahead != self._warned:
-            self._bar.say(f"{restart_ahead}: a checkpoint is written before the workers are restarted")
+        if restart_ahead and restart_ahead != self._warned:
+            self.say(f"{restart_ahead}: a checkpoint is written before the workers are restarted")
         self._warned = restart_ahead
 
 

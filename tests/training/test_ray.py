@@ -5,17 +5,21 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import yaml
+from ray.train.torch.config import _TorchBackend
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import RunFailed, UserError
-from hrm_ray.training import ray_train, trainer
+from hrm_ray.training import ray_backend, ray_train, trainer
 from hrm_ray.training.checkpoint import finished
 from tests.toy import toy_config, toy_dataset
 
@@ -82,6 +86,76 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(config, ray_cluster):
     assert pids, "the worker was never killed"
     assert last(killed).manifest.files == last(whole).manifest.files
     assert [_untimed(r) for r in _records(killed)] == [_untimed(r) for r in _records(whole)]
+
+
+@dataclass
+class DiesWhileJoining(ray_backend.ProcessGroup):
+    """Kills a worker while the first process group is formed."""
+
+    marker: str = ""
+
+    @property
+    def backend_cls(self):
+        return DyingBackend
+
+
+class DyingBackend(ray_backend.Backend):
+    def on_start(self, worker_group, backend_config):
+        marker = Path(backend_config.marker)
+        if not marker.exists():
+            marker.touch()
+            os.kill(worker_group.get_workers()[1].metadata.pid, signal.SIGKILL)
+        super().on_start(worker_group, backend_config)
+
+
+def test_a_worker_killed_while_the_workers_join_leaves_nothing_reserved(
+    config, ray_cluster, tmp_path, monkeypatch
+):
+    """The two workers take the whole cluster: another start has room only if the dead one gave back its own."""
+    marker = tmp_path / "killed"
+    dying = partial(DiesWhileJoining, marker=str(marker))
+    monkeypatch.setattr(ray_backend, "ProcessGroup", dying)
+    summary, _ = trainer.train(TrainConfig(**config | {"scaling": on_ray(2)}), show_progress=False)
+    assert marker.exists() and summary["finished"]
+
+
+class LeakyBackend(_TorchBackend):
+    """Ray's own, which keeps what the dead start had reserved; see `ray_backend`."""
+
+    def on_start(self, worker_group, backend_config):
+        marker = Path(backend_config.marker)
+        if not marker.exists():
+            marker.touch()
+            os.kill(worker_group.get_workers()[1].metadata.pid, signal.SIGKILL)
+        super().on_start(worker_group, backend_config)
+
+
+@dataclass
+class Leaks(DiesWhileJoining):
+    @property
+    def backend_cls(self):
+        return LeakyBackend
+
+
+def test_where_no_worker_comes_though_there_is_room_ray_is_joined_anew(config, tmp_path):
+    """Whatever it is that Ray waits for. In a process of its own, whose Ray is private."""
+    program = """
+        import json, sys
+        from functools import partial
+        from hrm_ray.config.schema import TrainConfig
+        from hrm_ray.training import ray_backend, ray_train, trainer
+        from tests.training.test_ray import Leaks
+        marker, config = sys.argv[1], json.loads(sys.argv[2])
+        ray_backend.ProcessGroup, ray_train.COMING_S = partial(Leaks, marker=marker), 10.0
+        trainer.train(TrainConfig(**config))
+    """
+    scaling = {"mode": "ray", "num_workers": 2, "cpus_per_worker": (os.cpu_count() or 2) // 2}
+    config |= {"scaling": scaling, "watchdog_s": 20.0}
+    words = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "killed"), json.dumps(config)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "no worker was heard of for 30 s, though there is room for them; Ray is joined anew" in done.stderr
+    assert last(TrainConfig(**config)).manifest.global_step == 20
 
 
 def _kill_train_worker() -> int:
