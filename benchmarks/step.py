@@ -91,10 +91,7 @@ def make_step(
     optimizer = AdamATan2(model.parameters(), backend=setup.optimizer_backend)
     tokens = torch.randint(1, vocab_size, (batch_size, seq_len), device=setup.device)
     batch = Batch(tokens.int(), tokens, torch.zeros(batch_size, dtype=torch.int32, device=setup.device))
-    control = Control(
-        torch.zeros(batch_size, dtype=torch.int32, device=setup.device),
-        torch.zeros(batch_size, device=setup.device),
-    )
+    control = Control(min_halt_steps=torch.zeros(batch_size, dtype=torch.int32, device=setup.device))
     carry = model.initial_carry(batch)
 
     def step() -> None:

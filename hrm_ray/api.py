@@ -59,7 +59,7 @@ class Solver:
         self.setup = machine.resolve(
             device=device,
             forward_dtype=forward_dtype or manifest.config.get("forward_dtype", "auto"),
-            num_tokens=manifest.dataset.seq_len,
+            num_tokens=manifest.arch.num_tokens(manifest.dataset.seq_len),
         )
         halting = validated(HaltingConfig, manifest.config.get("halting", {}), str(checkpoint.folder))
         self.model = build_model(manifest.arch, manifest.dataset, self.setup, halting)

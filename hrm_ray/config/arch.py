@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, SerializeAsAny, model_validator
 
 from hrm_ray.config.validate import Settings, known_keys, nearest
+from hrm_ray.errors import UserError
 
 ROOM = "hrm_ray.models"  # where the architectures are
 DEFAULT_ARCH = "hrm_v1"
@@ -44,7 +45,10 @@ class ArchConfig(Settings):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        ArchConfig.classes[cls.model_fields["name"].default] = cls
+        name = cls.model_fields["name"].default
+        if not isinstance(name, str) or name in ArchConfig.classes:
+            raise TypeError(f"{cls.__name__} needs a default of its own for `name`, it has {name!r}")
+        ArchConfig.classes[name] = cls
 
     @property
     def num_puzzle_tokens(self) -> int:
@@ -74,15 +78,18 @@ def architectures() -> dict[str, type[ArchConfig]]:
     """Configuration classes by name, of every module in `ROOM`."""
     # By name, as with plug-ins: the configuration does not depend on the models.
     for module in pkgutil.iter_modules(importlib.import_module(ROOM).__path__, f"{ROOM}."):
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except Exception as error:
+            raise UserError(f"{module.name} cannot be imported: {error!r}") from error
     return ArchConfig.classes
 
 
 def arch_class(name: str) -> type[ArchConfig]:
-    """The configuration class of the architecture `name`. Raises ValueError if there is none."""
+    """The configuration class of the architecture `name`. Raises UserError if there is none."""
     known = architectures()
-    if name not in known:
-        raise ValueError(f"arch.name={name} is unknown; {nearest(str(name), known)}")
+    if not isinstance(name, str) or name not in known:
+        raise UserError(f"arch.name={name} is unknown; {nearest(str(name), known)}")
     return known[name]
 
 

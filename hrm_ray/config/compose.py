@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hrm_ray.config.arch import arch_class
-from hrm_ray.config.halting import HaltingConfig
+from hrm_ray.config.halting import OLD_STEP_COUNTS, HaltingConfig
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import as_typed, is_text, known_keys, nearest, split_word, validated
 from hrm_ray.errors import UserError, first_line
@@ -43,6 +43,7 @@ def train_config(words: Sequence[str]) -> TrainConfig:
     overrides = []
     chosen = {}
     texts = {}
+    given: set[str] = set()
     known = known_keys(TrainConfig)
     for word in words:
         key, value = split_word(word)
@@ -55,6 +56,7 @@ def train_config(words: Sequence[str]) -> TrainConfig:
             key = f"++{key}"  # which keys there are, the architecture knows
         elif key not in known:
             raise UserError(f"unknown key '{key}'; {nearest(key, [*known, *GROUPS])}")
+        given.add(key)
         if is_text(TrainConfig, key):
             texts[key] = as_typed(value)
         else:
@@ -75,6 +77,7 @@ def train_config(words: Sequence[str]) -> TrainConfig:
             "data_path is not given; add data=DIR, or choose an experiment: "
             + ", ".join(f"experiment={name}" for name in choices("experiment"))
         )
+    _check_halting_words(given, values["halting"]["name"])
     if values["run_name"] is None:
         values["run_name"] = chosen.get("experiment", "train")
     if "/" in values["run_name"] or values["run_name"] in (".", ".."):
@@ -82,6 +85,17 @@ def train_config(words: Sequence[str]) -> TrainConfig:
             f"run_name={values['run_name']} is no plain folder name; storage=DIR says where runs lie"
         )
     return validated(TrainConfig, values, where)
+
+
+def _check_halting_words(given: set[str], halting: str) -> None:
+    """Raise UserError for keys that would be without effect: two of one duration, or of another way of halting."""
+    pairs = {f"halting.{old}": f"halting.{ratio}" for old, ratio in OLD_STEP_COUNTS.items()}
+    for old, ratio in (pairs | {"lr_warmup_steps": "lr_warmup_ratio"}).items():
+        if {old, ratio} <= given:
+            raise UserError(f"{old} and {ratio} are two lengths of one thing; give {ratio} only")
+    learned = sorted(key for key in given if key.startswith("halting.") and key != "halting.name")
+    if learned and halting != "q_learning":
+        raise UserError(f"{learned[0]} has no effect with halting={halting}; add halting=q_learning")
 
 
 def _compose(overrides: list[str]) -> dict:

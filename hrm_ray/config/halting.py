@@ -37,11 +37,11 @@ class HaltingConfig(Settings):
     target_rate: float = Field(
         default=0.05, gt=0, le=1
     )  # share of the Q head that its target takes on a step
-    replay_max_age: int = Field(default=32, ge=3)  # steps that the memory goes back
-    replay_half_life: PositiveFloat = 8  # steps after which a memory is drawn half as often
-    replay_samples: PositiveInt = 4  # memories drawn a slot and step
+    replay_max_age: int = Field(default=32, ge=3)  # ACT steps that the memory goes back
+    replay_half_life: PositiveFloat = 8  # and after which it is drawn half as often
+    replay_samples: PositiveInt = 4  # memories drawn a slot and ACT step
 
-    # old names, in steps
+    # old names, in steps; if given, they hold, not the ratios
     expansion_anneal_steps: PositiveInt | None = None
     q_temperature_anneal_steps: PositiveInt | None = None
     epsilon_anneal_steps: PositiveInt | None = None

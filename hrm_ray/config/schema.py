@@ -76,9 +76,13 @@ class TrainConfig(Settings):
     lr: PositiveFloat = 1e-4
     lr_min_ratio: float = Field(default=1.0, ge=0, le=1)  # share of lr at the end of the cosine
     lr_warmup_steps: int = Field(default=2000, ge=0)
-    lr_warmup_ratio: float | None = Field(default=None, ge=0, le=1)  # share of the run; instead of a number
+    lr_warmup_ratio: float | None = Field(
+        default=None, ge=0, le=1
+    )  # share of the run; if given, it holds, not the number
     weight_decay: float = Field(default=0.1, ge=0)
-    weight_decay_end: float | None = Field(default=None, ge=0)  # cosine to this; null: constant
+    weight_decay_end: float | None = Field(
+        default=None, ge=0
+    )  # cosine to this, lower or higher; null: constant
     weight_decay_anneal_ratio: float = Field(default=1.0, ge=0, le=1)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)

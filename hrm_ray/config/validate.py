@@ -18,7 +18,7 @@ from hrm_ray.errors import UserError
 class Settings(BaseModel):
     """Base of all configuration classes: frozen, and closed to keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)

@@ -184,7 +184,9 @@ def _describe_data(
     task, options, seq_len = "sudoku", {"size": 9}, 81
     if vocab_size != SUDOKU_VOCAB_SIZE:
         positions = weights.get("embed_pos.embedding_weight")
-        seq_len = CANVAS if positions is None else len(positions) - arch.num_puzzle_tokens
+        mixer = weights.get("L_level.layers.0.mlp_t.down_proj.weight")
+        known = positions if positions is not None else mixer  # what has a row for each token
+        seq_len = CANVAS if known is None else len(known) - arch.num_puzzle_tokens
         task, options = "tokens", {"vocab_size": vocab_size, "seq_len": seq_len}
     return DatasetInfo(
         task=task,

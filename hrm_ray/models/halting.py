@@ -16,17 +16,19 @@ from hrm_ray.config.arch import ArchConfig
 from hrm_ray.config.halting import HaltingConfig
 from hrm_ray.models.recursive import Prediction
 
+NONE = torch.zeros(())
+
 
 class Control(NamedTuple):
     """What decides about halting at one training step besides the model; functions of (seed, step, global slot).
 
-    min_halt_steps int32 [B]: a slot does not halt before this ACT step. uniform float32 [B]: draws from 0..1. The rest
-    are the annealed values of the step, see `HaltingConfig`; while `is_warming_up` no slot halts early and the
-    Q losses reach the Q head alone.
+    Of `act`: min_halt_steps int32 [B], a slot does not halt before this ACT step. Of `q_learning`: uniform float32 [B],
+    draws from 0..1, and the annealed values of the step, see `HaltingConfig`; while `is_warming_up` no slot halts
+    early and the Q losses reach the Q head alone.
     """
 
-    min_halt_steps: Tensor
-    uniform: Tensor
+    min_halt_steps: Tensor = NONE
+    uniform: Tensor = NONE
     temperature: float = 1.0
     epsilon: float = 0.0
     penalty: float = 0.0

@@ -97,8 +97,8 @@ def think_and_vote(
         relabelings: int64 [K, V], permutations of the tokens under which a puzzle remains one. None: no copies.
 
     Returns:
-        for each puzzle the logits and Q values of the copy whose answer won, in that copy's labels but for `tokens`;
-        `q_halt` is of the probability with which the copies stand behind it.
+        for each puzzle the answer that won, in the puzzle's own labels; `q_halt` is of the probability with which the
+        copies stand behind it.
     """
     if relabelings is None:
         return think(model, batch, stops_early=stops_early)
@@ -107,7 +107,14 @@ def think_and_vote(
         copy = Batch(relabeling[batch.inputs.long()].int(), batch.labels, batch.puzzle_identifiers)
         back = relabeling.argsort()
         answers = think(model, copy, stops_early=stops_early)
-        copies.append(Answers(*(answer._replace(tokens=back[answer.tokens]) for answer in answers)))
+        copies.append(
+            Answers(
+                *(
+                    answer._replace(tokens=back[answer.tokens], logits=answer.logits[..., relabeling])
+                    for answer in answers
+                )
+            )
+        )
     last, learned = zip(*copies, strict=True)
     return Answers(vote(last), vote(learned))
 

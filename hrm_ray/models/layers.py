@@ -35,14 +35,16 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(trunc_normal_(torch.empty(out_features, in_features), in_features**-0.5))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        self._copy: Tensor | None = None
+        self._copies: tuple[Tensor, Tensor | None] | None = None
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Make the copy that `forward` uses; gradients reach the master through it."""
-        self._copy = None if dtype == self.weight.dtype else self.weight.to(dtype)
+        """Make the copies that `forward` uses; gradients reach the masters through them."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        self._copies = None if dtype == self.weight.dtype else (self.weight.to(dtype), bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight if self._copy is None else self._copy, self.bias)
+        weight, bias = self._copies or (self.weight, self.bias)
+        return F.linear(x, weight, bias)
 
 
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:

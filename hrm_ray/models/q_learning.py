@@ -9,7 +9,9 @@ values are probabilities (the sigmoid of the Q head's two outputs), as in Wang e
 
 What comes from where: learning from replayed transitions, Mnih et al. 2015 (DQN); Q', a slowly following copy of the
 head, Lillicrap et al. 2016 (arXiv:1509.02971, "soft" update); drawing recent memories more often, Wang and Ross 2019
-(arXiv:1906.04009). Since s' is remembered, there is no second pass of the model as in published ACT. Replayed states
+(arXiv:1906.04009). The price of a step, the warm-up in which the Q head only watches, and that both are annealed over a
+ratio of the run follow a TRM fork with Q-learning halting; mixing in a coin is epsilon-greedy exploration (Sutton and
+Barto, section 2.2). Since s' is remembered, there is no second pass of the model as in published ACT. Replayed states
 are constants: this loss trains the Q head alone, whereas the loss of the present q_halt reaches the recursion.
 
 The memory is kept by slot and everything drawn is keyed by (seed, step, global slot), so any number of workers learns
@@ -18,6 +20,7 @@ the same.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,7 +50,7 @@ class Memory(NamedTuple):
     def empty(cls, num_slots: int, max_age: int, width: int, device: torch.device) -> "Memory":
         shape = (num_slots, max_age)
         states = torch.zeros(*shape, width, device=device)
-        exact, halted, is_last = torch.zeros(3, *shape, dtype=torch.bool, device=device).clone().unbind()
+        exact, halted, is_last = torch.zeros(3, *shape, dtype=torch.bool, device=device).unbind()
         return cls(states, exact, halted, is_last, torch.zeros(shape, dtype=torch.int64, device=device))
 
 
@@ -137,7 +140,6 @@ class QLearner:
 
 def draw_ages(uniform: Tensor, max_age: int, half_life: float) -> Tensor:
     """Ages 1..max_age-1 whose probability falls by half every `half_life`; int64, shaped like `uniform` (0..1)."""
-    ages = torch.arange(1, max_age, device=uniform.device)
-    weights = 0.5 ** (ages / half_life)
-    edges = (weights.cumsum(0) / weights.sum()).to(uniform.dtype)
-    return ages[torch.searchsorted(edges, uniform.contiguous()).clamp(max=len(ages) - 1)]
+    weights = np.power(0.5, np.arange(1, max_age) / half_life)
+    edges = torch.tensor(weights.cumsum() / weights.sum(), dtype=uniform.dtype, device=uniform.device)
+    return torch.searchsorted(edges, uniform.contiguous()).clamp(max=max_age - 2) + 1

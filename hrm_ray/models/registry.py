@@ -6,6 +6,7 @@ import torch
 
 from hrm_ray.config.arch import ArchConfig, architectures
 from hrm_ray.config.halting import AS_PUBLISHED, HaltingConfig
+from hrm_ray.errors import UserError
 from hrm_ray.machine import Setup
 from hrm_ray.models.act import ACT
 from hrm_ray.models.halting import build_halting
@@ -28,6 +29,8 @@ def build_model(
 ) -> ACT:
     """A freshly initialised model, drawn from torch's global generator on the CPU and moved to its device."""
     architectures()  # so that all classes are known
+    if type(arch) not in RecursiveModel.classes:
+        raise UserError(f"arch.name={arch.name} has no model: no class says `config={type(arch).__name__}`")
     with torch.device("cpu"):
         inner = RecursiveModel.classes[type(arch)](
             arch,

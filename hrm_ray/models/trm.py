@@ -9,7 +9,7 @@ Source: Jolicoeur-Martineau 2025, arXiv:2510.04871; public code SamsungSAILMontr
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from hrm_ray.config.arch import ArchConfig
@@ -27,6 +27,16 @@ class TRMConfig(ArchConfig):
     mlp_t: bool = False  # an MLP over the sequence in place of attention
     puzzle_emb_len: int = Field(default=16, ge=0)  # leading tokens; 0: as many as puzzle_emb_ndim fills
     no_ACT_continue: bool = True
+
+    @model_validator(mode="after")
+    def _puzzle_embedding_fits(self) -> "TRMConfig":
+        room = self.num_puzzle_tokens * self.hidden_size
+        if self.puzzle_emb_ndim > room:
+            raise ValueError(
+                f"arch.puzzle_emb_ndim={self.puzzle_emb_ndim} does not fit arch.puzzle_emb_len={self.puzzle_emb_len} "
+                f"tokens of arch.hidden_size={self.hidden_size}; lower it to {room}, or lengthen them"
+            )
+        return self
 
     @property
     def num_puzzle_tokens(self) -> int:

@@ -19,14 +19,22 @@ def anneal(step: int, total_steps: int, *, start: float, end: float, ratio: floa
         shape: "linear"; "cosine": half a cosine, smooth at both ends; "exponential": 1 - exp(-5x), fast early and slow
             later, scaled so that it ends at `end`.
     """
-    if step >= ratio * total_steps:
+    # As a share of the run, since 0.55 x 100 is more than 55 in floating point and 55 / 100 is 0.55.
+    share = step / total_steps
+    if share >= ratio:
         return end
-    x = max(0.0, step / (ratio * total_steps))
+    x = max(0.0, share / ratio)
     if shape == "cosine":
         x = 0.5 * (1 - math.cos(math.pi * x))
     elif shape == "exponential":
         x = math.expm1(-EXPONENTIAL_RATE * x) / math.expm1(-EXPONENTIAL_RATE)
     return start + (end - start) * x
+
+
+def first_step_at(ratio: float, total_steps: int) -> int:
+    """The first step that is `ratio` of the run or more."""
+    step = math.ceil(ratio * total_steps)
+    return step - 1 if step and (step - 1) / total_steps >= ratio else step
 
 
 def warmup_cosine(step: int, total_steps: int, *, warmup_steps: float, min_ratio: float) -> float:

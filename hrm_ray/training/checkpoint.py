@@ -25,7 +25,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hrm_ray.config.arch import Arch
+from hrm_ray.config.arch import DEFAULT_ARCH, Arch, arch_class
 from hrm_ray.config.validate import Settings, validated
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.manifest import MANIFEST, Damaged, seal, unseal
@@ -111,6 +111,9 @@ class Checkpoint:
         values = unseal(content, where, newest_format=FORMAT_VERSION, mend="use another checkpoint")
         if values.get("kind") != "checkpoint":
             raise UserError(f"{folder} is not a checkpoint; give a checkpoint or a run folder")
+        arch_class(
+            dict(values.get("arch") or {}).get("name", DEFAULT_ARCH)
+        )  # one that is not here is no damage
         try:
             self.manifest = validated(Manifest, values, where)
         except UserError as error:

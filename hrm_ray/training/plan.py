@@ -9,7 +9,7 @@ from hrm_ray.config.halting import OLD_STEP_COUNTS, HaltingConfig
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Split
 from hrm_ray.errors import UserError
-from hrm_ray.optim.schedules import Shape, anneal, warmup_cosine
+from hrm_ray.optim.schedules import Shape, anneal, first_step_at, warmup_cosine
 
 # What is annealed while halting is learned: the key, the ratio that says until when, the shape.
 ANNEALED: tuple[tuple[str, str, Shape], ...] = (
@@ -87,7 +87,8 @@ class Plan:
         """Lines for a user: the length of the run, and the step at which each schedule ends."""
         config, h = self.config, self.halting
         lines = [f"{self.total_steps} steps, {self.steps_per_epoch:.5g} an epoch"]
-        warmup = f"lr: warm-up to step {math.ceil(self.lr_warmup_steps)}"
+        ratio = self.lr_warmup_steps / self.total_steps
+        warmup = f"lr: warm-up to step {math.ceil(self.lr_warmup_steps)} (lr_warmup_ratio={ratio:.3g})"
         constant = config.lr_min_ratio == 1
         lines.append(
             warmup + ("" if constant else f", down to {config.lr_min_ratio:g} at {self.total_steps}")
@@ -99,13 +100,13 @@ class Plan:
             )
         if h.name == "q_learning":
             lines.append(f"Q-learning: warm-up to step {self._ends(h.dqn_warmup_ratio)}")
-            for key, ratio, _ in ANNEALED:
+            for key, ratio_key, _ in ANNEALED:
                 start, end = getattr(h, key), getattr(h, f"{key}_end")
-                lines.append(f"{key}: {start:g} to {end:g} at step {self._ends(getattr(h, ratio))}")
+                lines.append(f"{key}: {start:g} to {end:g} at step {self._ends(getattr(h, ratio_key))}")
         return lines
 
     def _ends(self, ratio: float) -> int:
-        return math.ceil(ratio * self.total_steps)
+        return first_step_at(ratio, self.total_steps)
 
     def annealed(self, step: int) -> dict[str, float]:
         """The values of `ANNEALED` at `step`, by name."""
@@ -124,7 +125,7 @@ class Plan:
 
     def is_warming_up(self, step: int) -> bool:
         """Whether Q-learning only watches at `step`."""
-        return step <= self.halting.dqn_warmup_ratio * self.total_steps
+        return step <= self._ends(self.halting.dqn_warmup_ratio)
 
     def weight_decay(self, step: int) -> float:
         """Weight decay of the dense parameters at `step`."""

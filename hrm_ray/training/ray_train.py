@@ -31,7 +31,8 @@ SAVE_AHEAD_S = 10.0  # and how often it then asks for a checkpoint
 SAVE_LAST_S = 6.0  # before a node is taken away, it asks once more
 RESIZE_INTERVAL_S = 30.0  # how often Ray looks for room for more workers
 START_TIMEOUT_S = 15.0  # how long it waits for lost ones to come back before it starts fewer
-COMING_S = 60.0  # beyond `watchdog_s`, how long no worker may be heard of
+BEAT_S = 5.0  # how often the first worker says that it is there
+COMING_S = 60.0  # beyond `watchdog_s`, how long there may be none
 SHUTDOWN_TIMEOUT_S = "5"  # and for workers that hang to leave their process group, before it kills them
 
 
@@ -68,8 +69,8 @@ class Channel:
         return f"hrm_ray/{self.name}/{key}".encode()
 
 
-class NobodyCame(RunFailed):
-    """There is room, and yet no worker has been heard of for too long."""
+class NobodyCame(Exception):
+    """No worker has been heard of for too long."""
 
 
 def train_on_ray(config: TrainConfig, run: Storage, driver: Driver) -> dict[str, Any]:
@@ -77,19 +78,19 @@ def train_on_ray(config: TrainConfig, run: Storage, driver: Driver) -> dict[str,
     from hrm_ray.ray_session import ray_session
 
     with _environment(_ray_settings(config)):
-        for attempt in range(config.failure.max_failures + 1):
+        while True:
             with ray_session() as is_ours:
+                patience_s = None
+                if is_ours and config.watchdog_s is not None:
+                    patience_s = config.watchdog_s + COMING_S
                 try:
-                    return _fit(config, run, driver)
-                except NobodyCame as problem:
-                    if not is_ours or attempt == config.failure.max_failures:
-                        raise
-                    driver.say(f"{problem.args[0].partition(';')[0]}; Ray is joined anew")
-    raise AssertionError
+                    return _fit(config, run, driver, patience_s)
+                except NobodyCame:
+                    driver.say(f"no worker for {patience_s:g} s, though there is room: Ray is joined anew")
 
 
-def _fit(config: TrainConfig, run: Storage, driver: Driver) -> dict[str, Any]:
-    """Train in the present session of Ray."""
+def _fit(config: TrainConfig, run: Storage, driver: Driver, patience_s: float | None) -> dict[str, Any]:
+    """Train in the present session of Ray. For `patience_s`, see `_accompany`."""
     channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
     cpus, use_gpu = _resources(config)
     trainer = _ray_trainer(config, run, channel, cpus, use_gpu)
@@ -104,8 +105,7 @@ def _fit(config: TrainConfig, run: Storage, driver: Driver) -> dict[str, Any]:
     # In a thread of its own, so that signals reach our handler and not Ray's, which kills the workers.
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    silence = None if config.watchdog_s is None else config.watchdog_s + COMING_S
-    stopped = _accompany(thread, channel, driver, LookAhead(config, cpus, use_gpu), silence)
+    stopped = _accompany(thread, channel, driver, LookAhead(config, cpus, use_gpu), patience_s)
     if stopped is not None:
         return stopped
     if "error" in outcome:
@@ -121,23 +121,23 @@ def _accompany(
     channel: Channel,
     driver: Driver,
     look_ahead: "LookAhead",
-    max_silence_s: float | None,
+    patience_s: float | None,
 ) -> dict[str, Any] | None:
     """Tell the driver of what the workers say and them of what is wanted, until `thread` ends.
 
     Args:
-        max_silence_s: how long no worker may say anything while the living nodes could hold them.
+        patience_s: how long there may be no worker while the living nodes could hold them; None: for ever.
 
     Returns:
         a summary if the run was stopped while it had no workers, else None.
 
     Raises:
         UserError, RunFailed: what a worker failed of.
-        NobodyCame: there were none.
+        NobodyCame: there was none for longer.
     """
     heard: set[str] = set()
     told_to_stop = False
-    last_said, heard_at = None, time.monotonic()
+    beat, heard_at = None, time.monotonic()
     while thread.is_alive():
         thread.join(POLL_S)
         for name, entry in channel.added("events").items():
@@ -160,15 +160,12 @@ def _accompany(
             return driver.nothing_ran(str(reason))  # nobody is there, or can be, who would heed it
         if look_ahead.asks_to_save(driver):
             channel.put("save", time.time())
-        now = time.monotonic()
-        if (progress, len(heard)) != last_said:
-            last_said, heard_at = (progress, len(heard)), now
-        elif max_silence_s is not None and now - heard_at > max_silence_s:
+        now, last_beat, beat = time.monotonic(), beat, channel.get("beat")
+        if beat != last_beat:
+            heard_at = now
+        elif patience_s is not None and now - heard_at > patience_s:
             if look_ahead.has_room_for_least():
-                raise NobodyCame(
-                    f"no worker was heard of for {max_silence_s:g} s, though there is room for "
-                    "them; the same command goes on from the last checkpoint"
-                )
+                raise NobodyCame
             heard_at = now  # the cluster has to grow first
     return None
 
@@ -380,6 +377,8 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
         return {}
     torch.set_num_threads(parameters["cpus"])
     context = ray.train.get_context()
+    if context.get_world_rank() == 0:
+        threading.Thread(target=_beat, args=(channel,), daemon=True).start()
     world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
     config = TrainConfig.model_validate(parameters["config"])
     try:
@@ -390,6 +389,13 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     except UserError as error:
         channel.put("failure", {"message": str(error), "exit_code": error.exit_code})
         raise  # also where this worker is the only one that fails; whoever is started again finds the message
+
+
+def _beat(channel: Channel) -> None:
+    """Say that there is a worker, whatever it does: from before the data are checked until its process ends."""
+    while True:
+        channel.put("beat", time.time())
+        time.sleep(BEAT_S)
 
 
 def _first_cause(error: BaseException) -> str:

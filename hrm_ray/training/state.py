@@ -201,7 +201,16 @@ class TrainState:
 
 def check_weights_fit(checkpoint: Checkpoint, config: TrainConfig, dataset: Dataset) -> None:
     """Raise UserError if a new run of `config` cannot start from the weights of `checkpoint`."""
-    TrainState.initial(config, dataset, machine.resolve(device="cpu")).load_weights(checkpoint.weights())
+    there, here = checkpoint.manifest.dataset.seq_len, dataset.manifest.seq_len
+    try:
+        TrainState.initial(config, dataset, machine.resolve(device="cpu")).load_weights(checkpoint.weights())
+    except UserError as error:
+        if there == here:
+            raise
+        raise UserError(
+            f"{checkpoint.folder} was trained on sequences of {there} tokens, this data set has {here}; arch.mlp_t and "
+            "learned positions are bound to one length"
+        ) from error
 
 
 def dataset_info(dataset: Dataset) -> DatasetInfo:

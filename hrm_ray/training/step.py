@@ -96,6 +96,8 @@ class Stepper:
         """
         config, state = self.config, self.state
         state.global_step = step
+        if state.carry is None:
+            state.begin(self.batch((step - 1) * config.supervision_steps + 1), config)
         if step in state.skipped_steps:
             return None
         parts = []
@@ -120,20 +122,20 @@ class Stepper:
         control = self.control(step, supervision_step)
         data_wait_s = time.perf_counter() - started
         state = self.state
-        carry = state.carry or state.begin(batch, self.config)
-        loss, metrics, state.carry, right = self.module(
-            carry, batch, control, self._replay_loss(supervision_step, control)
+        loss, metrics, carry, right = self.module(
+            state.carry, batch, control, self._replay_loss(supervision_step, control)
         )
+        state.carry = carry
         num_slots = self.config.global_batch_size * self.config.supervision_steps
         (loss * (self.world.size / num_slots)).backward()
         if state.learner is not None:
             num_right, num_labelled = right
             state.learner.remember(
                 supervision_step,
-                state.carry.state.z_H[:, 0],
+                carry.state.z_H[:, 0],
                 exact=num_right == num_labelled,
-                halted=state.carry.halted,
-                is_last=state.carry.steps >= state.model.halt_max_steps,
+                halted=carry.halted,
+                is_last=carry.steps >= state.model.halt_max_steps,
                 is_puzzle=num_labelled > 0,
             )
         return Outcome(loss.detach(), metrics, len(batch.inputs), data_wait_s)
@@ -172,14 +174,14 @@ class Stepper:
     def control(self, step: int, supervision_step: int) -> Control:
         """What decides about halting; drawn from (seed, supervision step, global slot)."""
         arch, key = self.config.arch, (self.config.seed, supervision_step, self.config.global_batch_size)
-        minima = min_halt_steps(
-            *key, exploration_prob=arch.halt_exploration_prob, halt_max_steps=arch.halt_max_steps
-        )
-        control = Control(self._own(minima), self._own(choice_draws(*key)))
         if self.config.halting.name != "q_learning":
-            return control
+            minima = min_halt_steps(
+                *key, exploration_prob=arch.halt_exploration_prob, halt_max_steps=arch.halt_max_steps
+            )
+            return Control(min_halt_steps=self._own(minima))
         values = self.plan.annealed(step)
-        return control._replace(
+        return Control(
+            uniform=self._own(choice_draws(*key)),
             temperature=values["q_temperature"],
             epsilon=values["epsilon"],
             penalty=values["expansion_penalty"],

@@ -29,8 +29,8 @@ from hrm_ray.training.world import World
 class ProgressBar:
     """One line on standard error: steps, loss, exact accuracy, examples a second, time left."""
 
-    def __init__(self, global_batch_size: int):
-        self._global_batch_size = global_batch_size
+    def __init__(self, examples_per_step: int):
+        self._examples_per_step = examples_per_step
         self._bar: tqdm | None = None
 
     def show(self, progress: Progress) -> None:
@@ -47,7 +47,7 @@ class ProgressBar:
         shown = {}
         if "train/loss" in metrics:
             shown["loss"] = f"{metrics['train/loss']:.3f}"
-            shown["ex/s"] = f"{self._global_batch_size / metrics['time/step_s']:.0f}"
+            shown["ex/s"] = f"{self._examples_per_step / metrics['time/step_s']:.0f}"
         if "eval/exact_accuracy" in metrics:
             shown["exact"] = f"{metrics['eval/exact_accuracy']:.1%}"
         self._bar.set_description(progress.phase, refresh=False)
@@ -170,11 +170,16 @@ def announce(config: TrainConfig) -> str:
         return f"run {run} is finished at step {step}; run_name=NAME starts another"
     start = f"continues after step {point.manifest.global_step}" if point else "starts"
     first = (
-        f"run {run} {start}: {plan.last_step} steps of {config.global_batch_size} puzzles from "
+        f"run {run} {start}: {plan.last_step} steps of {_batches(config)} puzzles from "
         f"{config.data_path}, {_where(config)}{_changes(point, config)}"
     )
     warnings = [f"warning: {text}" for text in plan.conversions()]
     return "\n".join([first, f"schedule: {'; '.join(plan.describe())}", *warnings])
+
+
+def _batches(config: TrainConfig) -> str:
+    several = f"{config.supervision_steps} x " if config.supervision_steps > 1 else ""
+    return f"{several}{config.global_batch_size}"
 
 
 def last_summary(run: Storage) -> dict[str, Any]:
@@ -206,7 +211,8 @@ def _changes(point: Checkpoint | None, config: TrainConfig) -> str:
     """What a continued run does otherwise than before, if anything."""
     if point is None:
         return ""
-    now, before = config.model_dump(mode="json"), point.manifest.config
+    defaults = TrainConfig(data_path="").model_dump(mode="json")  # of keys that the run did not have yet
+    now, before = config.model_dump(mode="json"), defaults | point.manifest.config
     ours = ("data_path", "storage", "device", "scaling")  # where it runs, not what it does
     changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if k not in ours and before.get(k) != v]
     return f"; changed: {', '.join(changed)}" if changed else ""
@@ -225,7 +231,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> tuple[dict[str,
     dataset = open_dataset(config.data_path)
     plan = Plan.of(config, dataset.split("train"))
     run = run_folder(config)
-    bar = ProgressBar(config.global_batch_size)
+    bar = ProgressBar(config.global_batch_size * config.supervision_steps)
     if _starts_from_weights(config, dataset):
         whole = newest_whole(run, bar.say)
         assert whole is not None  # it raises if none of those there is

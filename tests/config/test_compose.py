@@ -39,6 +39,9 @@ def test_paths_uris_and_names_are_taken_as_typed(monkeypatch):
     assert train_config(["data=d", "storage=~/x"]).storage == "/home/me/x"
 
 
+LEARN = ["data=d", "halting=q_learning"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -63,11 +66,19 @@ def test_paths_uris_and_names_are_taken_as_typed(monkeypatch):
         (["data=d", "arch.name=gru"], "arch.name=gru is unknown"),
         (["data=d", "arch=trm", "arch.pos_encodings=sin"], "arch.pos_encodings='sin'"),
         (["data=d", "halting=dqn"], "unknown halting 'dqn'"),
-        (["data=d", "expansion_anneal_ratio=1.5"], "halting.expansion_anneal_ratio=1.5"),
-        (["data=d", "dqn_warmup_ratio=-0.1"], "halting.dqn_warmup_ratio=-0.1"),
+        (["data=d", "arch=trm", "arch.name=gru"], "arch.name=gru is unknown"),
+        (["data=d", "arch=trm", "arch.name=null"], "arch.name=None is unknown"),
+        (["data=d", "arch.name=[1]"], "arch.name=[1] is unknown"),
+        (["data=d", "arch=trm", "arch.puzzle_emb_len=2", "arch.puzzle_emb_ndim=1025"], "does not fit"),
+        ([*LEARN, "q_temperature=inf"], "halting.q_temperature"),
+        ([*LEARN, "dqn_warmup_steps=9", "dqn_warmup_ratio=0.1"], "are two lengths of one thing"),
+        (["data=d", "lr_warmup_steps=9", "lr_warmup_ratio=0.1"], "give lr_warmup_ratio only"),
+        (["data=d", "expansion_penalty=0.2"], "has no effect with halting=act; add halting=q_learning"),
+        ([*LEARN, "expansion_anneal_ratio=1.5"], "halting.expansion_anneal_ratio=1.5"),
+        ([*LEARN, "dqn_warmup_ratio=-0.1"], "halting.dqn_warmup_ratio=-0.1"),
         (["data=d", "lr_warmup_ratio=2"], "lr_warmup_ratio=2"),
-        (["data=d", "expansion_penalty=0.001", "expansion_penalty_end=0.1"], "annealed down to"),
-        (["data=d", "q_temperature=0.01"], "halting.q_temperature=0.01 is annealed down to"),
+        ([*LEARN, "expansion_penalty=0.001", "expansion_penalty_end=0.1"], "annealed down to"),
+        ([*LEARN, "q_temperature=0.01"], "halting.q_temperature=0.01 is annealed down to"),
         (["data=d", "halting.q_temprature=1"], "did you mean 'halting.q_temperature'?"),
         (["data=d", "supervision_steps=0"], "supervision_steps=0"),
         (["data=d", "epochs"], "'epochs' is not of the form key=value"),

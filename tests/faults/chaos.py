@@ -300,8 +300,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         chaos(options.kinds, options.faults, options.seed, Site(root, say), outcomes)
     except KeyboardInterrupt:
         interrupted = True
+    finally:  # whatever ends it, what came out is told
+        print(json.dumps([asdict(o) for o in outcomes], indent=2) if options.json else table(outcomes))
     lost = any(o.problems for o in outcomes)
-    print(json.dumps([asdict(o) for o in outcomes], indent=2) if options.json else table(outcomes))
     if lost:
         print(f"something was lost; what the runs left is in {root}", file=sys.stderr)
     else:

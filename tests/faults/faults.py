@@ -215,8 +215,19 @@ class NewestCheckpointDamaged(ClusterLost):
     """The newest checkpoint is found damaged when the run goes on, which it must do from the one before."""
 
     def wait(self, run: Run, reference: Reference | None, rng: random.Random) -> None:
-        run.wait_for(lambda: len(run.finished_checkpoints()) > 1, "a second checkpoint")
+        run.wait_for(lambda: self._has_two_whole(run), "a second checkpoint")
         super().wait(run, reference, rng)
+
+    @staticmethod
+    def _has_two_whole(run: Run) -> bool:
+        """Whether one was written since the last start: until then the newest may be one that was damaged before."""
+        finished = run.finished_checkpoints()
+        if len(finished) < 2:
+            return False
+        try:
+            return (finished[-1] / "manifest.json").stat().st_mtime > run.starts()[-1]["time"]
+        except FileNotFoundError:  # deleted meanwhile
+            return False
 
     def while_down(self, run: Run, rng: random.Random) -> None:
         *_, self._before, self._newest = run.finished_checkpoints()

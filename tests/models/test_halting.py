@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from hrm_ray.config.halting import HaltingConfig
 from hrm_ray.models.halting import Control, Drawn, Fixed, Published
@@ -20,7 +19,7 @@ def prediction(q_halt, q_continue) -> Prediction:
 
 
 def control(**values) -> Control:
-    return Control(torch.zeros(2, dtype=torch.int32), torch.full((2,), 0.5))._replace(**values)
+    return Control(**{"min_halt_steps": torch.zeros(2, dtype=torch.int32), **values})
 
 
 STEPS = torch.tensor([1, 3])
@@ -48,7 +47,7 @@ def test_drawn_halts_as_often_as_its_probability_says(temperature, epsilon, shar
     many = 20_000
     uniform = torch.rand(many, generator=torch.Generator().manual_seed(0))
     says = prediction([0.8472979] * many, [-0.405465] * many)  # 0.7 and 0.4 as probabilities
-    c = Control(torch.zeros(many), uniform, temperature=temperature, epsilon=epsilon)
+    c = Control(uniform=uniform, temperature=temperature, epsilon=epsilon)
     halts = Drawn().chooses(says, torch.ones(many), c)
     assert halts.float().mean() == pytest.approx(share, abs=0.01)
     assert not Drawn().chooses(says, torch.ones(many), c._replace(is_warming_up=True)).any()
@@ -154,8 +153,3 @@ def test_learns_the_values_of_a_known_episode():
     np.testing.assert_allclose(halt.detach(), [0, 0, 1, 1], atol=0.05)
     np.testing.assert_allclose(go_on.detach()[:3], [0.8, 0.9, 0.9], atol=0.05)
     assert (halt > go_on)[:3].tolist() == [False, False, True]
-
-
-def test_module_is_no_parameter_holder():
-    """The learner adds nothing that the optimizer or DDP would see."""
-    assert not isinstance(make_learner()[1], nn.Module)

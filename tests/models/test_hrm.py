@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from hrm_ray.models.act import ACT, Batch, Step
-from hrm_ray.models.halting import Control, Published
+from hrm_ray.models.halting import Control, Drawn, Published
 from hrm_ray.models.hrm_v1 import HRM, HRMConfig
-from hrm_ray.models.layers import ATTENTION, swiglu_width, trunc_normal_
+from hrm_ray.models.layers import ATTENTION, Linear, swiglu_width, trunc_normal_
 from hrm_ray.models.losses import act_loss
 from hrm_ray.models.recursive import Prediction
 
@@ -19,7 +19,7 @@ def model(dtype=torch.float32, attention="sdpa", config=SMALL) -> ACT:
     return ACT(inner, config.halt_max_steps, Published(no_ACT_continue=False))
 
 
-UNTIL_THE_END = Control(min_halt_steps=torch.full((8,), 4), uniform=torch.zeros(8))
+UNTIL_THE_END = Control(min_halt_steps=torch.full((8,), 4))
 
 
 def batch(size=8) -> Batch:
@@ -115,3 +115,31 @@ def test_halted_slots_take_the_new_puzzle_and_others_keep_theirs():
     assert torch.equal(after.steps, torch.where(halted, 1, 2).int())
     assert torch.equal(after.batch.inputs, torch.where(halted[:, None], new.inputs, old.inputs))
     assert torch.equal(after.batch.puzzle_identifiers, halted.int())
+
+
+def test_while_q_learning_warms_up_the_q_loss_moves_the_q_head_alone():
+    """The recursion's gradient is that of the cells' loss alone; afterwards it is not."""
+
+    def gradients(weight_of_cells: float, warming_up: bool) -> dict[str, torch.Tensor]:
+        act = model()
+        act.halting = Drawn()
+        with torch.no_grad():
+            act.inner.q_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+        control = Control(uniform=torch.full((8,), 0.5), is_warming_up=warming_up)
+        step = act(act.initial_carry(batch()), batch(), control)
+        q_loss = (step.prediction.q_halt - 1).square().sum() + step.prediction.q_continue.square().sum()
+        (q_loss + weight_of_cells * step.prediction.logits.square().sum()).backward()
+        return {n: p.grad for n, p in act.inner.named_parameters() if p.grad is not None}
+
+    both, q_only = gradients(1.0, True), gradients(0.0, True)
+    assert {name for name, gradient in q_only.items() if gradient.any()} == {"q_head.weight", "q_head.bias"}
+    assert both["q_head.weight"].any() and both["H_level.layers.0.mlp.down_proj.weight"].any()
+    assert gradients(0.0, False)["H_level.layers.0.mlp.down_proj.weight"].any()
+
+
+def test_a_bias_is_computed_in_bfloat16_too():
+    layer = Linear(4, 4, bias=True)
+    layer.cast(torch.bfloat16)
+    out = layer(torch.ones(2, 4, dtype=torch.bfloat16))
+    out.sum().backward()
+    assert out.dtype == torch.bfloat16 and layer.bias.grad.dtype == torch.float32

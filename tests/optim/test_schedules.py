@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrm_ray.optim.schedules import anneal, warmup_cosine
+from hrm_ray.optim.schedules import anneal, first_step_at, warmup_cosine
 
 SHAPES = ("linear", "cosine", "exponential")
 
@@ -36,7 +36,7 @@ def value(step, total_steps, shape, start=0.1, end=0.001, ratio=0.5):
     shape=st.sampled_from(SHAPES),
 )
 def test_exact_at_both_ends_and_between_them_elsewhere(total_steps, ratio, start, end, shape):
-    last = math.ceil(ratio * total_steps)
+    last = first_step_at(ratio, total_steps)
     if ratio > 0:
         assert value(0, total_steps, shape, start, end, ratio) == start
     assert value(last, total_steps, shape, start, end, ratio) == end
@@ -46,6 +46,20 @@ def test_exact_at_both_ends_and_between_them_elsewhere(total_steps, ratio, start
     low, high = min(start, end), max(start, end)
     assert all(low - 1e-9 <= v <= high + 1e-9 for v in values)
     assert all((b - a) * (end - start) >= -1e-9 for a, b in pairwise(values))
+
+
+@given(total_steps=st.integers(1, 10**6), data=st.data())
+def test_a_ratio_of_whole_steps_ends_at_that_step(total_steps, data):
+    last = data.draw(st.integers(1, total_steps))
+    assert first_step_at(last / total_steps, total_steps) == last
+    assert value(last, total_steps, "linear", 1, 0, last / total_steps) == 0
+    assert value(last - 1, total_steps, "linear", 1, 0, last / total_steps) > 0
+
+
+@pytest.mark.parametrize(("ratio", "last"), [(0.55, 55), (0.07, 7), (0.14, 14), (0.28, 28), (0.005, 1)])
+def test_a_decimal_ratio_ends_where_one_expects(ratio, last):
+    assert first_step_at(ratio, 100) == last
+    assert value(last, 100, "linear", 1, 0, ratio) == 0
 
 
 def test_shapes():

@@ -327,7 +327,7 @@ def test_resume_weights_starts_anew_from_the_weights_of_a_run_that_does_not_fit(
     first = run({**config, "max_steps": 8})
     toy_dataset(tmp_path / "other", seed=1, num_identifiers=7)
     other = config | {"data_path": str(tmp_path / "other")}
-    with pytest.raises(UserError, match=r"data set \w+, not \w+;.* resume=weights"):
+    with pytest.raises(UserError, match=r"data set=\w+, not \w+;.* resume=weights"):
         trainer.train(TrainConfig(**other), show_progress=False)
     values = TrainConfig(**{**other, "resume": "weights", "max_steps": 12})
     summary, _ = trainer.train(values, show_progress=False)

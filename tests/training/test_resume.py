@@ -1,6 +1,7 @@
 """A run that was stopped and continued is the undisturbed run, bit for bit."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -92,6 +93,33 @@ def test_every_kind_of_run_continues(config, change):
     trained, continued = ([r for r in records(t) if "train/loss" in r] for t in (undisturbed, second))
     assert trained == continued and len(trained) == undisturbed.state.global_step
     assert trained[-1]["train/loss"] < trained[0]["train/loss"]
+
+
+def test_annealed_values_go_on_in_the_middle_of_a_long_run(config):
+    """10,000 steps, stopped and resumed at 5,000; what lies long before and after is left out."""
+
+    class FromTheMiddle(Trainer):
+        def _begin(self):
+            super()._begin()
+            self.state.global_step = max(self.state.global_step, 4_990)
+
+    def train(name: str, max_steps: int) -> Trainer:
+        parsed = TrainConfig(**{**config, "run_name": name, "max_steps": max_steps})
+        trainer = FromTheMiddle(parsed, run_folder(parsed), World(), Hooks())
+        trainer.train()
+        return trainer
+
+    config |= {"epochs": 10_000 // 8, "eval_interval": None, "log_interval": 1, "weight_decay_end": 0.01}
+    config["halting"] = {"name": "q_learning", "expansion_anneal_ratio": 0.9, "epsilon_anneal_ratio": 0.9}
+    whole = train("whole", 5_010)
+    train("parts", 5_000)
+    parts = train("parts", 5_010)
+    assert whole.plan.total_steps == 10_000
+    assert_same_state(whole, parts)
+    assert records(whole)[:20] == [r for r in records(parts) if "train/loss" in r]
+    annealed = ["expansion_penalty", "q_temperature", "epsilon", "weight_decay", "lr"]
+    for before, after in pairwise(records(whole)[:20]):
+        assert all(before[f"train/{key}"] > after[f"train/{key}"] for key in annealed)
 
 
 def test_how_often_a_model_is_called_changes_nothing(config):
