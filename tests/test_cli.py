@@ -261,6 +261,27 @@ def sudoku_run(tmp_path) -> Path:
     return tmp_path / "runs" / "sudoku"
 
 
+def test_thinking_time_and_votes(sudoku_run, tmp_path, capsys):
+    data, puzzle = f"data={tmp_path / 'sudoku'}", "1..............."
+    for words, steps in (([], 4), (["halt_max_steps=7"], 7), (["votes=3"], 12), (["halt=learned"], None)):
+        assert main(["eval", str(sudoku_run), data, *words, "--json"]) == 0
+        metrics = json.loads(capsys.readouterr().out)
+        assert metrics["eval/steps"] == steps or (steps is None and 1 <= metrics["eval/steps"] <= 4)
+        assert ("eval/learned_steps" in metrics) == ("halt=learned" not in words)
+        assert main(["solve", str(sudoku_run), puzzle, *words, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["steps"] == (steps or metrics["eval/steps"])
+    assert main(["eval", str(sudoku_run), data, "votes=25"]) == 2
+    assert "4x4 Sudoku has only 24 relabelled copies" in capsys.readouterr().err
+
+
+def test_voted_logits_are_in_the_puzzles_own_labels(sudoku_run, tmp_path):
+    out = tmp_path / "out.npz"
+    words = ["eval", str(sudoku_run), f"data={tmp_path / 'sudoku'}", "votes=5", f"out={out}"]
+    assert main([*words, "save_outputs=[logits,predictions]"]) == 0
+    saved = np.load(out)
+    np.testing.assert_array_equal(saved["logits"].argmax(-1), saved["predictions"])
+
+
 def test_solve_refuses_what_has_no_solution_and_remarks_on_several(sudoku_run, tmp_path, capsys):
     file = tmp_path / "puzzles.txt"
     for puzzle, said in (

@@ -54,9 +54,9 @@ WORDS = ["train", "arch=gated", "tensorboard=false", *(f"arch.{key}={value}" for
 WORDS += [f"{key}={value}" for key, value in RUN.items()]
 
 
-@pytest.mark.parametrize("halting", ["act", "q_learning"])
-def test_it_trains_resumes_and_is_evaluated(tree, halting):
-    words = [*WORDS, f"halting={halting}", f"run_name={halting}"]
+@pytest.mark.parametrize(("halting", "dtype"), [("act", "float32"), ("q_learning", "bfloat16")])
+def test_it_trains_resumes_and_is_evaluated(tree, halting, dtype):
+    words = [*WORDS, f"halting={halting}", f"run_name={halting}", f"forward_dtype={dtype}"]
     for more in (["max_steps=9"], []):
         done = command(tree, *words, *more)
         assert done.returncode == 0, done.stderr
@@ -78,3 +78,19 @@ def test_its_keys_are_checked_as_all_others(tree):
     assert (
         done.stderr.strip() == "error: configuration: unknown key 'arch.cycels'; did you mean 'arch.cycles'?"
     )
+
+
+def test_a_run_whose_architecture_is_gone_says_so(tree):
+    done = command(tree, *WORDS, "run_name=orphan", "max_steps=1")
+    assert done.returncode == 0, done.stderr
+    for file in ("models/gated.py", "config/arch/gated.yaml"):
+        (tree / "hrm_ray" / file).rename(tree / Path(file).name)
+    try:
+        others = [word for word in WORDS if not word.startswith("arch")]
+        for words in (["eval", "runs/orphan", "data=data"], [*others, "run_name=orphan"]):
+            done = command(tree, *words)
+            assert done.returncode == 2
+            assert done.stderr.startswith("error: arch.name=gated is unknown; ")
+    finally:
+        for file in ("models/gated.py", "config/arch/gated.yaml"):
+            (tree / Path(file).name).rename(tree / "hrm_ray" / file)

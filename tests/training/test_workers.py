@@ -115,15 +115,20 @@ def test_workers_continue_bit_for_bit(config, size):
     assert parts.manifest.files == whole.manifest.files
 
 
-@pytest.mark.parametrize("before", [2, 3])
-def test_another_number_of_workers_goes_on_with_the_same_batches(config, before):
+@pytest.mark.parametrize(("before", "halting"), [(2, "act"), (3, "q_learning")])
+def test_another_number_of_workers_goes_on_with_the_same_batches(config, before, halting):
+    config["halting"] = {"name": halting, "replay_max_age": 6}
     run(before, {**config, "run_name": "fewer", "max_steps": 9})
     fewer = run(1, {**config, "run_name": "fewer"})
     whole = run(1, {**config, "run_name": "whole"})
     for name, tensor in whole.tensors("model.safetensors").items():
         np.testing.assert_allclose(fewer.tensors("model.safetensors")[name], tensor, rtol=1e-4, atol=2e-5)
     a, b = (c.tensors("carry-00000-of-00001.safetensors") for c in (fewer, whole))
-    assert torch.equal(a["inputs"], b["inputs"]) and torch.equal(a["steps"], b["steps"])
+    assert a.keys() == b.keys() and (
+        halting == "act" or torch.equal(a["replay.written"], b["replay.written"])
+    )
+    for name in ("inputs", "steps", "halted", *(n for n in a if n in ("replay.halted", "replay.exact"))):
+        assert torch.equal(a[name], b[name]), name
 
 
 def test_workers_refuse_damaged_data_together(config, tmp_path):
