@@ -221,7 +221,7 @@ def evaluate(args: argparse.Namespace) -> None:
         print(json.dumps(named))
     else:
         for name, value in named.items():
-            print(f"{name:24} {value:.4f}")
+            print(f"{name:28} {value:.4f}")
 
 
 def solve(args: argparse.Namespace) -> None:
