@@ -99,12 +99,15 @@ class DiesWhileJoining(ray_backend.ProcessGroup):
         return DyingBackend
 
 
+def _kill_once(worker_group, marker: Path) -> None:
+    if not marker.exists():
+        marker.touch()
+        os.kill(worker_group.get_workers()[1].metadata.pid, signal.SIGKILL)
+
+
 class DyingBackend(ray_backend.Backend):
     def on_start(self, worker_group, backend_config):
-        marker = Path(backend_config.marker)
-        if not marker.exists():
-            marker.touch()
-            os.kill(worker_group.get_workers()[1].metadata.pid, signal.SIGKILL)
+        _kill_once(worker_group, Path(backend_config.marker))
         super().on_start(worker_group, backend_config)
 
 
@@ -123,10 +126,7 @@ class LeakyBackend(_TorchBackend):
     """Ray's own, which keeps what the dead start had reserved; see `ray_backend`."""
 
     def on_start(self, worker_group, backend_config):
-        marker = Path(backend_config.marker)
-        if not marker.exists():
-            marker.touch()
-            os.kill(worker_group.get_workers()[1].metadata.pid, signal.SIGKILL)
+        _kill_once(worker_group, Path(backend_config.marker))
         super().on_start(worker_group, backend_config)
 
 
