@@ -6,7 +6,7 @@ with depth.
 Source: Wang et al. 2025, arXiv:2506.21734, section 2; public code sapientinc/HRM.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import PositiveInt
@@ -30,8 +30,7 @@ class HRMConfig(ArchConfig):
 class HRM(RecursiveModel, config=HRMConfig):
     """H_cycles x (L_cycles updates of z_L, then one of z_H)."""
 
-    def __init__(self, config: HRMConfig, **shape: Any):
-        super().__init__(config, **shape)
+    def build(self, config: HRMConfig) -> None:
         self.H_cycles, self.L_cycles = config.H_cycles, config.L_cycles
         self.H_level = self.stack(config.H_layers)
         self.L_level = self.stack(config.L_layers)

@@ -49,8 +49,8 @@ class Prediction(NamedTuple):
 class RecursiveModel(nn.Module, ABC):
     """Embeddings and heads around a recursion; the base of every architecture.
 
-    A subclass names its configuration in its head, `class TRM(RecursiveModel, config=TRMConfig)`, adds its modules in
-    `__init__`, and defines `recur`.
+    A subclass names its configuration in its head, `class TRM(RecursiveModel, config=TRMConfig)`, makes its modules in
+    `build`, and defines `recur`.
 
     Args:
         config: the architecture.
@@ -102,6 +102,7 @@ class RecursiveModel(nn.Module, ABC):
             cos, sin = rope_tables(self.num_tokens, D // config.num_heads)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
+        self.build(config)
         self.H_init: Tensor
         self.L_init: Tensor
         self.register_buffer("H_init", trunc_normal_(torch.empty(D), std=1.0))
@@ -113,6 +114,13 @@ class RecursiveModel(nn.Module, ABC):
         return ReasoningModule(
             Block(c.hidden_size, c.num_heads, c.expansion, self.attention) for _ in range(num_layers)
         )
+
+    @abstractmethod
+    def build(self, config: Any) -> None:
+        """Make the modules of the recursion; `config` is of the class named in the head.
+
+        Called in the middle of `__init__`, since the order in which weights are drawn belongs to what a seed means.
+        """
 
     @abstractmethod
     def recur(self, z_H: Tensor, z_L: Tensor, e_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 It reads the puzzle anew at every ACT step and keeps nothing from the one before, so one step is all it needs.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import PositiveInt
 from torch import Tensor
@@ -24,8 +24,7 @@ class TransformerConfig(ArchConfig):
 class Transformer(RecursiveModel, config=TransformerConfig):
     """`num_layers` blocks, applied once."""
 
-    def __init__(self, config: TransformerConfig, **shape: Any):
-        super().__init__(config, **shape)
+    def build(self, config: TransformerConfig) -> None:
         self.blocks = self.stack(config.num_layers)
 
     def recur(self, z_H: Tensor, z_L: Tensor, e_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:

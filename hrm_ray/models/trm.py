@@ -6,7 +6,7 @@ MLP over the sequence instead of attention, so the model is bound to the sequenc
 Source: Jolicoeur-Martineau 2025, arXiv:2510.04871; public code SamsungSAILMontreal/TinyRecursiveModels.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
@@ -46,8 +46,7 @@ class TRMConfig(ArchConfig):
 class TRM(RecursiveModel, config=TRMConfig):
     """H_cycles x (L_cycles updates of z_L, then one of z_H), all by the same module."""
 
-    def __init__(self, config: TRMConfig, **shape: Any):
-        super().__init__(config, **shape)
+    def build(self, config: TRMConfig) -> None:
         self.H_cycles, self.L_cycles = config.H_cycles, config.L_cycles
         if config.mlp_t:
             self.L_level = ReasoningModule(
