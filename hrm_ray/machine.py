@@ -85,5 +85,5 @@ def resolve(
         else torch.device("cpu"),
         dtype=getattr(torch, forward_dtype),
         attention=attention,
-        optimizer_backend=resolve_backend(optimizer_backend),
+        optimizer_backend=resolve_backend(optimizer_backend, torch.device(device)),
     )

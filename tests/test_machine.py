@@ -24,7 +24,10 @@ def test_cpu_decisions(monkeypatch):
     [
         ({"device": "cuda"}, "device=cuda: torch sees no GPU here"),
         ({"attention": "flash"}, "attention=flash needs a GPU"),
-        ({"optimizer_backend": "cuda"}, "optimizer_backend=cuda: unknown; known: auto, reference, foreach"),
+        (
+            {"optimizer_backend": "cuda"},
+            "optimizer_backend=cuda: unknown; known: auto, reference, foreach, fused",
+        ),
     ],
 )
 def test_an_override_that_cannot_work_is_an_error(monkeypatch, choice, said):

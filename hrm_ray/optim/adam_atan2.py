@@ -1,7 +1,7 @@
 """AdamATan2: Adam whose division is an arctangent, so there is no epsilon and the step is bounded.
 
-One front, several backends that compute the same; `backend="auto"` takes the fastest one present. State dicts
-have torch's Adam layout (`step`, `exp_avg`, `exp_avg_sq`) and are interchangeable among backends.
+One front, several backends that compute the same; `backend="auto"` takes the fastest one for each device and dtype.
+State dicts have torch's Adam layout (`step`, `exp_avg`, `exp_avg_sq`) and are interchangeable among backends.
 
 Two forms exist, which differ in where the first moment's bias correction c1 = 1 - beta1^t stands
 (c2 = 1 - beta2^t):
@@ -12,6 +12,7 @@ Two forms exist, which differ in where the first moment's bias correction c1 = 1
 Weight decay is decoupled and comes first: p *= 1 - lr * weight_decay.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -43,6 +44,11 @@ class Hyperparameters:
             return 1 / c1, 1 / root_c2, self.lr
         return 1.0, 1 / root_c2, self.lr / c1
 
+    @property
+    def kept(self) -> float:
+        """The share of a parameter that weight decay leaves."""
+        return 1 - self.lr * self.weight_decay
+
 
 Tensors = list[Tensor]
 # update(params, grads, exp_avgs, exp_avg_sqs, hyperparameters), in place
@@ -55,7 +61,7 @@ def reference(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: T
     for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         m.copy_(h.beta1 * m + (1 - h.beta1) * g)
         v.copy_(h.beta2 * v + (1 - h.beta2) * g * g)
-        p.copy_(p * (1 - h.lr * h.weight_decay) - step_size * torch.atan2(m * m_scale, v.sqrt() * v_scale))
+        p.copy_(p * h.kept - step_size * torch.atan2(m * m_scale, v.sqrt() * v_scale))
 
 
 def foreach(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, h: Hyperparameters):
@@ -68,32 +74,56 @@ def foreach(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Ten
     torch._foreach_mul_(denominators, v_scale / m_scale)  # atan2 depends on the ratio alone
     for denominator, m in zip(denominators, exp_avgs, strict=True):
         torch.atan2(m, denominator, out=denominator)
-    torch._foreach_mul_(params, 1 - h.lr * h.weight_decay)
+    torch._foreach_mul_(params, h.kept)
     torch._foreach_add_(params, denominators, alpha=-step_size)
 
 
-BACKENDS: dict[str, Backend] = {"reference": reference, "foreach": foreach}
+def fused(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, h: Hyperparameters):
+    """One pass over the memory, for float32 on the CPU; see `fused_cpu`."""
+    from hrm_ray.optim import fused_cpu  # numba: a second to import
+
+    fused_cpu.update(params, grads, exp_avgs, exp_avg_sqs, h)
 
 
-def resolve_backend(name: str) -> str:
-    """The backend that `name` ("auto" or one of `BACKENDS`) stands for on this machine."""
+BACKENDS: dict[str, Backend] = {"reference": reference, "foreach": foreach, "fused": fused}
+
+
+def resolve_backend(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that `name` ("auto" or one of `BACKENDS`) stands for where parameters are of this kind.
+
+    Raises:
+        UserError: there is none of that name, or it cannot take them.
+    """
+    can_fuse = device.type == "cpu" and dtype == torch.float32
     if name == "auto":
-        return "foreach"
+        return "fused" if can_fuse else "foreach"
     if name not in BACKENDS:
         raise UserError(f"optimizer_backend={name}: unknown; known: auto, {', '.join(BACKENDS)}")
+    if name == "fused" and not can_fuse:
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"optimizer_backend=fused is for float32 on the CPU, not {kind} on {device}; use auto"
+        )
     return name
+
+
+STATE = {"step", "exp_avg", "exp_avg_sq"}
 
 
 class AdamATan2(torch.optim.Optimizer):
     """See the module.
 
     Args:
-        params: parameters or parameter groups; float32 or bfloat16, on any device.
+        params: parameters or parameter groups; real, of any floating dtype, on any device. Moments are float32.
         lr: learning rate; a group's `lr` may be set before every step.
         betas: decay of the first and second moment.
         weight_decay: decoupled, multiplied by `lr`.
         bias_correction: "outside" (the published training) or "inside" (the paper).
-        backend: "auto" or a name from `BACKENDS`.
+        backend: "auto" or a name from `BACKENDS`; "fused" is for float32 on the CPU (what is not contiguous there is
+            left to "foreach").
+
+    Raises:
+        UserError: an unknown backend, parameters that it cannot take, gradients or a state that are not for it.
     """
 
     def __init__(
@@ -106,9 +136,30 @@ class AdamATan2(torch.optim.Optimizer):
         bias_correction: BiasCorrection = "outside",
         backend: str = "auto",
     ):
-        self._update = BACKENDS[resolve_backend(backend)]
+        self._backend = backend
         self._bias_correction: BiasCorrection = bias_correction
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See torch; checks that the backend can take the parameters."""
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            self._backend_of(p)
+            if not p.is_floating_point():
+                raise UserError(f"AdamATan2 moves real numbers, not {p.dtype}")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See torch; refuses the state of another optimizer."""
+        foreign = {key for group in state_dict["param_groups"] for key in group} - {
+            *self.param_groups[0],
+            "initial_lr",  # of torch's schedulers
+        }
+        foreign |= {key for state in state_dict["state"].values() for key in STATE ^ state.keys()}
+        if foreign:
+            raise UserError(
+                f"this is not the state of AdamATan2, but of another optimizer: {', '.join(sorted(foreign))} differ"
+            )
+        super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -118,31 +169,43 @@ class AdamATan2(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
-                moments = torch.promote_types(p.dtype, torch.float32)
-                if not self.state[p]:
-                    self.state[p].update(
-                        step=torch.tensor(0.0),
-                        exp_avg=torch.zeros_like(p, dtype=moments),
-                        exp_avg_sq=torch.zeros_like(p, dtype=moments),
-                    )
-                self.state[p]["step"] += 1
-            states = [self.state[p] for p in params]
-            self._update(
-                params,
-                [p.grad for p in params],
-                [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states],
-                Hyperparameters(
-                    step=int(states[0]["step"]),
-                    lr=group["lr"],
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    weight_decay=group["weight_decay"],
-                    bias_correction=self._bias_correction,
-                ),
-            )
+            alike: dict[tuple[int, str], list[tuple[Tensor, Tensor, Tensor, Tensor]]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    step, *tensors = self._count(p, p.grad)
+                    alike[step, self._backend_of(p)].append((p, p.grad, *tensors))
+            for (step, backend), members in alike.items():
+                params, grads, exp_avgs, exp_avg_sqs = map(list, zip(*members, strict=True))
+                BACKENDS[backend](
+                    params,
+                    grads,
+                    exp_avgs,
+                    exp_avg_sqs,
+                    Hyperparameters(
+                        step=step,
+                        lr=group["lr"],
+                        beta1=group["betas"][0],
+                        beta2=group["betas"][1],
+                        weight_decay=group["weight_decay"],
+                        bias_correction=self._bias_correction,
+                    ),
+                )
         return loss
+
+    def _count(self, p: Tensor, grad: Tensor) -> tuple[int, Tensor, Tensor]:
+        """The number of this step of `p`, from 1, and its moments, which are made at the first."""
+        if grad.is_sparse:
+            raise UserError(f"AdamATan2 takes dense gradients, that of a parameter {list(p.shape)} is sparse")
+        state = self.state[p]
+        if not state:
+            moments = torch.promote_types(p.dtype, torch.float32)
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(p, dtype=moments)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=moments)
+        state["step"] += 1
+        return int(state["step"]), state["exp_avg"], state["exp_avg_sq"]
+
+    def _backend_of(self, p: Tensor) -> str:
+        if not p.is_contiguous() and self._backend in ("auto", "fused"):
+            return "foreach"
+        return resolve_backend(self._backend, p.device, p.dtype)

@@ -1,12 +1,14 @@
 """Every backend against the equations in float64, and the two forms' first steps."""
 
 import math
+from itertools import permutations
 
 import pytest
 import torch
 
 from hrm_ray.errors import UserError
 from hrm_ray.optim.adam_atan2 import BACKENDS, AdamATan2
+from hrm_ray.optim.fused_cpu import CHUNK
 
 SHAPES = [(1,), (7,), (3, 5), (64, 33), (0, 4)]
 
@@ -74,7 +76,8 @@ def test_first_step(bias_correction, moved):
     torch.testing.assert_close(p.detach(), torch.tensor([-moved, moved, -moved]), atol=5e-4, rtol=0)
 
 
-def test_state_moves_between_backends():
+@pytest.mark.parametrize(("first", "second"), list(permutations(BACKENDS, 2)))
+def test_state_moves_between_backends(first, second):
     def train(backend, steps, state=None, start=None):
         p = torch.nn.Parameter(torch.ones(50) if start is None else start)
         optimizer = AdamATan2([p], lr=1e-2, backend=backend)
@@ -85,12 +88,110 @@ def test_state_moves_between_backends():
             optimizer.step()
         return p.detach().clone(), optimizer.state_dict()
 
-    whole, _ = train("foreach", range(6))
-    half, state = train("reference", range(3))
-    other_half, _ = train("foreach", range(3, 6), state, half)
-    torch.testing.assert_close(other_half, whole)
+    whole, _ = train(second, range(6))
+    half, state = train(first, range(3))
+    other_half, _ = train(second, range(3, 6), state, half)
+    torch.testing.assert_close(other_half, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_unknown_backend():
-    with pytest.raises(UserError, match="known: auto, reference, foreach"):
+    with pytest.raises(UserError, match="known: auto, reference, foreach, fused"):
         AdamATan2([torch.nn.Parameter(torch.ones(1))], backend="cude")
+
+
+def test_fused_is_for_float32_on_the_cpu():
+    with pytest.raises(UserError, match="for float32 on the CPU, not bfloat16 on cpu; use auto"):
+        AdamATan2([torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))], backend="fused")
+
+
+def test_not_for_complex_or_sparse():
+    with pytest.raises(UserError, match=r"not torch\.complex64"):
+        AdamATan2([torch.nn.Parameter(torch.ones(1, dtype=torch.complex64))])
+    table = torch.nn.Embedding(4, 3, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(UserError, match=r"that of a parameter \[4, 3\] is sparse"):
+        AdamATan2(table.parameters()).step()
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [(torch.optim.AdamW, "amsgrad, capturable, .*eps"), (torch.optim.SGD, "dampening, .*momentum")],
+)
+def test_state_of_another_optimizer(other, said):
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    foreign = other([p], lr=0.1)
+    foreign.step()
+    with pytest.raises(UserError, match=f"of another optimizer: {said}"):
+        AdamATan2([p]).load_state_dict(foreign.state_dict())
+
+
+# More than two chunks, one number over and one below; a view that starts in the middle of a vector; not contiguous.
+FUSED_SHAPES = [(1,), (15,), (2 * CHUNK + 1,), (CHUNK - 1,), (3, 5), (0, 4)]
+
+
+def layouts(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(shape, generator=generator) for shape in FUSED_SHAPES]
+    return [*tensors, torch.randn(1001, generator=generator)[1:], torch.randn(33, 7, generator=generator).t()]
+
+
+def trained(backend: str, num_threads: int = 1) -> list[torch.Tensor]:
+    """Parameters of every layout after three steps."""
+    params = [torch.nn.Parameter(t) for t in layouts(0)]
+    optimizer = AdamATan2(params, lr=1e-2, backend=backend)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        for step in range(1, 4):
+            for p, g in zip(params, layouts(step), strict=True):
+                p.grad = g
+            optimizer.step()
+    finally:
+        torch.set_num_threads(before)
+    return [p.detach() for p in params]
+
+
+def test_fused_on_every_layout():
+    for ours, expected in zip(trained("fused"), trained("reference"), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_fused_does_not_depend_on_the_number_of_threads():
+    for one, three in zip(trained("fused", 1), trained("fused", 3), strict=True):
+        assert torch.equal(one, three)
+
+
+def test_steep_flat_infinite_and_not_a_number():
+    """Where the arctangent's argument is far from one, both sides of the diagonal, and what has no quotient."""
+    g = torch.cat([torch.logspace(-30, 15, 200), -torch.logspace(-30, 15, 200), torch.zeros(1)])
+    g = torch.cat([g, torch.tensor([math.inf, -math.inf, math.nan])])
+    after = {}
+    for backend in BACKENDS:
+        p = torch.nn.Parameter(torch.zeros(len(g)))
+        optimizer = AdamATan2([p], lr=1.0, weight_decay=0, backend=backend)
+        optimizer.state[p] = {
+            "step": torch.tensor(9.0),
+            "exp_avg": torch.ones_like(p) * 1e-3,
+            "exp_avg_sq": torch.ones_like(p) * 1e-10,
+        }
+        p.grad = g.clone()
+        optimizer.step()
+        after[backend] = p.detach()
+    for backend in BACKENDS:
+        torch.testing.assert_close(after[backend], after["reference"], rtol=3e-6, atol=1e-7, equal_nan=True)
+    assert after["reference"].isnan().sum() >= 1
+
+
+def test_parameters_that_began_later_count_their_own_steps():
+    early, late = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(3))
+    optimizer = AdamATan2([early, late], lr=1.0, weight_decay=0)
+    for step in range(3):
+        early.grad = torch.ones(3)
+        late.grad = torch.ones(3) if step == 2 else None
+        optimizer.step()
+    alone = torch.nn.Parameter(torch.zeros(3))
+    alone.grad = torch.ones(3)
+    AdamATan2([alone], lr=1.0, weight_decay=0).step()
+    assert torch.equal(late, alone)
+    assert optimizer.state[early]["step"] == 3

@@ -1,0 +1,110 @@
+"""Milliseconds of one update of the published 27M model's parameters, by every backend of AdamATan2 and by others.
+
+    python -m benchmarks.optimizer --json
+    python -m benchmarks.optimizer rounds=20 threads=1
+
+Beside ours: torch's fused AdamW, which also has to move 28 bytes a parameter, the package adam-atan2-pytorch if it is
+installed, and a copy of as many bytes, which is the machine's limit. All in turns in this process; medians.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from benchmarks.machine import facts
+from hrm_ray import machine
+from hrm_ray.models.hrm_v1 import HRMConfig
+from hrm_ray.models.registry import build_model
+from hrm_ray.optim.adam_atan2 import BACKENDS, AdamATan2, resolve_backend
+from hrm_ray.training.checkpoint import DatasetInfo
+
+BYTES_A_PARAMETER = 28  # parameter, gradient and two moments read, all but the gradient written; float32
+
+
+def parameters() -> list[nn.Parameter]:
+    """Those of the published HRM for 9x9 Sudoku, with gradients."""
+    info = DatasetInfo(
+        task="sudoku", task_options={"size": 9}, vocab_size=11, seq_len=81, num_puzzle_identifiers=1
+    )
+    setup = machine.resolve()
+    model = build_model(HRMConfig(), info, setup)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) * 1e-3
+    return list(model.parameters())
+
+
+def contestants() -> dict[str, Callable[[], object]]:
+    """What is measured, by name."""
+    device = machine.resolve().device
+    steps: dict[str, Callable[[], object]] = {}
+    for backend in BACKENDS:
+        if backend != "fused" or device.type == "cpu":
+            steps[backend] = AdamATan2(parameters(), backend=backend).step
+    steps["torch AdamW, fused"] = torch.optim.AdamW(parameters(), fused=True).step
+    try:
+        from adam_atan2_pytorch import AdamAtan2  # type: ignore[import-not-found]
+
+        steps["adam-atan2-pytorch"] = AdamAtan2(parameters()).step
+    except ImportError:
+        pass
+    # A copy reads and writes each of its bytes.
+    source = torch.randn(sum(p.numel() for p in parameters()) * BYTES_A_PARAMETER // 8, device=device)
+    steps["copy"] = partial(torch.empty_like(source).copy_, source)
+    return steps
+
+
+def measure(rounds: int) -> dict:
+    steps = contestants()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    on_gpu = machine.resolve().device.type == "cuda"
+    for i in range(rounds + 2):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if on_gpu:
+                torch.cuda.synchronize()
+            if i >= 2:  # warm-up
+                times[name].append(time.perf_counter() - started)
+    ms = {name: statistics.median(values) * 1e3 for name, values in times.items()}
+    ours = resolve_backend("auto", machine.resolve().device)
+    num_params = sum(p.numel() for p in parameters())
+    return {
+        "benchmark": "optimizer",
+        "num_params": num_params,
+        "threads": torch.get_num_threads(),
+        "ours": ours,
+        "ms": {name: round(value, 2) for name, value in ms.items()},
+        "gigabytes_per_s": round(num_params * BYTES_A_PARAMETER / ms[ours] / 1e6, 1),
+        "share_of_copy_rate": round(ms["copy"] / ms[ours], 3),
+        "rounds": rounds,
+        **facts(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", metavar="key=value", help="rounds, threads")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    options = dict(word.split("=", 1) for word in args.words)
+    torch.set_num_threads(int(options.get("threads", os.cpu_count() or 1)))
+    result = measure(int(options.get("rounds", 10)))
+    if args.json:
+        print(json.dumps(result))
+        return
+    ours = result["ms"][result["ours"]]
+    for name, ms in sorted(result["ms"].items(), key=lambda item: item[1]):
+        print(f"{name:20} {ms:8.2f} ms  {ms / ours:6.2f}")
+
+
+if __name__ == "__main__":
+    main()
