@@ -97,7 +97,7 @@ class TrainConfig(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     forward_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention: Literal["auto", "sdpa", "matmul", "flash"] = "auto"
-    optimizer_backend: Literal["auto", "fused", "foreach", "reference"] = "auto"  # of AdamATan2
+    optimizer_backend: Literal["auto", "cuda", "fused", "foreach", "reference"] = "auto"  # of AdamATan2
     scaling: ScalingConfig = ScalingConfig()
     failure: FailureConfig = FailureConfig()
 

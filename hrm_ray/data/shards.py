@@ -29,6 +29,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 from pydantic import field_validator
 
+from hrm_ray.cache import cache_dir
 from hrm_ray.config.validate import Settings, validated
 from hrm_ray.data.tasks.base import Task, get_task
 from hrm_ray.errors import UserError, first_line
@@ -326,11 +327,6 @@ def local_root(path: str | Path) -> Path:
     if isinstance(filesystem, pafs.LocalFileSystem):
         return Path(inner)
     return _cached(filesystem, inner.rstrip("/"), str(path))
-
-
-def cache_dir() -> Path:
-    """HRM_RAY_CACHE, by default ~/.cache/hrm_ray."""
-    return Path(os.environ.get("HRM_RAY_CACHE") or "~/.cache/hrm_ray").expanduser()
 
 
 def _cached(filesystem: pafs.FileSystem, folder: str, uri: str) -> Path:

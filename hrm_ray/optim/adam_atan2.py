@@ -12,10 +12,12 @@ Two forms exist, which differ in where the first moment's bias correction c1 = 1
 Weight decay is decoupled and comes first: p *= 1 - lr * weight_decay.
 """
 
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +27,41 @@ from hrm_ray.errors import UserError
 BiasCorrection = Literal["outside", "inside"]
 
 
+class Slot(NamedTuple):
+    """A parameter and what belongs to it; `step` is a float32 number, those before this update."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """What the parameters of a group have in common.
+
+    Attributes:
+        lr: a number, or a tensor of one.
+        grad_scale: gradients are so many times too large (`torch.amp.GradScaler`).
+        found_inf: if not 0, nothing is updated.
+    """
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    weight_decay: float
+    bias_correction: BiasCorrection
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+Backend = Callable[[Sequence[Slot], Group], None]
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Numbers of one update; `step` counts from 1."""
+    """Numbers of one update, known to the host; `step` counts from 1."""
 
     step: int
     lr: float
@@ -51,10 +85,29 @@ class Hyperparameters:
 
 
 Tensors = list[Tensor]
-# update(params, grads, exp_avgs, exp_avg_sqs, hyperparameters), in place
-Backend = Callable[[Tensors, Tensors, Tensors, Tensors, Hyperparameters], None]
 
 
+def on_host(update: Callable[[Tensors, Tensors, Tensors, Tensors, Hyperparameters], None]) -> Backend:
+    """A backend that `update`s parameters, gradients and both moments in place, all at the same step."""
+
+    def run(slots: Sequence[Slot], group: Group) -> None:
+        if group.found_inf is not None and group.found_inf.item():
+            return
+        at_step: dict[int, list[Slot]] = defaultdict(list)
+        for slot in slots:
+            slot.step.add_(1)
+            at_step[int(slot.step)].append(slot)
+        for step, members in at_step.items():
+            params, grads, exp_avgs, exp_avg_sqs, _ = map(list, zip(*members, strict=True))
+            if group.grad_scale is not None:
+                grads = [grad / group.grad_scale.to(grad.device) for grad in grads]
+            numbers = (group.beta1, group.beta2, group.weight_decay, group.bias_correction)
+            update(params, grads, exp_avgs, exp_avg_sqs, Hyperparameters(step, float(group.lr), *numbers))
+
+    return run
+
+
+@on_host
 def reference(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, h: Hyperparameters):
     """The equations, one tensor after another: what every backend is tested against."""
     m_scale, v_scale, step_size = h.scales
@@ -64,6 +117,7 @@ def reference(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: T
         p.copy_(p * h.kept - step_size * torch.atan2(m * m_scale, v.sqrt() * v_scale))
 
 
+@on_host
 def foreach(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, h: Hyperparameters):
     """All tensors of a group at once with torch's multi-tensor operations."""
     m_scale, v_scale, step_size = h.scales
@@ -78,6 +132,7 @@ def foreach(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Ten
     torch._foreach_add_(params, denominators, alpha=-step_size)
 
 
+@on_host
 def fused(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, h: Hyperparameters):
     """One pass over the memory, for float32 on the CPU; see `fused_cpu`."""
     from hrm_ray.optim import fused_cpu  # numba: a second to import
@@ -85,26 +140,44 @@ def fused(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tenso
     fused_cpu.update(params, grads, exp_avgs, exp_avg_sqs, h)
 
 
-BACKENDS: dict[str, Backend] = {"reference": reference, "foreach": foreach, "fused": fused}
+def cuda(slots: Sequence[Slot], group: Group) -> None:
+    """One launch for all parameters; see `fused_cuda`."""
+    from hrm_ray.optim import fused_cuda
+
+    fused_cuda.update(slots, group)
 
 
+BACKENDS: dict[str, Backend] = {"reference": reference, "foreach": foreach, "fused": fused, "cuda": cuda}
+
+
+@lru_cache
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The backend that `name` ("auto" or one of `BACKENDS`) stands for where parameters are of this kind.
+
+    On a GPU whose kernels cannot be had, "auto" is "foreach"; the first time, a warning says why.
 
     Raises:
         UserError: there is none of that name, or it cannot take them.
     """
-    can_fuse = device.type == "cpu" and dtype == torch.float32
-    if name == "auto":
-        return "fused" if can_fuse else "foreach"
-    if name not in BACKENDS:
+    if name not in ("auto", *BACKENDS):
         raise UserError(f"optimizer_backend={name}: unknown; known: auto, {', '.join(BACKENDS)}")
-    if name == "fused" and not can_fuse:
-        kind = str(dtype).removeprefix("torch.")
-        raise UserError(
-            f"optimizer_backend=fused is for float32 on the CPU, not {kind} on {device}; use auto"
-        )
-    return name
+    kind = f"{str(dtype).removeprefix('torch.')} on {device}"
+    if name in ("auto", "fused") and device.type == "cpu" and dtype == torch.float32:
+        return "fused"
+    if name == "fused":
+        raise UserError(f"optimizer_backend=fused is for float32 on the CPU, not {kind}; use auto")
+    if name in ("auto", "cuda") and device.type == "cuda":
+        from hrm_ray.optim import fused_cuda
+
+        why_not = fused_cuda.why_not(device) if dtype in fused_cuda.DTYPES else f"not for {kind}"
+        if why_not is None:
+            return "cuda"
+        if name == "cuda":
+            raise UserError(f"optimizer_backend=cuda: {why_not}; use auto")
+        warnings.warn(f"AdamATan2 takes several launches an update: {why_not}", stacklevel=2)
+    if name == "cuda":
+        raise UserError(f"optimizer_backend=cuda is for GPUs, not {kind}; use auto")
+    return "foreach" if name == "auto" else name
 
 
 STATE = {"step", "exp_avg", "exp_avg_sq"}
@@ -119,12 +192,14 @@ class AdamATan2(torch.optim.Optimizer):
         betas: decay of the first and second moment.
         weight_decay: decoupled, multiplied by `lr`.
         bias_correction: "outside" (the published training) or "inside" (the paper).
-        backend: "auto" or a name from `BACKENDS`; "fused" is for float32 on the CPU (what is not contiguous there is
-            left to "foreach").
+        backend: "auto" or a name from `BACKENDS`: "fused" is for float32 on the CPU, "cuda" for float32 and bfloat16 on
+            a GPU; what is not contiguous is left to "foreach".
 
     Raises:
         UserError: an unknown backend, parameters that it cannot take, gradients or a state that are not for it.
     """
+
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -169,31 +244,27 @@ class AdamATan2(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            alike: dict[tuple[int, str], list[tuple[Tensor, Tensor, Tensor, Tensor]]] = defaultdict(list)
+            slots: dict[str, list[Slot]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    step, *tensors = self._count(p, p.grad)
-                    alike[step, self._backend_of(p)].append((p, p.grad, *tensors))
-            for (step, backend), members in alike.items():
-                params, grads, exp_avgs, exp_avg_sqs = map(list, zip(*members, strict=True))
-                BACKENDS[backend](
-                    params,
-                    grads,
-                    exp_avgs,
-                    exp_avg_sqs,
-                    Hyperparameters(
-                        step=step,
-                        lr=group["lr"],
-                        beta1=group["betas"][0],
-                        beta2=group["betas"][1],
-                        weight_decay=group["weight_decay"],
-                        bias_correction=self._bias_correction,
-                    ),
-                )
+                    backend = self._backend_of(p)
+                    slots[backend].append(self._slot(p, p.grad, backend))
+            shared = Group(
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                bias_correction=self._bias_correction,
+                # A GradScaler sets these where it steps, since `_step_supports_amp_scaling`.
+                grad_scale=getattr(self, "grad_scale", None),
+                found_inf=getattr(self, "found_inf", None),
+            )
+            for backend, members in slots.items():
+                BACKENDS[backend](members, shared)
         return loss
 
-    def _count(self, p: Tensor, grad: Tensor) -> tuple[int, Tensor, Tensor]:
-        """The number of this step of `p`, from 1, and its moments, which are made at the first."""
+    def _slot(self, p: Tensor, grad: Tensor, backend: str) -> Slot:
+        """`p` with its state, which is made at the first step."""
         if grad.is_sparse:
             raise UserError(f"AdamATan2 takes dense gradients, that of a parameter {list(p.shape)} is sparse")
         state = self.state[p]
@@ -202,10 +273,10 @@ class AdamATan2(torch.optim.Optimizer):
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(p, dtype=moments)
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=moments)
-        state["step"] += 1
-        return int(state["step"]), state["exp_avg"], state["exp_avg_sq"]
+        state["step"] = state["step"].to(p.device if backend == "cuda" else "cpu")
+        return Slot(p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
 
     def _backend_of(self, p: Tensor) -> str:
-        if not p.is_contiguous() and self._backend in ("auto", "fused"):
+        if not p.is_contiguous() and self._backend != "reference":
             return "foreach"
         return resolve_backend(self._backend, p.device, p.dtype)

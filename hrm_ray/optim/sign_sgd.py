@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from hrm_ray.optim import fused_cuda
+
 
 @torch.no_grad()
 def sparse_sign_sgd(
@@ -24,6 +26,13 @@ def sparse_sign_sgd(
         lr: learning rate.
         weight_decay: decoupled, multiplied by `lr`.
     """
+    if (
+        table.device.type == "cuda"
+        and table.dtype == torch.float32
+        and fused_cuda.why_not(table.device) is None
+    ):
+        fused_cuda.sparse_sign_sgd(table, identifiers, gradients, lr, weight_decay)
+        return
     rows, position = identifiers.unique(return_inverse=True)
     # As a product, because index_add_ on a GPU adds in an order that changes, and a sign near zero with it.
     is_of_row = position == torch.arange(len(rows), device=table.device)[:, None]

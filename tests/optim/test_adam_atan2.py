@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from hrm_ray.errors import UserError
-from hrm_ray.optim.adam_atan2 import BACKENDS, AdamATan2
+from hrm_ray.optim.adam_atan2 import AdamATan2
 from hrm_ray.optim.fused_cpu import CHUNK
 
+# Those that run on a CPU; for the other see test_kernels.py.
+BACKENDS = ("reference", "foreach", "fused")
 SHAPES = [(1,), (7,), (3, 5), (64, 33), (0, 4)]
 
 
@@ -35,7 +37,7 @@ def float64_steps(params, grads_by_step, lr, betas, weight_decay, bias_correctio
 @pytest.mark.parametrize("lr", [1e-4, 3e-2])
 @pytest.mark.parametrize("weight_decay", [0.0, 1.0])
 @pytest.mark.parametrize("bias_correction", ["outside", "inside"])
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_against_float64(backend, bias_correction, weight_decay, lr):
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in SHAPES]
@@ -95,13 +97,31 @@ def test_state_moves_between_backends(first, second):
 
 
 def test_unknown_backend():
-    with pytest.raises(UserError, match="known: auto, reference, foreach, fused"):
+    with pytest.raises(UserError, match="known: auto, reference, foreach, fused, cuda"):
         AdamATan2([torch.nn.Parameter(torch.ones(1))], backend="cude")
 
 
 def test_fused_is_for_float32_on_the_cpu():
     with pytest.raises(UserError, match="for float32 on the CPU, not bfloat16 on cpu; use auto"):
         AdamATan2([torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))], backend="fused")
+
+
+def test_cuda_is_for_gpus():
+    with pytest.raises(UserError, match="is for GPUs, not float32 on cpu; use auto"):
+        AdamATan2([torch.nn.Parameter(torch.ones(1))], backend="cuda")
+
+
+def test_gradients_of_a_scaler():
+    """Scaled ones are scaled back, and a step with an infinite one is none."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    plain, scaled = (AdamATan2([p], lr=0.1) for p in params)
+    params[0].grad, params[1].grad = torch.ones(3), torch.ones(3) * 64
+    scaled.grad_scale, scaled.found_inf = torch.tensor(64.0), torch.tensor(1.0)
+    scaled.step()
+    assert torch.equal(params[1], torch.ones(3)) and scaled.state[params[1]]["step"] == 0
+    scaled.found_inf = torch.tensor(0.0)
+    plain.step(), scaled.step()
+    assert torch.equal(*params)
 
 
 def test_not_for_complex_or_sparse():
