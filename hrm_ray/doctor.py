@@ -18,7 +18,7 @@ def report() -> str:
         ("hrm-ray", __version__),
         ("python", platform.python_version()),
         *((name, _version(name)) for name in PACKAGES),
-        ("CPU", f"{os.cpu_count()} cores, bfloat16 tiles (AMX): {_yes(machine.cpu_has_fast_bfloat16())}"),
+        ("CPU", f"{os.cpu_count()} cores, fast bfloat16 products: {_yes(machine.cpu_has_fast_bfloat16())}"),
         ("GPU", _gpus()),
         ("free disk here", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB"),
         ("training uses", machine.resolve(num_tokens=81).describe()),

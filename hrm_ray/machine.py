@@ -32,8 +32,8 @@ class Setup:
 
 
 def cpu_has_fast_bfloat16() -> bool:
-    """Whether bfloat16 products are faster than float32 on this CPU (AMX tiles)."""
-    return torch.cpu._is_amx_tile_supported()
+    """Whether this CPU multiplies bfloat16 faster than float32 (AMX, AVX-512 BF16)."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def flash_attention_present() -> bool:
