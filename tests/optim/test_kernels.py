@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hrm_ray.optim.sign_sgd import sparse_sign_sgd
 ARCHS = ("sm_80", "sm_90", "sm_100")
 KERNELS = (*fused_cuda.DTYPES.values(), "sign_sgd")
 SHAPES = [(1,), (7,), (8,), (3, 5), (0, 4), (fused_cuda.CHUNK,), (2 * fused_cuda.CHUNK + 9,), (64, 33)]
+needs_nvrtc = pytest.mark.skipif(sys.platform != "linux", reason="NVRTC comes with the tests on Linux only")
 cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
@@ -28,6 +30,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
+@needs_nvrtc
 @pytest.mark.parametrize("capacity", fused_cuda.CAPACITIES)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_compiles_without_a_gpu(arch, capacity):
@@ -36,6 +39,7 @@ def test_compiles_without_a_gpu(arch, capacity):
     assert all(name.encode() in code for name in KERNELS)
 
 
+@needs_nvrtc
 def test_a_mistake_in_the_source_is_said_in_one_line():
     with pytest.raises(
         nvrtc.KernelError, match=r"NVRTC does not compile for sm_90: kernels\.cu\(2\): error: "
@@ -43,11 +47,13 @@ def test_a_mistake_in_the_source_is_said_in_one_line():
         nvrtc.compile_source("\nnonsense", "sm_90")
 
 
+@needs_nvrtc
 def test_an_unknown_architecture():
     with pytest.raises(nvrtc.KernelError, match="for sm_12345: nvrtc: error: invalid value"):
         nvrtc.compile_source("", "sm_12345")
 
 
+@needs_nvrtc
 def test_compiled_once_for_each_source_and_architecture(cache, monkeypatch):
     compiled = []
     monkeypatch.setattr(nvrtc, "compile_source", lambda *args: compiled.append(args) or b"code")
@@ -60,6 +66,7 @@ def test_compiled_once_for_each_source_and_architecture(cache, monkeypatch):
     assert len(compiled) == 5
 
 
+@needs_nvrtc
 def test_a_cache_that_cannot_be_written_costs_a_warning_only(cache, monkeypatch):
     cache.write_text("a file where the folder should be")
     monkeypatch.setattr(nvrtc, "compile_source", lambda *args: b"code")
