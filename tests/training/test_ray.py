@@ -146,15 +146,15 @@ def test_where_no_worker_comes_though_there_is_room_ray_is_joined_anew(config, t
         from hrm_ray.training import ray_backend, ray_train, trainer
         from tests.training.test_ray import Leaks
         marker, config = sys.argv[1], json.loads(sys.argv[2])
-        ray_backend.ProcessGroup, ray_train.COMING_S = partial(Leaks, marker=marker), 10.0
+        ray_backend.ProcessGroup, ray_train.COMING_S = partial(Leaks, marker=marker), 8.0
         trainer.train(TrainConfig(**config))
     """
     scaling = {"mode": "ray", "num_workers": 2, "cpus_per_worker": (os.cpu_count() or 2) // 2}
-    config |= {"scaling": scaling, "watchdog_s": 20.0}
+    config |= {"scaling": scaling, "watchdog_s": 16.0}
     words = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "killed"), json.dumps(config)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "no worker for 30 s, though there is room: Ray is joined anew" in done.stderr
+    assert "no worker for 24 s, though there is room: Ray is joined anew" in done.stderr
     assert last(TrainConfig(**config)).manifest.global_step == 20
 
 
