@@ -19,6 +19,13 @@ from hrm_ray.models.recursive import Prediction, RecursiveModel, State
 IGNORE = -100  # the label of a cell that is not scored
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; to a GPU from pinned memory, so that nobody waits for the copy."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Batch:
     """What the B slots of one worker are offered at a step.
@@ -44,11 +51,7 @@ class Batch:
         return Batch(self.inputs[index], self.labels[index], self.puzzle_identifiers[index])
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(
-            self.inputs.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.puzzle_identifiers.to(device, non_blocking=True),
-        )
+        return Batch(*(send(t, device) for t in (self.inputs, self.labels, self.puzzle_identifiers)))
 
 
 @dataclass(frozen=True)

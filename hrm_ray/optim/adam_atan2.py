@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from hrm_ray.errors import UserError
 
@@ -138,6 +139,7 @@ def fused(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tenso
     from hrm_ray.optim import fused_cpu  # numba: a second to import
 
     fused_cpu.update(params, grads, exp_avgs, exp_avg_sqs, h)
+    increment_version(params)  # torch does not see who writes to its memory
 
 
 def cuda(slots: Sequence[Slot], group: Group) -> None:
@@ -145,6 +147,7 @@ def cuda(slots: Sequence[Slot], group: Group) -> None:
     from hrm_ray.optim import fused_cuda
 
     fused_cuda.update(slots, group)
+    increment_version([slot.param for slot in slots])
 
 
 BACKENDS: dict[str, Backend] = {"reference": reference, "foreach": foreach, "fused": fused, "cuda": cuda}

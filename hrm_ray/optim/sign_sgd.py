@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from hrm_ray.optim import fused_cuda
 
@@ -32,6 +33,7 @@ def sparse_sign_sgd(
         and fused_cuda.why_not(table.device) is None
     ):
         fused_cuda.sparse_sign_sgd(table, identifiers, gradients, lr, weight_decay)
+        increment_version(table)
         return
     rows, position = identifiers.unique(return_inverse=True)
     # As a product, because index_add_ on a GPU adds in an order that changes, and a sign near zero with it.

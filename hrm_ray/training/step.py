@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.sampler import Sampler, choice_draws, min_halt_steps, replay_draws
 from hrm_ray.data.shards import Dataset
-from hrm_ray.models.act import ACT, Batch, Carry
+from hrm_ray.models.act import ACT, Batch, Carry, send
 from hrm_ray.models.halting import Control
 from hrm_ray.models.layers import Linear
 from hrm_ray.models.losses import METRICS, LossType, act_loss, count_right
@@ -204,4 +204,4 @@ class Stepper:
 
     def _own(self, values: np.ndarray) -> Tensor:
         """This worker's part of an array with a row for every global slot."""
-        return torch.from_numpy(np.ascontiguousarray(values[self.slots])).to(self.device)
+        return send(torch.from_numpy(np.ascontiguousarray(values[self.slots])), self.device)

@@ -203,6 +203,18 @@ def test_steep_flat_infinite_and_not_a_number():
     assert after["reference"].isnan().sum() >= 1
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_torch_knows_that_the_parameters_were_written(backend):
+    """Or it would not notice a backward pass through weights that have moved since."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = AdamATan2([p], backend=backend)
+    loss = (p * p).sum()
+    p.grad = torch.ones(3)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_parameters_that_began_later_count_their_own_steps():
     early, late = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(3))
     optimizer = AdamATan2([early, late], lr=1.0, weight_decay=0)
