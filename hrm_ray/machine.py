@@ -19,7 +19,7 @@ CPU_MATMUL_MAX_TOKENS = 128
 
 @dataclass(frozen=True)
 class Setup:
-    """What will be used; every field resolved."""
+    """What will be used; every field resolved but `optimizer_backend`, which may be "auto"."""
 
     device: torch.device
     dtype: torch.dtype
@@ -28,7 +28,8 @@ class Setup:
 
     def describe(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.device}, {dtype}, attention {self.attention}, AdamATan2 {self.optimizer_backend}"
+        backend = resolve_backend(self.optimizer_backend, self.device)  # compiles it, where it has to be
+        return f"{self.device}, {dtype}, attention {self.attention}, AdamATan2 {backend}"
 
 
 def cpu_has_fast_bfloat16() -> bool:
@@ -79,11 +80,12 @@ def resolve(
         raise UserError(
             "attention=flash needs a GPU, bfloat16 and the flash-attn package; use attention=auto"
         )
+    place = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
+    if optimizer_backend != "auto":
+        resolve_backend(optimizer_backend, place)
     return Setup(
-        device=torch.device("cuda", local_rank % torch.cuda.device_count())
-        if on_gpu
-        else torch.device("cpu"),
+        device=place,
         dtype=getattr(torch, forward_dtype),
         attention=attention,
-        optimizer_backend=resolve_backend(optimizer_backend, torch.device(device)),
+        optimizer_backend=optimizer_backend,
     )

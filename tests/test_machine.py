@@ -24,7 +24,10 @@ def test_cpu_decisions(monkeypatch):
     [
         ({"device": "cuda"}, "device=cuda: torch sees no GPU here"),
         ({"attention": "flash"}, "attention=flash needs a GPU"),
-        ({"optimizer_backend": "cuda"}, "optimizer_backend=cuda is for GPUs, not float32 on cpu"),
+        (
+            {"optimizer_backend": "cuda"},
+            "optimizer_backend=cuda is for float32 and bfloat16 on GPUs, not float32 on cpu",
+        ),
         (
             {"optimizer_backend": "c"},
             "optimizer_backend=c: unknown; known: auto, reference, foreach, fused, cuda",

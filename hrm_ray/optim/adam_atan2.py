@@ -12,6 +12,7 @@ Two forms exist, which differ in where the first moment's bias correction c1 = 1
 Weight decay is decoupled and comes first: p *= 1 - lr * weight_decay.
 """
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -20,16 +21,20 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from hrm_ray.errors import UserError
+from hrm_ray.errors import UserError, first_line
 
 BiasCorrection = Literal["outside", "inside"]
 
 
 class Slot(NamedTuple):
-    """A parameter and what belongs to it; `step` is a float32 number, those before this update."""
+    """A parameter and what belongs to it.
+
+    `step` is the number of its updates so far, float32[]: on the parameter's device for the backend "cuda", which then
+    never waits for it, on the CPU for the others.
+    """
 
     param: Tensor
     grad: Tensor
@@ -43,7 +48,7 @@ class Group:
     """What the parameters of a group have in common.
 
     Attributes:
-        lr: a number, or a tensor of one.
+        lr, weight_decay: numbers, or tensors of one.
         grad_scale: gradients are so many times too large (`torch.amp.GradScaler`).
         found_inf: if not 0, nothing is updated.
     """
@@ -51,7 +56,7 @@ class Group:
     lr: float | Tensor
     beta1: float
     beta2: float
-    weight_decay: float
+    weight_decay: float | Tensor
     bias_correction: BiasCorrection
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
@@ -100,10 +105,18 @@ def on_host(update: Callable[[Tensors, Tensors, Tensors, Tensors, Hyperparameter
             at_step[int(slot.step)].append(slot)
         for step, members in at_step.items():
             params, grads, exp_avgs, exp_avg_sqs, _ = map(list, zip(*members, strict=True))
+            grads = [grad.to(m.dtype) for grad, m in zip(grads, exp_avgs, strict=True)]
             if group.grad_scale is not None:
                 grads = [grad / group.grad_scale.to(grad.device) for grad in grads]
-            numbers = (group.beta1, group.beta2, group.weight_decay, group.bias_correction)
-            update(params, grads, exp_avgs, exp_avg_sqs, Hyperparameters(step, float(group.lr), *numbers))
+            numbers = Hyperparameters(
+                step=step,
+                lr=float(group.lr),
+                beta1=group.beta1,
+                beta2=group.beta2,
+                weight_decay=float(group.weight_decay),
+                bias_correction=group.bias_correction,
+            )
+            update(params, grads, exp_avgs, exp_avg_sqs, numbers)
 
     return run
 
@@ -150,6 +163,7 @@ def cuda(slots: Sequence[Slot], group: Group) -> None:
     increment_version([slot.param for slot in slots])
 
 
+CUDA_DTYPES = (torch.float32, torch.bfloat16)
 BACKENDS: dict[str, Backend] = {"reference": reference, "foreach": foreach, "fused": fused, "cuda": cuda}
 
 
@@ -157,33 +171,53 @@ BACKENDS: dict[str, Backend] = {"reference": reference, "foreach": foreach, "fus
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The backend that `name` ("auto" or one of `BACKENDS`) stands for where parameters are of this kind.
 
-    On a GPU whose kernels cannot be had, "auto" is "foreach"; the first time, a warning says why.
+    Where the fast one cannot be had, "auto" is "foreach"; a warning says so and why, once.
 
     Raises:
         UserError: there is none of that name, or it cannot take them.
     """
     if name not in ("auto", *BACKENDS):
         raise UserError(f"optimizer_backend={name}: unknown; known: auto, {', '.join(BACKENDS)}")
-    kind = f"{str(dtype).removeprefix('torch.')} on {device}"
-    if name in ("auto", "fused") and device.type == "cpu" and dtype == torch.float32:
-        return "fused"
-    if name == "fused":
-        raise UserError(f"optimizer_backend=fused is for float32 on the CPU, not {kind}; use auto")
-    if name in ("auto", "cuda") and device.type == "cuda":
-        from hrm_ray.optim import fused_cuda
+    if name in ("reference", "foreach"):
+        return name
+    fast, dtypes, why_not = (
+        ("cuda", CUDA_DTYPES, _why_not_cuda)
+        if device.type == "cuda"
+        else ("fused", (torch.float32,), _why_not_fused)
+    )
+    if name not in ("auto", fast) or device.type not in ("cpu", "cuda") or dtype not in dtypes:
+        if name == "auto":
+            return "foreach"
+        kind = f"{str(dtype).removeprefix('torch.')} on {device}"
+        what = "float32 and bfloat16 on GPUs" if name == "cuda" else "float32 on the CPU"
+        raise UserError(f"optimizer_backend={name} is for {what}, not {kind}; use auto")
+    reason = why_not(device)
+    if reason is None:
+        return fast
+    if name != "auto":
+        raise UserError(f"optimizer_backend={name}: {reason}; use auto")
+    warnings.warn(f"AdamATan2 runs as optimizer_backend=foreach, which is slower: {reason}", stacklevel=2)
+    return "foreach"
 
-        why_not = fused_cuda.why_not(device) if dtype in fused_cuda.DTYPES else f"not for {kind}"
-        if why_not is None:
-            return "cuda"
-        if name == "cuda":
-            raise UserError(f"optimizer_backend=cuda: {why_not}; use auto")
-        warnings.warn(f"AdamATan2 takes several launches an update: {why_not}", stacklevel=2)
-    if name == "cuda":
-        raise UserError(f"optimizer_backend=cuda is for GPUs, not {kind}; use auto")
-    return "foreach" if name == "auto" else name
+
+def _why_not_cuda(device: torch.device) -> str | None:
+    from hrm_ray.optim import fused_cuda
+
+    return fused_cuda.why_not(device)
 
 
-STATE = {"step", "exp_avg", "exp_avg_sq"}
+def _why_not_fused(device: torch.device) -> str | None:
+    try:
+        from hrm_ray.optim import fused_cpu  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # no numba, or no folder that it can write to
+        return first_line(error)
+    return None
+
+
+# Moments are as large and on the same device as their parameter, in float32 or wider.
+STATE = ("step", "exp_avg", "exp_avg_sq")
+# Keys of groups that tell of another optimizer.
+FOREIGN = {"eps", "momentum", "amsgrad", "dampening", "nesterov", "alpha", "rho", "etas"}
 
 
 class AdamATan2(torch.optim.Optimizer):
@@ -191,15 +225,16 @@ class AdamATan2(torch.optim.Optimizer):
 
     Args:
         params: parameters or parameter groups; real, of any floating dtype, on any device. Moments are float32.
-        lr: learning rate; a group's `lr` may be set before every step.
-        betas: decay of the first and second moment.
-        weight_decay: decoupled, multiplied by `lr`.
-        bias_correction: "outside" (the published training) or "inside" (the paper).
+        lr: learning rate, at least 0; a group's `lr` may be set before every step.
+        betas: decay of the first and second moment, from 0 to below 1.
+        weight_decay: decoupled, multiplied by `lr`; at least 0. For a CUDA graph it and `lr` have to be tensors on the
+            GPU, float32[], which are read at every replay.
+        bias_correction: "outside" (the published training) or "inside" (the paper). Not part of the state.
         backend: "auto" or a name from `BACKENDS`: "fused" is for float32 on the CPU, "cuda" for float32 and bfloat16 on
-            a GPU; what is not contiguous is left to "foreach".
+            a GPU; what is not plain and contiguous is left to "foreach".
 
     Raises:
-        UserError: an unknown backend, parameters that it cannot take, gradients or a state that are not for it.
+        UserError: an unknown backend, numbers out of range; parameters, gradients or a state that are not for it.
     """
 
     _step_supports_amp_scaling = True
@@ -207,37 +242,67 @@ class AdamATan2(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-4,
+        lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.95),
-        weight_decay: float = 0.1,
+        weight_decay: float | Tensor = 0.1,
         *,
         bias_correction: BiasCorrection = "outside",
         backend: str = "auto",
     ):
+        if bias_correction not in ("outside", "inside"):
+            raise UserError(f"bias_correction={bias_correction}: unknown; known: outside, inside")
         self._backend = backend
         self._bias_correction: BiasCorrection = bias_correction
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_backend": self._backend, "_bias_correction": self._bias_correction}
+        return {**super().__getstate__(), **own}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See torch; checks that the backend can take the parameters."""
+        """See torch; checks the numbers, and that the backend can take the parameters."""
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            self._backend_of(p)
-            if not p.is_floating_point():
-                raise UserError(f"AdamATan2 moves real numbers, not {p.dtype}")
+        try:
+            _check_group(self.param_groups[-1])
+            for p in self.param_groups[-1]["params"]:
+                if not p.is_floating_point():
+                    raise UserError(f"AdamATan2 moves real numbers, not {p.dtype}")
+                self._backend_of(p)
+        except UserError:
+            self.param_groups.pop()
+            raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See torch; refuses the state of another optimizer."""
-        foreign = {key for group in state_dict["param_groups"] for key in group} - {
-            *self.param_groups[0],
-            "initial_lr",  # of torch's schedulers
-        }
-        foreign |= {key for state in state_dict["state"].values() for key in STATE ^ state.keys()}
-        if foreign:
-            raise UserError(
-                f"this is not the state of AdamATan2, but of another optimizer: {', '.join(sorted(foreign))} differ"
-            )
+        """See torch; refuses the state of another optimizer or of other parameters, keeps moments in float32."""
+        for group in state_dict["param_groups"]:
+            foreign = sorted(FOREIGN & group.keys()) or sorted(self.defaults.keys() - group.keys())
+            if foreign:
+                raise UserError(f"not a state of AdamATan2: its groups differ in {', '.join(foreign)}")
+        for state in state_dict["state"].values():
+            if set(state) != set(STATE):
+                raise UserError(f"not a state of AdamATan2: it holds {', '.join(sorted(state)) or 'nothing'}")
         super().load_state_dict(state_dict)
+        # torch has cast the moments to the parameters' dtype, and kept their strides.
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved, params, strict=True):
+            if i in state_dict["state"]:
+                self.state[p] = self._new_state(p)
+                for name, tensor in self.state[p].items():
+                    given = torch.as_tensor(state_dict["state"][i][name])
+                    if given.shape != tensor.shape:
+                        shapes = f"{list(given.shape)} for {list(tensor.shape)}"
+                        raise UserError(f"the state is of other parameters: {name} has the shape {shapes}")
+                    tensor.copy_(given)
+
+    def _new_state(self, p: Tensor) -> dict[str, Tensor]:
+        moments = torch.promote_types(p.dtype, torch.float32)
+        where = p.device if self._backend_of(p) == "cuda" else "cpu"
+        return {
+            "step": torch.zeros((), dtype=torch.float32, device=where),
+            "exp_avg": torch.zeros_like(p, dtype=moments),
+            "exp_avg_sq": torch.zeros_like(p, dtype=moments),
+        }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -268,18 +333,32 @@ class AdamATan2(torch.optim.Optimizer):
 
     def _slot(self, p: Tensor, grad: Tensor, backend: str) -> Slot:
         """`p` with its state, which is made at the first step."""
-        if grad.is_sparse:
+        if grad.layout is not torch.strided:
             raise UserError(f"AdamATan2 takes dense gradients, that of a parameter {list(p.shape)} is sparse")
+        if not self.state[p]:
+            self.state[p].update(self._new_state(p))
         state = self.state[p]
-        if not state:
-            moments = torch.promote_types(p.dtype, torch.float32)
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(p, dtype=moments)
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=moments)
+        if state["exp_avg"].device != p.device:
+            raise UserError(
+                f"a parameter {list(p.shape)} is on {p.device}, its moments on {state['exp_avg'].device}; "
+                "make the optimizer, or load its state, after the model is moved"
+            )
         state["step"] = state["step"].to(p.device if backend == "cuda" else "cpu")
         return Slot(p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
 
     def _backend_of(self, p: Tensor) -> str:
-        if not p.is_contiguous() and self._backend != "reference":
-            return "foreach"
-        return resolve_backend(self._backend, p.device, p.dtype)
+        name = resolve_backend(self._backend, p.device, p.dtype)
+        is_plain = p.is_contiguous() and type(p) in (Tensor, nn.Parameter)
+        has_own_dtype = p.grad is None or p.grad.dtype == p.dtype
+        return name if name == "reference" or (is_plain and has_own_dtype) else "foreach"
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """UserError if a number is out of range. Those on a GPU are not looked at, which would wait for it."""
+    for name in ("lr", "weight_decay"):
+        value = group[name]
+        if not (isinstance(value, Tensor) and value.is_cuda) and not 0 <= value < math.inf:
+            raise UserError(f"{name}={value} has to be at least 0")
+    betas = group["betas"]
+    if not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"betas={betas} have to be from 0 to below 1")

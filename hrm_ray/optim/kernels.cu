@@ -48,13 +48,15 @@ struct Tensors {
 // What every tensor of a group has in common. Pointers are to single numbers on the device; the last two may be null.
 struct Group {
     const float* lr;
+    const float* weight_decay;
     const float* grad_scale;  // gradients are so many times too large
     const float* found_inf;   // not 0: nothing is to be done
-    float beta1, beta2;
+    float alpha1, beta2, alpha2;  // alpha is 1 - beta, of which float would lose digits
     float log_beta1, log_beta2;
-    float weight_decay;
     int inside;  // where the first moment's bias correction stands
 };
+
+static_assert(sizeof(Tensor) == 56 && sizeof(Group) == 56, "fused_cuda.py lays them out so");
 
 template <typename T>
 __device__ void update(const Tensors& tensors, const Group& group) {
@@ -79,14 +81,14 @@ __device__ void update(const Tensors& tensors, const Group& group) {
     const float lr = *group.lr;
     const float m_scale = group.inside ? 1 / c1 : 1, v_scale = 1 / sqrtf(c2);
     const float step_size = group.inside ? lr : lr / c1;
-    const float kept = 1 - lr * group.weight_decay;
+    const float kept = 1 - lr * *group.weight_decay;
     const float g_scale = group.grad_scale ? 1 / *group.grad_scale : 1;
-    const float beta1 = group.beta1, beta2 = group.beta2;
+    const float alpha1 = group.alpha1, beta2 = group.beta2, alpha2 = group.alpha2;
 
     auto move = [&](T& p_i, T g_raw, float& m_i, float& v_i) {
         const float g_i = to_float(g_raw) * g_scale;
-        m_i += (1 - beta1) * (g_i - m_i);
-        v_i = beta2 * v_i + (1 - beta2) * g_i * g_i;
+        m_i += alpha1 * (g_i - m_i);
+        v_i = beta2 * v_i + alpha2 * g_i * g_i;
         assign(p_i, to_float(p_i) * kept - step_size * atan2f(m_i * m_scale, sqrtf(v_i) * v_scale));
     };
 
@@ -121,14 +123,16 @@ extern "C" __global__ void adam_atan2_bfloat16(const __grid_constant__ Tensors t
 // A block for each looked-up row (x) and THREADS of its columns (y). Equal rows stand together in `rows`; the block of the
 // first of them adds up their gradients, in the order of the batch, and moves the row.
 extern "C" __global__ void sign_sgd(
-    float* table, const long long* rows, const long long* places, const float* gradients, const float* lr, float weight_decay,
-    int num_looked_up, int size
+    float* table, const long long* rows, const long long* places, const float* gradients, const float* lr,
+    const float* weight_decay, int num_looked_up, long long num_rows, int size
 ) {
     const int first = blockIdx.x, column = blockIdx.y * THREADS + threadIdx.x;
-    if (column >= size || (first > 0 && rows[first] == rows[first - 1])) return;
+    const long long row = rows[first];
+    if (row < 0 || row >= num_rows) __trap();
+    if (column >= size || (first > 0 && rows[first - 1] == row)) return;
     float sum = 0;
 #pragma unroll 8
-    for (int i = first; i < num_looked_up && rows[i] == rows[first]; ++i) sum += gradients[places[i] * size + column];
-    float& weight = table[rows[first] * size + column];
-    weight = weight * (1 - *lr * weight_decay) - *lr * ((sum > 0) - (sum < 0));
+    for (int i = first; i < num_looked_up && rows[i] == row; ++i) sum += gradients[places[i] * size + column];
+    float& weight = table[row * size + column];
+    weight = weight * (1 - *lr * *weight_decay) - *lr * ((sum > 0) - (sum < 0));
 }

@@ -1,14 +1,16 @@
 """CUDA kernels that need no compiler at install time: NVRTC, which comes with torch's CUDA packages, compiles them.
 
 NVRTC is reached through NVIDIA's own Python bindings, which torch's CUDA packages bring too. Compiled code is kept in
-`cache_dir()`, one file for each source, architecture, set of options and version of NVRTC.
+`cache_dir()`, one file for each source, set of options (the architecture is one) and version of NVRTC.
 """
 
 import ctypes
 import hashlib
+import os
 import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from typing import Any
 import torch
 
 from hrm_ray.cache import cache_dir
+from hrm_ray.errors import UserError, first_line
 
 OLDEST = (7, 5)  # compute capability: what NVRTC of CUDA 13 still compiles for
 SOURCE = Path(__file__).with_name("kernels.cu")
+DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 class KernelError(Exception):
@@ -27,27 +31,27 @@ class KernelError(Exception):
 
 def _nvrtc() -> Any:
     """NVIDIA's bindings of NVRTC."""
+    packages = "torch's CUDA packages bring cuda-bindings and nvidia-cuda-nvrtc"
     try:
         from cuda.bindings import nvrtc
-    except ImportError:
-        raise KernelError(
-            "the package cuda-bindings is not installed; it comes with torch's CUDA packages"
-        ) from None
-    try:
+
         nvrtc.nvrtcVersion()
-    except RuntimeError:
-        raise KernelError(
-            "NVRTC is not installed; the package nvidia-cuda-nvrtc comes with torch's CUDA packages"
-        ) from None
+    except (ImportError, RuntimeError) as error:
+        raise KernelError(f"NVRTC cannot be used ({first_line(error)}); {packages}") from None
     return nvrtc
 
 
-def _checked(module: Any, result: tuple[Any, ...]) -> Any:
+def _checked(result: tuple[Any, ...]) -> Any:
     """The value of a call of the bindings; KernelError if it failed."""
     status, *values = result
     if status.value:
         raise KernelError(f"CUDA said {status.name}")
     return values[0] if values else None
+
+
+def _options(arch: str, defines: Sequence[str]) -> list[bytes]:
+    options = [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{define}" for define in defines)]
+    return [option.encode() for option in options]
 
 
 def compile_source(source: str, arch: str, defines: Sequence[str] = ()) -> bytes:
@@ -56,54 +60,64 @@ def compile_source(source: str, arch: str, defines: Sequence[str] = ()) -> bytes
     Raises:
         KernelError: NVRTC is missing, or does not compile it; with the first line of what it says.
     """
-    nvrtc = _nvrtc()
-    options = [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{define}" for define in defines)]
-    encoded = [option.encode() for option in options]
-    program = _checked(nvrtc, nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, None, None))
+    nvrtc, options = _nvrtc(), _options(arch, defines)
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, None, None))
     try:
-        (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         if status.value:
-            log = bytearray(_checked(nvrtc, nvrtc.nvrtcGetProgramLogSize(program)))
+            log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
             nvrtc.nvrtcGetProgramLog(program, log)
             said = log.decode(errors="replace").strip("\0\n").splitlines()
             raise KernelError(f"NVRTC does not compile for {arch}: {said[0] if said else status.name}")
-        code = bytearray(_checked(nvrtc, nvrtc.nvrtcGetCUBINSize(program)))
-        _checked(nvrtc, nvrtc.nvrtcGetCUBIN(program, code))
+        code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+        _checked(nvrtc.nvrtcGetCUBIN(program, code))
         return bytes(code)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
 
-def cached_code(source: str, arch: str, defines: Sequence[str] = (), *, fresh: bool = False) -> bytes:
-    """`compile_source`, from the cache unless it is to be `fresh`.
+def cached_code(source: str, arch: str, defines: Sequence[str] = ()) -> bytes:
+    """`compile_source`, or what it returned at an earlier start.
 
-    A folder that cannot be written costs the compilation at every start, and one warning.
+    A file begins with the SHA-256 of the code, and is made anew if it is damaged. A folder that cannot be written costs
+    the compilation at every start, and one warning.
     """
-    _, *version = _nvrtc().nvrtcVersion()
-    key = hashlib.sha256(repr((source, arch, defines, version)).encode()).hexdigest()
-    path = cache_dir() / "kernels" / f"{key[:32]}.cubin"
-    if not fresh:
-        try:
-            return path.read_bytes()
-        except OSError:
-            pass
-    code = compile_source(source, arch, defines)
+    version = [int(number) for number in _nvrtc().nvrtcVersion()[1:]]
+    key = hashlib.sha256(repr((source, _options(arch, defines), version)).encode()).hexdigest()[:32]
     try:
+        path = cache_dir() / "kernels" / f"{key}.cubin"
+        with suppress(FileNotFoundError):
+            content = path.read_bytes()
+            digest, code = content[:DIGEST_SIZE], content[DIGEST_SIZE:]
+            if hashlib.sha256(code).digest() == digest:
+                return code
+        code = compile_source(source, arch, defines)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as aside:
-            aside.write(code)
-        Path(aside.name).replace(path)  # whole or not there, whoever else writes it
-    except OSError as error:
+        _write(path, hashlib.sha256(code).digest() + code)
+        return code
+    except (OSError, UserError) as error:
         warnings.warn(f"kernels are compiled anew at every start: {error}", stacklevel=2)
-    return code
+        return compile_source(source, arch, defines)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not there, whoever else writes it."""
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as aside:
+            aside.write(content)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 class Kernel:
     """A function of a loaded module on one GPU."""
 
-    def __init__(self, driver: Any, module: Any, name: str, device: torch.device):
-        self._driver, self._device = driver, device
-        self._function = _checked(driver, driver.cuModuleGetFunction(module, name.encode()))
+    def __init__(self, driver: Any, function: Any, device: torch.device):
+        self._driver, self._function, self._device = driver, function, device
 
     def launch(self, grid: tuple[int, int], num_threads: int, *arguments: Any) -> None:
         """Put it on torch's current stream of its GPU.
@@ -124,7 +138,7 @@ class Kernel:
                 ctypes.addressof(addresses),
                 0,
             )
-        _checked(self._driver, result)
+        _checked(result)
 
 
 @lru_cache
@@ -134,23 +148,21 @@ def kernel(name: str, device: torch.device, max_tensors: int) -> Kernel:
     Raises:
         KernelError: it cannot be had; says why.
     """
+    driver, module = _module(device, max_tensors)
+    return Kernel(driver, _checked(driver.cuModuleGetFunction(module, name.encode())), device)
+
+
+@lru_cache
+def _module(device: torch.device, max_tensors: int) -> tuple[Any, Any]:
+    """NVIDIA's bindings of the driver, and kernels.cu loaded on a GPU, for the life of this process."""
     if torch.version.hip:
         raise KernelError("this is a ROCm build of torch")
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST:
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < OLDEST:
         raise KernelError(f"{torch.cuda.get_device_name(device)} is older than compute capability 7.5")
-    _nvrtc()
+    code = cached_code(SOURCE.read_text(), f"sm_{major}{minor}", [f"MAX_TENSORS={max_tensors}"])
     from cuda.bindings import driver
 
-    def load(*, fresh: bool) -> Any:
-        arch = "sm_{}{}".format(*capability)
-        code = cached_code(SOURCE.read_text(), arch, (f"MAX_TENSORS={max_tensors}",), fresh=fresh)
-        return _checked(driver, driver.cuModuleLoadData(code))
-
     with torch.cuda.device(device):
-        torch.empty(1, device=device)  # makes the context in which modules are loaded
-        try:
-            module = load(fresh=False)
-        except KernelError:  # perhaps what was kept is damaged
-            module = load(fresh=True)
-        return Kernel(driver, module, name, device)
+        torch.zeros(1, device=device)  # its launch makes this thread's context, into which modules are loaded
+        return driver, _checked(driver.cuModuleLoadData(code))

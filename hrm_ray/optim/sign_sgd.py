@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from hrm_ray.optim import fused_cuda
+from hrm_ray.optim.adam_atan2 import resolve_backend
 
 
 @torch.no_grad()
@@ -15,6 +16,7 @@ def sparse_sign_sgd(
     *,
     lr: float,
     weight_decay: float,
+    backend: str = "auto",
 ) -> None:
     """Update in place the rows of `table` that occur in the global batch; the others stay untouched.
 
@@ -26,13 +28,12 @@ def sparse_sign_sgd(
         gradients: [n, size] float32.
         lr: learning rate.
         weight_decay: decoupled, multiplied by `lr`.
+        backend: as of `AdamATan2`; where it is "cuda", one kernel does it all.
     """
-    if (
-        table.device.type == "cuda"
-        and table.dtype == torch.float32
-        and fused_cuda.why_not(table.device) is None
-    ):
-        fused_cuda.sparse_sign_sgd(table, identifiers, gradients, lr, weight_decay)
+    is_fit = table.is_contiguous() and table.dtype == gradients.dtype == torch.float32
+    is_fit = is_fit and table.device == identifiers.device == gradients.device
+    if is_fit and table.device.type == "cuda" and resolve_backend(backend, table.device) == "cuda":
+        fused_cuda.sparse_sign_sgd(table, identifiers, gradients.contiguous(), lr, weight_decay)
         increment_version(table)
         return
     rows, position = identifiers.unique(return_inverse=True)

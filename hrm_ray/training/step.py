@@ -154,6 +154,7 @@ class Stepper:
                 *(self._of_all_slots(rows) for rows in table.take_gradients()),
                 lr=config.puzzle_emb_lr * self.plan.lr_share(step),
                 weight_decay=config.puzzle_emb_weight_decay,
+                backend=config.optimizer_backend,
             )
         if state.learner is not None:
             state.learner.follow(state.model.inner.q_head)

@@ -14,6 +14,8 @@ struct Index {
 };
 static Index blockIdx, threadIdx;
 
+static void __trap() { throw 0; }
+
 static float __uint_as_float(unsigned bits) {
     float x;
     std::memcpy(&x, &bits, sizeof x);

@@ -1,13 +1,16 @@
 """Every backend against the equations in float64, and the two forms' first steps."""
 
 import math
+import sys
+from copy import deepcopy
+from functools import partial
 from itertools import permutations
 
 import pytest
 import torch
 
 from hrm_ray.errors import UserError
-from hrm_ray.optim.adam_atan2 import AdamATan2
+from hrm_ray.optim.adam_atan2 import AdamATan2, resolve_backend
 from hrm_ray.optim.fused_cpu import CHUNK
 
 # Those that run on a CPU; for the other see test_kernels.py.
@@ -37,17 +40,13 @@ def float64_steps(params, grads_by_step, lr, betas, weight_decay, bias_correctio
 @pytest.mark.parametrize("lr", [1e-4, 3e-2])
 @pytest.mark.parametrize("weight_decay", [0.0, 1.0])
 @pytest.mark.parametrize("bias_correction", ["outside", "inside"])
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.0, 0.9), (0.9, 0.9999)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_against_float64(backend, bias_correction, weight_decay, lr):
+def test_against_float64(backend, betas, bias_correction, weight_decay, lr):
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in SHAPES]
-    scales = [
-        1e-8,
-        1.0,
-        1e4,
-        0.0,
-        1.0,
-    ]  # tiny, huge and vanishing gradients: there is no epsilon to hide behind
+    # Tiny, huge and vanishing gradients: there is no epsilon to hide behind.
+    scales = [1e-8, 1.0, 1e4, 0.0, 1.0]
     steps = [
         [torch.randn(shape, generator=generator) * scale for shape, scale in zip(SHAPES, scales, strict=True)]
         for _ in range(8)
@@ -56,7 +55,7 @@ def test_against_float64(backend, bias_correction, weight_decay, lr):
     optimizer = AdamATan2(
         params,
         lr=lr,
-        betas=(0.9, 0.95),
+        betas=betas,
         weight_decay=weight_decay,
         bias_correction=bias_correction,
         backend=backend,
@@ -65,7 +64,7 @@ def test_against_float64(backend, bias_correction, weight_decay, lr):
         for p, g in zip(params, grads, strict=True):
             p.grad = g.clone()
         optimizer.step()
-    expected = float64_steps(start, steps, lr, (0.9, 0.95), weight_decay, bias_correction)
+    expected = float64_steps(start, steps, lr, betas, weight_decay, bias_correction)
     for p, e in zip(params, expected, strict=True):
         torch.testing.assert_close(p.detach().double(), e, rtol=1e-5, atol=1e-6 * max(1, lr * 100))
 
@@ -107,7 +106,7 @@ def test_fused_is_for_float32_on_the_cpu():
 
 
 def test_cuda_is_for_gpus():
-    with pytest.raises(UserError, match="is for GPUs, not float32 on cpu; use auto"):
+    with pytest.raises(UserError, match="is for float32 and bfloat16 on GPUs, not float32 on cpu; use auto"):
         AdamATan2([torch.nn.Parameter(torch.ones(1))], backend="cuda")
 
 
@@ -133,17 +132,138 @@ def test_not_for_complex_or_sparse():
         AdamATan2(table.parameters()).step()
 
 
+def a_state(shape=(5, 3), dtype=torch.float32, optimizer=AdamATan2, stride=False):
+    """The state after a step."""
+    p = torch.nn.Parameter(torch.ones(shape, dtype=dtype))
+    if stride:
+        p = torch.nn.Parameter(torch.ones(shape[::-1], dtype=dtype).t())
+    p.grad = torch.arange(float(p.numel())).view(shape).to(dtype)
+    made = optimizer([p], lr=0.1)
+    made.step()
+    return made.state_dict()
+
+
 @pytest.mark.parametrize(
     ("other", "said"),
-    [(torch.optim.AdamW, "amsgrad, capturable, .*eps"), (torch.optim.SGD, "dampening, .*momentum")],
+    [
+        (torch.optim.AdamW, "its groups differ in amsgrad, eps"),
+        (partial(torch.optim.SGD, momentum=0.9), "its groups differ in dampening, momentum, nesterov"),
+    ],
 )
 def test_state_of_another_optimizer(other, said):
+    with pytest.raises(UserError, match=f"not a state of AdamATan2: {said}"):
+        AdamATan2([torch.nn.Parameter(torch.ones(5, 3))]).load_state_dict(a_state(optimizer=other))
+
+
+def test_state_that_lacks_something():
+    state = a_state()
+    del state["state"][0]["exp_avg"]
+    with pytest.raises(UserError, match="it holds exp_avg_sq, step"):
+        AdamATan2([torch.nn.Parameter(torch.ones(5, 3))]).load_state_dict(state)
+    state = a_state()
+    del state["param_groups"][0]["betas"]
+    with pytest.raises(UserError, match="its groups differ in betas"):
+        AdamATan2([torch.nn.Parameter(torch.ones(5, 3))]).load_state_dict(state)
+
+
+def test_state_of_other_parameters():
+    with pytest.raises(UserError, match=r"exp_avg has the shape \[5, 3\] for \[50, 3\]"):
+        AdamATan2([torch.nn.Parameter(torch.ones(50, 3))]).load_state_dict(a_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_stay_float32_and_lie_as_the_parameter_does(dtype):
+    p = torch.nn.Parameter(torch.ones(5, 3, dtype=dtype))
+    optimizer, state = AdamATan2([p]), a_state(stride=True)
+    optimizer.load_state_dict(state)
+    for name in ("exp_avg", "exp_avg_sq"):
+        ours = optimizer.state[p][name]
+        assert ours.dtype == torch.float32 and ours.is_contiguous()
+        assert torch.equal(ours, state["state"][0][name])
+
+
+def test_a_schedule_of_torch_goes_on():
+    """Its own keys in the groups are no mark of another optimizer."""
     p = torch.nn.Parameter(torch.ones(3))
+    optimizer = AdamATan2([p], lr=0.1)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10, cycle_momentum=False)
+    AdamATan2([p]).load_state_dict(optimizer.state_dict())
+
+
+def test_the_published_package_and_we_read_each_other():
+    """adam-atan2 0.0.3: groups of lr, betas and weight_decay; step as float32[]."""
+    ours = a_state()
+    (group,) = ours["param_groups"]
+    assert {"lr", "betas", "weight_decay", "params"} <= group.keys()
+    (state,) = ours["state"].values()
+    assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert (state["step"].dtype, state["step"].shape) == (torch.float32, ())
+    published = {"param_groups": [{"lr": 0.1, "betas": (0.9, 0.95), "weight_decay": 0.1, "params": [0]}]}
+    p = torch.nn.Parameter(torch.ones(5, 3))
+    optimizer = AdamATan2([p])
+    optimizer.load_state_dict(published | {"state": {0: state | {"step": 7}}})
+    p.grad = torch.ones(5, 3)
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 8
+
+
+def test_a_copy_is_the_same_optimizer():
+    p = torch.nn.Parameter(torch.ones(3))
+    copy = deepcopy(AdamATan2([p], bias_correction="inside", backend="reference"))
+    (q,) = copy.param_groups[0]["params"]
+    q.grad = torch.ones(3)
+    copy.step()
+    original = AdamATan2([p], bias_correction="inside", backend="reference")
     p.grad = torch.ones(3)
-    foreign = other([p], lr=0.1)
-    foreign.step()
-    with pytest.raises(UserError, match=f"of another optimizer: {said}"):
-        AdamATan2([p]).load_state_dict(foreign.state_dict())
+    original.step()
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"lr": -1e-4}, "lr=-0.0001 has to be at least 0"),
+        ({"weight_decay": math.nan}, "weight_decay=nan has to be at least 0"),
+        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) have to be from 0 to below 1"),
+        ({"bias_correction": "insde"}, "bias_correction=insde: unknown; known: outside, inside"),
+    ],
+)
+def test_numbers_out_of_range(wrong, said):
+    with pytest.raises(UserError, match=said):
+        AdamATan2([torch.nn.Parameter(torch.ones(1))], **wrong)
+
+
+def test_a_refused_group_is_not_kept():
+    optimizer = AdamATan2([torch.nn.Parameter(torch.ones(1))])
+    with pytest.raises(UserError, match=r"not torch\.int64"):
+        optimizer.add_param_group({"params": [torch.zeros(1, dtype=torch.int64)]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_where_numba_cannot_be_had(monkeypatch):
+    resolve_backend.cache_clear()
+    monkeypatch.setitem(sys.modules, "hrm_ray.optim.fused_cpu", None)
+    monkeypatch.delattr("hrm_ray.optim.fused_cpu", raising=False)
+    with pytest.warns(UserWarning, match="runs as optimizer_backend=foreach, which is slower: "):
+        assert resolve_backend("auto", torch.device("cpu")) == "foreach"
+    with pytest.raises(UserError, match=r"optimizer_backend=fused: .*; use auto"):
+        resolve_backend("fused", torch.device("cpu"))
+    resolve_backend.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["auto", "foreach", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype, backend):
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(50, generator=generator).to(dtype))
+    start, optimizer, grads = p.detach().clone(), AdamATan2([p], lr=1e-2, backend=backend), []
+    for _ in range(3):
+        grads.append([torch.randn(50, generator=generator).to(dtype)])
+        p.grad = grads[-1][0].clone()
+        optimizer.step()
+    (wanted,) = float64_steps([start], grads, 1e-2, (0.9, 0.95), 0.1, "outside")
+    torch.testing.assert_close(p.detach().double(), wanted, rtol=8 * torch.finfo(dtype).eps, atol=1e-6)
+    assert optimizer.state[p]["exp_avg"].dtype == torch.promote_types(dtype, torch.float32)
 
 
 # More than two chunks, one number over and one below; a view that starts in the middle of a vector; not contiguous.

@@ -45,7 +45,6 @@ def train(case, folder, dtype=torch.float32):
         device="cpu",
         forward_dtype="float32",
         attention="sdpa",
-        optimizer_backend="auto" if dtype == torch.float32 else "foreach",
         tensorboard=False,
         **{key: published[key] for key in keys.split()},
     )
