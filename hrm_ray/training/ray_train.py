@@ -70,7 +70,7 @@ class Channel:
 
 
 class NobodyCame(Exception):
-    """No worker has been heard of for too long."""
+    """No worker has been heard of for so many seconds."""
 
 
 def train_on_ray(config: TrainConfig, run: Storage, driver: Driver) -> dict[str, Any]:
@@ -80,17 +80,14 @@ def train_on_ray(config: TrainConfig, run: Storage, driver: Driver) -> dict[str,
     with _environment(_ray_settings(config)):
         while True:
             with ray_session() as is_ours:
-                patience_s = None
-                if is_ours and config.watchdog_s is not None:
-                    patience_s = config.watchdog_s + COMING_S
                 try:
-                    return _fit(config, run, driver, patience_s)
-                except NobodyCame:
-                    driver.say(f"no worker for {patience_s:g} s, though there is room: Ray is joined anew")
+                    return _fit(config, run, driver, is_ours)
+                except NobodyCame as wait:
+                    driver.say(f"no worker for {wait} s, though there is room: Ray is joined anew")
 
 
-def _fit(config: TrainConfig, run: Storage, driver: Driver, patience_s: float | None) -> dict[str, Any]:
-    """Train in the present session of Ray. For `patience_s`, see `_accompany`."""
+def _fit(config: TrainConfig, run: Storage, driver: Driver, is_ours: bool) -> dict[str, Any]:
+    """Train in the present session of Ray; `is_ours` if it ends with this command."""
     channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
     cpus, use_gpu = _resources(config)
     trainer = _ray_trainer(config, run, channel, cpus, use_gpu)
@@ -105,9 +102,10 @@ def _fit(config: TrainConfig, run: Storage, driver: Driver, patience_s: float | 
     # In a thread of its own, so that signals reach our handler and not Ray's, which kills the workers.
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    stopped = _accompany(thread, channel, driver, LookAhead(config, cpus, use_gpu), patience_s)
-    if stopped is not None:
-        return stopped
+    patience_s = config.watchdog_s + COMING_S if is_ours and config.watchdog_s is not None else None
+    summary = _accompany(thread, channel, driver, LookAhead(config, cpus, use_gpu), is_ours, patience_s)
+    if summary is not None:
+        return summary
     if "error" in outcome:
         raise RunFailed(
             f"Ray Train gave up: {_first_cause(outcome['error'])}; "
@@ -121,15 +119,18 @@ def _accompany(
     channel: Channel,
     driver: Driver,
     look_ahead: "LookAhead",
+    is_ours: bool,
     patience_s: float | None,
 ) -> dict[str, Any] | None:
     """Tell the driver of what the workers say and them of what is wanted, until `thread` ends.
 
     Args:
+        is_ours: nothing of Ray's session is wanted after the run. Then its end is not waited for: without a dashboard,
+            Ray 2.60 waits 12 s for an actor that would clean up after it.
         patience_s: how long there may be no worker while the living nodes could hold them; None: for ever.
 
     Returns:
-        a summary if the run was stopped while it had no workers, else None.
+        the summary, if the run has ended before `thread`, or was stopped while it had no workers; else None.
 
     Raises:
         UserError, RunFailed: what a worker failed of.
@@ -140,6 +141,7 @@ def _accompany(
     beat, heard_at = None, time.monotonic()
     while thread.is_alive():
         thread.join(POLL_S)
+        summary = channel.get("summary")  # before the events, of which the last comes first
         for name, entry in channel.added("events").items():
             if name not in heard:
                 driver.event(entry)
@@ -152,6 +154,8 @@ def _accompany(
         progress = channel.get("progress")
         if progress is not None:
             driver.progress(Progress(**progress))
+        if is_ours and summary is not None:
+            return summary
         reason = driver.stop.reason()
         if reason is not None and not told_to_stop:
             channel.put("stop", reason)
@@ -165,7 +169,7 @@ def _accompany(
             heard_at = now
         elif patience_s is not None and now - heard_at > patience_s:
             if look_ahead.has_room_for_least():
-                raise NobodyCame
+                raise NobodyCame(f"{patience_s:g}")
             heard_at = now  # the cluster has to grow first
     return None
 
@@ -383,7 +387,10 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     config = TrainConfig.model_validate(parameters["config"])
     try:
         hooks = worker_hooks(channel, world)
-        return Trainer(config, Storage(parameters["storage"]), world, hooks).train()
+        summary = Trainer(config, Storage(parameters["storage"]), world, hooks).train()
+        if world.is_first:
+            channel.put("summary", summary)
+        return summary
     except StorageError:  # may pass: Ray starts the workers again
         raise
     except UserError as error:
