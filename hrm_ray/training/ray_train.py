@@ -33,6 +33,7 @@ RESIZE_INTERVAL_S = 30.0  # how often Ray looks for room for more workers
 START_TIMEOUT_S = 15.0  # how long it waits for lost ones to come back before it starts fewer
 BEAT_S = 5.0  # how often the first worker says that it is there
 COMING_S = 60.0  # beyond `watchdog_s`, how long there may be none
+LINGER_S = 3.0  # how long Ray may take to end a run on a joined cluster before nobody waits for it
 SHUTDOWN_TIMEOUT_S = "5"  # and for workers that hang to leave their process group, before it kills them
 
 
@@ -125,8 +126,8 @@ def _accompany(
     """Tell the driver of what the workers say and them of what is wanted, until `thread` ends.
 
     Args:
-        is_ours: nothing of Ray's session is wanted after the run. Then its end is not waited for: without a dashboard,
-            Ray 2.60 waits 12 s for an actor that would clean up after it.
+        is_ours: nothing of Ray's session is wanted after the run, so its end is not waited for. On a joined cluster it
+            is for `LINGER_S`: without a dashboard Ray 2.60 takes 12 s, to stop an actor that would clean up after it.
         patience_s: how long there may be no worker while the living nodes could hold them; None: for ever.
 
     Returns:
@@ -154,7 +155,8 @@ def _accompany(
         progress = channel.get("progress")
         if progress is not None:
             driver.progress(Progress(**progress))
-        if is_ours and summary is not None:
+        if summary is not None:
+            thread.join(0 if is_ours else LINGER_S)
             return summary
         reason = driver.stop.reason()
         if reason is not None and not told_to_stop:
