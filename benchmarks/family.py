@@ -158,7 +158,7 @@ def curves(folder: Path, out: Path) -> str:
             "depth": [solver.evaluate(data, halt_max_steps=n)[0]["exact_accuracy"] for n in DEPTHS],
             "votes": [solver.evaluate(data, votes=n)[0]["exact_accuracy"] for n in VOTES],
         }
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for axis, kind, xs in zip(axes, ("depth", "votes"), (DEPTHS, VOTES), strict=True):
         for arch, values in points.items():
             axis.plot(xs, values[kind], "o-", label=arch)
