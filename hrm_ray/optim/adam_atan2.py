@@ -281,19 +281,25 @@ class AdamATan2(torch.optim.Optimizer):
         for state in state_dict["state"].values():
             if set(state) != set(STATE):
                 raise UserError(f"not a state of AdamATan2: it holds {', '.join(sorted(state)) or 'nothing'}")
-        super().load_state_dict(state_dict)
-        # torch has cast the moments to the parameters' dtype, and kept their strides.
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, params, strict=True):
-            if i in state_dict["state"]:
-                self.state[p] = self._new_state(p)
-                for name, tensor in self.state[p].items():
-                    given = torch.as_tensor(state_dict["state"][i][name])
-                    if given.shape != tensor.shape:
-                        shapes = f"{list(given.shape)} for {list(tensor.shape)}"
-                        raise UserError(f"the state is of other parameters: {name} has the shape {shapes}")
-                    tensor.copy_(given)
+        given = [
+            (p, state_dict["state"][i])
+            for i, p in zip(saved, params, strict=False)
+            if i in state_dict["state"]
+        ]
+        for p, state in given:
+            for name in ("exp_avg", "exp_avg_sq"):
+                if state[name].shape != p.shape:
+                    shapes = f"{list(state[name].shape)} for {list(p.shape)}"
+                    raise UserError(f"the state is of other parameters: {name} has the shape {shapes}")
+        super().load_state_dict(
+            state_dict
+        )  # which casts moments to the parameters' dtype, and keeps their strides
+        for p, state in given:
+            self.state[p] = self._new_state(p)
+            for name, tensor in self.state[p].items():
+                tensor.copy_(torch.as_tensor(state[name]))
 
     def _new_state(self, p: Tensor) -> dict[str, Tensor]:
         moments = torch.promote_types(p.dtype, torch.float32)
