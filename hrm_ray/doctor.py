@@ -21,6 +21,7 @@ def report() -> str:
         ("CPU", f"{os.cpu_count()} cores, fast bfloat16 products: {_yes(machine.cpu_has_fast_bfloat16())}"),
         ("GPU", _gpus()),
         ("free disk here", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB"),
+        ("models compile with", machine.compiler(machine.resolve().device) or "nothing: no compiler here"),
         ("training uses", machine.resolve(num_tokens=81).describe()),
     ]
     width = max(len(name) for name, _ in rows)

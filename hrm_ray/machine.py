@@ -6,6 +6,7 @@ a silent change. Needs torch alone.
 
 import importlib.util
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -16,6 +17,10 @@ from hrm_ray.optim.adam_atan2 import resolve_backend
 # not (docs/performance.md; 17 and 82 tokens measured).
 CPU_MATMUL_MAX_TOKENS = 128
 
+# Work of a run, in operations by the rule of `compiles`, from which on compiling pays on a CPU: it takes up to a minute
+# and then saves a quarter of the time, and this is some four minutes on two cores (docs/performance.md).
+COMPILE_MIN_OPERATIONS = 3e13
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -25,11 +30,13 @@ class Setup:
     dtype: torch.dtype
     attention: str
     optimizer_backend: str
+    compile: bool = False
 
     def describe(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         backend = resolve_backend(self.optimizer_backend, self.device)  # compiles it, where it has to be
-        return f"{self.device}, {dtype}, attention {self.attention}, AdamATan2 {backend}"
+        compiled = ", compiled" if self.compile else ""
+        return f"{self.device}, {dtype}, attention {self.attention}, AdamATan2 {backend}{compiled}"
 
 
 def cpu_has_fast_bfloat16() -> bool:
@@ -40,6 +47,34 @@ def cpu_has_fast_bfloat16() -> bool:
 def flash_attention_present() -> bool:
     """Whether the flash-attn package is installed; it is not imported."""
     return importlib.util.find_spec("flash_attn") is not None
+
+
+def compiler(device: torch.device) -> str | None:
+    """What compiles models for `device`: the C++ compiler's name on a CPU, "triton" on a GPU; None: there is none."""
+    if device.type == "cuda":
+        return "triton" if importlib.util.find_spec("triton") else None
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return None
+
+
+def compiles(
+    wanted: bool | Literal["auto"], device: torch.device, *, num_params: int, num_tokens: float
+) -> bool:
+    """Whether a run's model is to be compiled. A function of the run, not of its speed, so that it is resumed alike.
+
+    Args:
+        wanted: the configuration's `compile`.
+        num_params, num_tokens: of the model, and those that it will be trained on; 6 operations for each pair.
+    """
+    if wanted != "auto":
+        return wanted
+    is_long = device.type != "cpu" or 6 * num_params * num_tokens >= COMPILE_MIN_OPERATIONS
+    return is_long and compiler(device) is not None
 
 
 def resolve(

@@ -3,6 +3,7 @@
 Defaults have one home, the classes of `schema`; they enter the composition as the node `schema`.
 """
 
+import os
 from collections.abc import Sequence
 from importlib.resources import files
 
@@ -78,6 +79,8 @@ def train_config(words: Sequence[str]) -> TrainConfig:
             + ", ".join(f"experiment={name}" for name in choices("experiment"))
         )
     _check_halting_words(given, values["halting"]["name"])
+    if os.environ.get("DISABLE_COMPILE", "0") not in ("", "0") and "compile" not in given:
+        values["compile"] = False  # said here, since workers may have another environment
     if values["run_name"] is None:
         values["run_name"] = chosen.get("experiment", "train")
     if "/" in values["run_name"] or values["run_name"] in (".", ".."):

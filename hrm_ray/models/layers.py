@@ -1,8 +1,8 @@
 """Building blocks of the recursive models: the post-norm transformer block and its parts.
 
 What always holds: parameters are float32 masters; the products run in `dtype` (float32 or bfloat16) with copies
-of the weights made once a forward pass (`cast_weights`), since a recursive model uses each weight many times a
-pass. Parameter names are those of the published checkpoints.
+of the weights made once for every value that they have (`cast_weights`), since a recursive model uses each weight many
+times a pass. Parameter names are those of the published checkpoints.
 
 Shapes: B batch, S tokens (puzzle tokens included), D width, N heads, K width of a head, F inner width.
 Source: Wang et al. 2025 (arXiv:2506.21734) and its public code.
@@ -10,6 +10,7 @@ Source: Wang et al. 2025 (arXiv:2506.21734) and its public code.
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +37,18 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(trunc_normal_(torch.empty(out_features, in_features), in_features**-0.5))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self._copies: tuple[Tensor, Tensor | None] | None = None
+        self._copied: Any = None  # what identifies the values that `_copies` are of
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Make the copies that `forward` uses; gradients reach the masters through them."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        self._copies = None if dtype == self.weight.dtype else (self.weight.to(dtype), bias)
+        """Make the copies that `forward` uses, unless they are there; gradients reach the masters through them."""
+        values = [(p.data_ptr(), p._version) for p in self.parameters()]
+        copied = (dtype, torch.is_inference_mode_enabled(), values)
+        if copied == self._copied:
+            return
+        with torch.enable_grad():  # the same copies serve passes with and without
+            bias = None if self.bias is None else self.bias.to(dtype)
+            self._copies = None if dtype == self.weight.dtype else (self.weight.to(dtype), bias)
+        self._copied = copied
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self._copies or (self.weight, self.bias)
@@ -48,7 +56,7 @@ class Linear(nn.Module):
 
 
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
-    """Refresh the compute copies of every `Linear` in `module`. Call once before each pass over the weights."""
+    """Refresh the compute copies of every `Linear` in `module`. Call before each pass over the weights."""
     for layer in module.modules():
         if isinstance(layer, Linear):
             layer.cast(dtype)

@@ -6,7 +6,7 @@ What follows on what: steps (`step`), reports, checkpoints, evaluations, and wha
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from hrm_ray import machine
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset, open_dataset
-from hrm_ray.errors import RunFailed, UserError
+from hrm_ray.errors import RunFailed, UserError, first_line
 from hrm_ray.training.agreement import WorkersDisagree, all_finite, bit_sum, odd_ones_out
 from hrm_ray.training.checkpoint import (
     FOLDER,
@@ -191,7 +191,7 @@ class Trainer:
             self._lock.close()
 
     def _run(self) -> None:
-        self.state.model.train()
+        self._prepare()
         self._evaluate_if_due()  # what a stop or a crash prevented
         self._stop_if_out_of_patience()
         while self.state.global_step < self.plan.last_step and self._stop_reason is None:
@@ -201,6 +201,28 @@ class Trainer:
                 self._roll_back(problem)
             self._watchdog.beat()
         self._finish_saving()
+
+    def _prepare(self) -> None:
+        """Make the model ready for training; compiled, if that is wanted and can be done."""
+        config, model = self.config, self.state.model
+        model.train()
+        num_slots = self.plan.total_steps * config.supervision_steps * config.global_batch_size
+        wanted = machine.compiles(
+            config.compile,
+            self.setup.device,
+            num_params=sum(p.numel() for p in model.parameters()),
+            num_tokens=num_slots * model.inner.num_tokens,
+        )
+        self.setup = replace(self.setup, compile=wanted)
+        if wanted:
+            self._show("compile")
+            started = time.monotonic()
+            try:
+                self.stepper.compile()
+                self._note("compiled", f"compiled the model in {time.monotonic() - started:.0f} s")
+            except Exception as error:  # of any kind: a compiler has many ways to fail
+                self.setup = replace(self.setup, compile=False)
+                self._note("not_compiled", f"goes on without compiling: {first_line(error)}")
 
     def _advance(self) -> None:
         """One step and what is due after it."""
@@ -362,7 +384,7 @@ class Trainer:
         first = max(state.global_step, problem.step - width) + 1
         state.skipped_steps = skipped.union(range(first, problem.step + 1))
         state.num_rollbacks = num_rollbacks + 1
-        state.model.train()
+        self._prepare()
         if self._records:
             self._records.rewind(state.global_step)
         self._note(

@@ -20,6 +20,7 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.sampler import Sampler, choice_draws, min_halt_steps, replay_draws
 from hrm_ray.data.shards import Dataset
 from hrm_ray.models.act import ACT, Batch, Carry, send
+from hrm_ray.models.compiled import compile_recursion
 from hrm_ray.models.halting import Control
 from hrm_ray.models.layers import Linear
 from hrm_ray.models.losses import METRICS, LossType, act_loss, count_right
@@ -114,6 +115,14 @@ class Stepper:
             sum(part.num_slots for part in parts),
             sum(part.data_wait_s for part in parts),
         )
+
+    def compile(self) -> None:
+        """Compile the model for the steps to come; not collective. For what is raised, see `compile_recursion`."""
+        state, step = self.state, self.state.global_step + 1
+        supervision_step = (step - 1) * self.config.supervision_steps + 1
+        batch = self.batch(supervision_step)
+        carry = state.carry or state.model.initial_carry(batch)
+        compile_recursion(state.model, carry, batch, self.control(step, supervision_step))
 
     def _supervise(self, step: int, supervision_step: int) -> Outcome:
         """One ACT step of every slot and its gradient."""

@@ -31,7 +31,7 @@ class GoldenTrainer(Trainer):
         self.stepper.batch = lambda step: batch_of(self.golden, step - 1)
 
 
-def train(case, folder, dtype=torch.float32):
+def train(case, folder, dtype=torch.float32, compile=False):
     published = config_of(case)
     # 96 examples in batches of 8: 12 steps in all.
     toy_dataset(folder / "data", num_train=96, num_test=8, num_identifiers=NUM_IDENTIFIERS)
@@ -45,6 +45,7 @@ def train(case, folder, dtype=torch.float32):
         device="cpu",
         forward_dtype="float32",
         attention="sdpa",
+        compile=compile,
         tensorboard=False,
         **{key: published[key] for key in keys.split()},
     )
@@ -54,6 +55,7 @@ def train(case, folder, dtype=torch.float32):
     trainer.state.model.inner.dtype = dtype
     trainer.train()
     assert len(trainer.seen) == 12
+    assert trainer.setup.compile == compile
     return trainer
 
 
@@ -61,9 +63,12 @@ def weights(trainer):
     return {n: t.double().numpy() for n, t in trainer.state.model.inner.state_dict().items()}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "trm_mlp_t"])
-def test_twelve_training_steps(case, tmp_path):
-    trainer = train(case, tmp_path)
+@pytest.mark.parametrize(
+    ("case", "compile"),
+    [*((case, False) for case in CASES if case != "trm_mlp_t"), ("hrm_base", True), ("trm_base", True)],
+)
+def test_twelve_training_steps(case, compile, tmp_path):
+    trainer = train(case, tmp_path, compile=compile)
     golden = trainer.golden
     for i, (loss, metrics, halted, lr) in enumerate(trainer.seen):
         np.testing.assert_allclose(lr, golden["lr"][i], rtol=1e-6)
