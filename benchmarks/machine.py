@@ -1,8 +1,10 @@
-"""Facts about the machine and the code that every benchmark's JSON carries."""
+"""Facts about the machine and the code that every benchmark's JSON carries, and the rate of its products."""
 
 import os
 import platform
+import statistics
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +37,18 @@ def facts() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_average": os.getloadavg()[0],
     }
+
+
+def product_rate(dtype: torch.dtype, rounds: int = 10) -> float:
+    """Operations a second of a matrix product [4096, 512] x [512, 3072]: what a model's layers can reach at best."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(4096, 512, device=device, dtype=dtype)
+    b = torch.randn(512, 3072, device=device, dtype=dtype)
+    times = []
+    for _ in range(rounds + 2):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return 2 * 4096 * 512 * 3072 / statistics.median(times[2:])

@@ -4,8 +4,10 @@
     python -m benchmarks.step arch=hrm_v1 local_batch_size=32 --json        the published 27M model, 81 cells
 
 The plain step stands in for the published code on the same machine, threads and model: eager, weights cast at
-every use, the library's fused attention, the loss in float64, the optimizer one tensor after another. Both are
-measured in turns in this process; the figures to trust are the ratio and the medians.
+every use, the library's fused attention, the loss in float64, the optimizer one tensor after another. Ours is measured
+compiled and eager (`compile=false`: eager only). All are measured in turns in this process; the figures to trust are
+the ratios and the medians. `share_of_products` is the share of the rate at which this machine does a large matrix
+product.
 """
 
 import argparse
@@ -19,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.machine import facts
+from benchmarks.machine import facts, product_rate
 from hrm_ray import machine
 from hrm_ray.models import act as act_module
 from hrm_ray.models import layers, losses
 from hrm_ray.models.act import Batch
+from hrm_ray.models.compiled import compile_recursion
 from hrm_ray.models.halting import Control
 from hrm_ray.models.hrm_v1 import HRMConfig
 from hrm_ray.models.registry import build_model
@@ -65,7 +68,7 @@ def plain_cross_entropy(logits: Tensor, labels: Tensor, loss_type: losses.LossTy
 def make_step(
     kind: str, arch: HRMConfig, size: int, batch_size: int, dtype: torch.dtype
 ) -> Callable[[], None]:
-    """A function that trains one step; kind is "ours" or "plain"."""
+    """A function that trains one step; kind is "compiled", "eager" or "plain"."""
     torch.manual_seed(0)
     seq_len, vocab_size = size * size, size + 2
     auto = machine.resolve(num_tokens=seq_len)
@@ -93,6 +96,8 @@ def make_step(
     batch = Batch(tokens.int(), tokens, torch.zeros(batch_size, dtype=torch.int32, device=setup.device))
     control = Control(min_halt_steps=torch.zeros(batch_size, dtype=torch.int32, device=setup.device))
     carry = model.initial_carry(batch)
+    if kind == "compiled":
+        compile_recursion(model, carry, batch, control)
 
     def step() -> None:
         nonlocal carry
@@ -137,9 +142,12 @@ def flops_per_example(arch: HRMConfig, seq_len: int) -> float:
     return 2 * forward + backward  # the second forward pass is the target of q_continue
 
 
-def measure(arch_name: str, batch_size: int, rounds: int, dtype: torch.dtype) -> dict:
+def measure(arch_name: str, batch_size: int, rounds: int, dtype: torch.dtype, compile: bool) -> dict:
     arch, size = ARCHS[arch_name]
-    steps = {kind: make_step(kind, arch, size, batch_size, dtype) for kind in ("ours", "plain")}
+    started = time.perf_counter()
+    kinds = ("compiled", "eager", "plain") if compile else ("eager", "plain")
+    steps = {kind: make_step(kind, arch, size, batch_size, dtype) for kind in kinds}
+    compile_s = time.perf_counter() - started if compile else None
     times: dict[str, list[float]] = {kind: [] for kind in steps}
     for i in range(rounds + 2):
         for kind, step in steps.items():
@@ -147,8 +155,9 @@ def measure(arch_name: str, batch_size: int, rounds: int, dtype: torch.dtype) ->
             step()
             if i >= 2:  # warm-up
                 times[kind].append(time.perf_counter() - started)
-    medians = {kind: statistics.median(values) for kind, values in times.items()}
-    ours = medians["ours"] / batch_size
+    medians = {kind: statistics.median(values) / batch_size for kind, values in times.items()}
+    ours = medians[kinds[0]]
+    rate, limit = flops_per_example(arch, size * size) / ours, product_rate(dtype)
     return {
         "benchmark": "step",
         "arch": arch_name,
@@ -156,10 +165,15 @@ def measure(arch_name: str, batch_size: int, rounds: int, dtype: torch.dtype) ->
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "ms_per_example": round(ours * 1e3, 3),
-        "plain_ms_per_example": round(medians["plain"] / batch_size * 1e3, 3),
-        "speedup_over_plain": round(medians["plain"] / medians["ours"], 3),
-        "tflops": round(flops_per_example(arch, size * size) / ours / 1e12, 3),
-        "spread_ms": [round(t * 1e3 / batch_size, 3) for t in (min(times["ours"]), max(times["ours"]))],
+        "compiled": compile,
+        "compile_s": compile_s and round(compile_s, 1),
+        "eager_ms_per_example": round(medians["eager"] * 1e3, 3),
+        "plain_ms_per_example": round(medians["plain"] * 1e3, 3),
+        "speedup_over_plain": round(medians["plain"] / ours, 3),
+        "tflops": round(rate / 1e12, 3),
+        "product_tflops": round(limit / 1e12, 3),
+        "share_of_products": round(rate / limit, 3),
+        "spread_ms": [round(t * 1e3 / batch_size, 3) for t in (min(times[kinds[0]]), max(times[kinds[0]]))],
         "rounds": rounds,
         **facts(),
     }
@@ -170,7 +184,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "words", nargs="*", metavar="key=value", help="arch, local_batch_size, rounds, dtype, threads"
+        "words", nargs="*", metavar="key=value", help="arch, local_batch_size, rounds, dtype, threads, compile"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
@@ -182,12 +196,14 @@ def main() -> None:
         int(options.get("local_batch_size", 128)),
         int(options.get("rounds", 8)),
         getattr(torch, dtype),
+        options.get("compile", "true") == "true",
     )
     if args.json:
         print(json.dumps(result))
     else:
         print(
-            f"{result['arch']}: {result['ms_per_example']} ms an example ({result['tflops']} TFLOP/s), plain "
+            f"{result['arch']}: {result['ms_per_example']} ms an example ({result['tflops']} TFLOP/s, "
+            f"{result['share_of_products']:.0%} of a product's), eager {result['eager_ms_per_example']}, plain "
             f"{result['plain_ms_per_example']}: {result['speedup_over_plain']}x"
         )
 
