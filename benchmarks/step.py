@@ -184,7 +184,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "words", nargs="*", metavar="key=value", help="arch, local_batch_size, rounds, dtype, threads, compile"
+        "words",
+        nargs="*",
+        metavar="key=value",
+        help="arch, local_batch_size, rounds, dtype, threads, compile",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()

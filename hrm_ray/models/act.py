@@ -7,6 +7,7 @@ as `Control`, from the caller.
 Source: Wang et al. 2025, arXiv:2506.21734, "Deep supervision" and "Adaptive computational time".
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,8 +47,8 @@ class Batch:
             torch.where(mask_B, self.puzzle_identifiers, other.puzzle_identifiers),
         )
 
-    def rows(self, index: Tensor) -> "Batch":
-        """The rows that `index` (bool [B]) marks."""
+    def rows(self, index: Tensor | slice) -> "Batch":
+        """The rows that `index` (a slice, or bool [B]) marks."""
         return Batch(self.inputs[index], self.labels[index], self.puzzle_identifiers[index])
 
     def to(self, device: torch.device) -> "Batch":
@@ -63,10 +64,26 @@ class Carry:
     halted: Tensor
     batch: Batch
 
-    def rows(self, index: Tensor) -> "Carry":
-        """The slots that `index` (bool [B]) marks."""
+    def rows(self, index: Tensor | slice) -> "Carry":
+        """The slots that `index` (a slice, or bool [B]) marks."""
         state = State(self.state.z_H[index], self.state.z_L[index])
         return Carry(state, self.steps[index], self.halted[index], self.batch.rows(index))
+
+    @classmethod
+    def cat(cls, parts: Sequence["Carry"]) -> "Carry":
+        """The slots of all `parts` in line."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            State(torch.cat([p.state.z_H for p in parts]), torch.cat([p.state.z_L for p in parts])),
+            torch.cat([p.steps for p in parts]),
+            torch.cat([p.halted for p in parts]),
+            Batch(
+                torch.cat([p.batch.inputs for p in parts]),
+                torch.cat([p.batch.labels for p in parts]),
+                torch.cat([p.batch.puzzle_identifiers for p in parts]),
+            ),
+        )
 
 
 class Step(NamedTuple):

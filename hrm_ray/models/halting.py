@@ -34,6 +34,13 @@ class Control(NamedTuple):
     penalty: float = 0.0
     is_warming_up: bool = False
 
+    def rows(self, index: slice) -> "Control":
+        """Those of the slots in `index`."""
+        return self._replace(
+            min_halt_steps=self.min_halt_steps if self.min_halt_steps is NONE else self.min_halt_steps[index],
+            uniform=self.uniform if self.uniform is NONE else self.uniform[index],
+        )
+
 
 class Fixed:
     """Every slot runs all steps."""

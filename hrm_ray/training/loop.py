@@ -274,14 +274,16 @@ class Trainer:
         if self._stop_reason is not None or not self._evaluation_is_due:
             return
         started = time.perf_counter()
+        config = self.config
+        at_once = max(1, config.global_batch_size // self.world.size)
         try:
             with self._meter.excluded(), self.state.averaged_weights():
                 metrics, _ = evaluate(
                     self.state.model,
                     self.dataset.split("test"),
                     ignore_label_id=self.dataset.manifest.ignore_label_id,
-                    batch_size=max(1, self.config.global_batch_size // self.world.size),
-                    num_examples=self.config.num_eval_examples,
+                    batch_size=min(at_once, config.micro_batch_size or at_once),
+                    num_examples=config.num_eval_examples,
                     world=self.world,
                     on_batch=self._show_evaluation,
                     interrupt=self._interrupts_evaluation,

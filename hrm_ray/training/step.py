@@ -1,13 +1,14 @@
 """One optimizer step of one worker, from its place in the stream of examples to the moved weights.
 
-Every slot's puzzle goes one ACT step on (`supervision_steps` of them), the losses of all slots of all workers are
-summed and divided by the global batch size, and the optimizers move. DDP *averages* gradients over the workers, so the
-loss of each is multiplied by their number first; then N workers do what one would do on the same global batch.
+Every slot's puzzle goes one ACT step on (`supervision_steps` of them, `micro_batch_size` slots at a time), the losses
+of all slots of all workers are summed and divided by the global batch size, and the optimizers move. DDP *averages*
+gradients over the workers, so the loss of each is multiplied by their number first; then N workers do what one would do
+on the same global batch.
 """
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -101,13 +102,9 @@ class Stepper:
             state.begin(self.batch((step - 1) * config.supervision_steps + 1), config)
         if step in state.skipped_steps:
             return None
-        parts = []
-        for part in range(config.supervision_steps):
-            is_last = part == config.supervision_steps - 1
-            holds_back = isinstance(self.module, DistributedDataParallel) and not is_last
-            with self.module.no_sync() if holds_back else nullcontext():  # type: ignore[operator]
-                # Supervision steps are counted through, also over the ends of optimizer steps.
-                parts.append(self._supervise(step, (step - 1) * config.supervision_steps + part + 1))
+        # Supervision steps are counted through, also over the ends of optimizer steps.
+        last = step * config.supervision_steps
+        parts = [self._supervise(step, s) for s in range(last - config.supervision_steps + 1, last + 1)]
         self._move(step)
         return Outcome(
             torch.stack([part.loss for part in parts]).sum(),
@@ -120,9 +117,10 @@ class Stepper:
         """Compile the model for the steps to come; not collective. For what is raised, see `compile_recursion`."""
         state, step = self.state, self.state.global_step + 1
         supervision_step = (step - 1) * self.config.supervision_steps + 1
-        batch = self.batch(supervision_step)
+        batch, control = self.batch(supervision_step), self.control(step, supervision_step)
         carry = state.carry or state.model.initial_carry(batch)
-        compile_recursion(state.model, carry, batch, self.control(step, supervision_step))
+        first, *_ = self._micro_batches(batch)
+        compile_recursion(state.model, carry.rows(first), batch.rows(first), control.rows(first))
 
     def _supervise(self, step: int, supervision_step: int) -> Outcome:
         """One ACT step of every slot and its gradient."""
@@ -130,15 +128,25 @@ class Stepper:
         batch = self.batch(supervision_step)
         control = self.control(step, supervision_step)
         data_wait_s = time.perf_counter() - started
-        state = self.state
-        loss, metrics, carry, right = self.module(
-            state.carry, batch, control, self._replay_loss(supervision_step, control)
-        )
-        state.carry = carry
-        num_slots = self.config.global_batch_size * self.config.supervision_steps
-        (loss * (self.world.size / num_slots)).backward()
+        state, num_supervised = self.state, self.config.supervision_steps
+        assert state.carry is not None
+        replay_loss = self._replay_loss(supervision_step, control)
+        losses, metrics, carries, rights = [], [], [], []
+        for slots in self._micro_batches(batch):
+            is_last = slots.stop == len(batch.inputs) and supervision_step % num_supervised == 0
+            with nullcontext() if is_last else self._without_reduction():
+                loss, sums, carry, right = self.module(
+                    state.carry.rows(slots), batch.rows(slots), control.rows(slots), replay_loss
+                )
+                (loss * (self.world.size / (self.config.global_batch_size * num_supervised))).backward()
+            replay_loss = None  # it is of all slots
+            losses.append(loss.detach())
+            metrics.append(sums)
+            carries.append(carry)
+            rights.append(torch.stack(right))
+        state.carry = carry = Carry.cat(carries)
         if state.learner is not None:
-            num_right, num_labelled = right
+            num_right, num_labelled = torch.cat(rights, dim=1)
             state.learner.remember(
                 supervision_step,
                 carry.state.z_H[:, 0],
@@ -147,7 +155,17 @@ class Stepper:
                 is_last=carry.steps >= state.model.halt_max_steps,
                 is_puzzle=num_labelled > 0,
             )
-        return Outcome(loss.detach(), metrics, len(batch.inputs), data_wait_s)
+        return Outcome(torch.stack(losses).sum(), torch.stack(metrics).sum(0), len(batch.inputs), data_wait_s)
+
+    def _micro_batches(self, batch: Batch) -> list[slice]:
+        """The slots that are computed at once, `micro_batch_size` of them and at last the rest."""
+        num_slots = len(batch.inputs)
+        size = self.config.micro_batch_size or num_slots
+        return [slice(i, min(i + size, num_slots)) for i in range(0, num_slots, size)]
+
+    def _without_reduction(self) -> AbstractContextManager:
+        """Inside, gradients are summed up on this worker alone."""
+        return self.module.no_sync() if isinstance(self.module, DistributedDataParallel) else nullcontext()
 
     def _move(self, step: int) -> None:
         """Let the optimizers move by the gradients of all workers. Collective."""

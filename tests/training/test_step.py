@@ -1,5 +1,6 @@
 """What one optimizer step hands to whom."""
 
+import pytest
 import torch
 
 from hrm_ray.config.schema import TrainConfig
@@ -55,3 +56,38 @@ def test_supervision_steps_go_on_over_the_ends_of_optimizer_steps(tmp_path):
     for (batch, control), (other, other_control) in zip(several, single, strict=True):
         assert torch.equal(batch.inputs, other.inputs)
         assert torch.equal(control.min_halt_steps, other_control.min_halt_steps)
+
+
+@pytest.mark.parametrize("halting", ["act", "q_learning"])
+def test_micro_batches_make_the_step_of_the_whole_batch(tmp_path, halting):
+    """The same gradients but for the order of summation, the same metrics, never more slots at once; and no more
+    reductions over workers than without, see test_workers."""
+    toy_dataset(tmp_path / "data", vocab_size=3, num_identifiers=5)
+    trainers = {}
+    for size in (None, 3):  # of eight slots
+        values = toy_config(tmp_path / "data", tmp_path / str(size), halting={"name": halting})
+        parsed = TrainConfig(**values, micro_batch_size=size, supervision_steps=2)
+        trainers[size] = Trainer(parsed, run_folder(parsed), World(), Hooks())
+    sizes = []
+    trainers[3].state.model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[1].inputs)))
+    for step in range(1, 7):
+        whole, parts = (trainers[size].stepper.take(step) for size in (None, 3))
+        torch.testing.assert_close(parts.metrics, whole.metrics, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-5, atol=1e-5)
+    assert sizes == [3, 3, 2] * 12
+    whole, parts = (trainers[size].state for size in (None, 3))
+    for (name, a), b in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+        # Moments and not weights alone: AdamATan2 does not feel a wrong scale of gradients.
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment, other = whole.optimizer.state[a][key], parts.optimizer.state[b][key]
+            bound = 1e-4 * float(moment.abs().max())
+            torch.testing.assert_close(other, moment, rtol=1e-3, atol=bound, msg=f"{name} {key}")
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, msg=name)
+    for a, b in zip(vars(whole.carry.batch).values(), vars(parts.carry.batch).values(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(whole.carry.steps, parts.carry.steps)
+    if halting == "q_learning":
+        assert torch.equal(whole.learner.memory.written, parts.learner.memory.written)
+        assert torch.equal(whole.learner.memory.exact, parts.learner.memory.exact)
+    for trainer in trainers.values():
+        trainer._close()

@@ -77,11 +77,15 @@ FAMILY = [
 ]
 
 
-@pytest.mark.parametrize("change", FAMILY, ids=["act", "q_learning", "supervision_steps"])
-def test_two_workers_equal_one(config, change):
+@pytest.mark.parametrize(
+    ("change", "micro_batch_size"),  # of the four slots of each of two workers
+    list(zip(FAMILY, (None, 3, 3), strict=True)),
+    ids=["act", "q_learning", "supervision_steps"],
+)
+def test_two_workers_equal_one(config, change, micro_batch_size):
     config |= change
     one = run(1, {**config, "run_name": "one"})
-    two = run(2, {**config, "run_name": "two"})
+    two = run(2, {**config, "run_name": "two", "micro_batch_size": micro_batch_size})
     num_steps = 8 if "supervision_steps" in change else 23
     assert one.manifest.global_step == two.manifest.global_step == num_steps
     for name, tensor in one.tensors("model.safetensors").items():
