@@ -60,6 +60,7 @@ class Solver:
             device=device,
             forward_dtype=forward_dtype or manifest.config.get("forward_dtype", "auto"),
             num_tokens=manifest.arch.num_tokens(manifest.dataset.seq_len),
+            head_dim=manifest.arch.hidden_size // manifest.arch.num_heads,
         )
         halting = validated(HaltingConfig, manifest.config.get("halting", {}), str(checkpoint.folder))
         self.model = build_model(manifest.arch, manifest.dataset, self.setup, halting)

@@ -8,12 +8,14 @@ import shutil
 import torch
 
 from hrm_ray import __version__, machine
+from hrm_ray.models.attention import KERNELS, obstacle
 
 PACKAGES = ("torch", "ray", "pyarrow", "numpy", "optuna", "wandb", "flash-attn")
 
 
 def report() -> str:
     """A table for people; never fails for something that is missing."""
+    setup = machine.resolve(num_tokens=81)
     rows = [
         ("hrm-ray", __version__),
         ("python", platform.python_version()),
@@ -21,8 +23,9 @@ def report() -> str:
         ("CPU", f"{os.cpu_count()} cores, fast bfloat16 products: {_yes(machine.cpu_has_fast_bfloat16())}"),
         ("GPU", _gpus()),
         ("free disk here", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB"),
-        ("models compile with", machine.compiler(machine.resolve().device) or "nothing: no compiler here"),
-        ("training uses", machine.resolve(num_tokens=81).describe()),
+        ("attention", _attention(setup)),
+        ("models compile with", machine.compiler(setup.device) or "nothing: no compiler here"),
+        ("training uses", setup.describe()),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
@@ -33,6 +36,12 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed" + (" (optional)" if package == "flash-attn" else "")
+
+
+def _attention(setup: machine.Setup) -> str:
+    """Every kernel, and what keeps it from running."""
+    problems = {name: obstacle(name, setup.device, setup.dtype, 64) for name in KERNELS}
+    return ", ".join(f"{name} ({problem})" if problem else name for name, problem in problems.items())
 
 
 def _gpus() -> str:

@@ -11,11 +11,8 @@ from typing import Literal
 import torch
 
 from hrm_ray.errors import UserError
+from hrm_ray.models.attention import resolve_attention
 from hrm_ray.optim.adam_atan2 import resolve_backend
-
-# Longest sequence for which two batched products beat the fused kernel on a CPU in bfloat16; in float32 they do
-# not (docs/performance.md; 17 and 82 tokens measured).
-CPU_MATMUL_MAX_TOKENS = 128
 
 # Work of a run, in operations by the rule of `compiles`, from which on compiling pays on a CPU: it takes up to a minute
 # and then saves a quarter of the time, and this is some four minutes on two cores (docs/performance.md).
@@ -42,11 +39,6 @@ class Setup:
 def cpu_has_fast_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32 (AMX, AVX-512 BF16)."""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-
-
-def flash_attention_present() -> bool:
-    """Whether the flash-attn package is installed; it is not imported."""
-    return importlib.util.find_spec("flash_attn") is not None
 
 
 def compiler(device: torch.device) -> str | None:
@@ -84,12 +76,14 @@ def resolve(
     attention: str = "auto",
     optimizer_backend: str = "auto",
     num_tokens: int = 0,
+    head_dim: int = 64,
     local_rank: int = 0,
 ) -> Setup:
     """Decide. The arguments are the configuration keys of the same names.
 
     Args:
         num_tokens: longest sequence, puzzle tokens included.
+        head_dim: width of a head of attention.
         local_rank: this worker's number on its node; picks its GPU.
 
     Raises:
@@ -105,22 +99,13 @@ def resolve(
     if forward_dtype == "auto":
         fast = torch.cuda.is_bf16_supported() if on_gpu else cpu_has_fast_bfloat16()
         forward_dtype = "bfloat16" if fast else "float32"
-    half = forward_dtype == "bfloat16"
-    if attention == "auto":
-        if on_gpu:
-            attention = "flash" if half and flash_attention_present() else "sdpa"
-        else:
-            attention = "matmul" if half and num_tokens <= CPU_MATMUL_MAX_TOKENS else "sdpa"
-    elif attention == "flash" and not (on_gpu and half and flash_attention_present()):
-        raise UserError(
-            "attention=flash needs a GPU, bfloat16 and the flash-attn package; use attention=auto"
-        )
+    dtype = getattr(torch, forward_dtype)
     place = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     if optimizer_backend != "auto":
         resolve_backend(optimizer_backend, place)
     return Setup(
         device=place,
-        dtype=getattr(torch, forward_dtype),
-        attention=attention,
+        dtype=dtype,
+        attention=resolve_attention(attention, place, dtype, num_tokens=num_tokens, head_dim=head_dim),
         optimizer_backend=optimizer_backend,
     )

@@ -23,7 +23,7 @@ def test_cpu_decisions(monkeypatch):
     ("choice", "said"),
     [
         ({"device": "cuda"}, "device=cuda: torch sees no GPU here"),
-        ({"attention": "flash"}, "attention=flash needs a GPU"),
+        ({"attention": "flash2"}, "attention=flash2 needs a GPU"),
         (
             {"optimizer_backend": "cuda"},
             "optimizer_backend=cuda is for float32 and bfloat16 on GPUs, not float32 on cpu",

@@ -99,7 +99,7 @@ class TrainConfig(Settings):
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     forward_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    attention: Literal["auto", "sdpa", "matmul", "flash"] = "auto"
+    attention: Literal["auto", "flash3", "flash2", "sdpa", "matmul"] = "auto"
     optimizer_backend: Literal["auto", "cuda", "fused", "foreach", "reference"] = "auto"  # of AdamATan2
     compile: bool | Literal["auto"] = "auto"  # auto: where a compiler is, and on a CPU for long runs only
     scaling: ScalingConfig = ScalingConfig()

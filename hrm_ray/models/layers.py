@@ -9,13 +9,15 @@ Source: Wang et al. 2025 (arXiv:2506.21734) and its public code.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from hrm_ray.models import attention
 
 RMS_EPS = 1e-5
 ROPE_THETA = 10000.0
@@ -81,36 +83,15 @@ def apply_rope(x_BNSK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-half_2, half_1), dim=-1) * sin).to(x_BNSK.dtype)
 
 
-def matmul_attention(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor) -> Tensor:
-    """Full attention as two batched products: on CPUs and short sequences faster than the fused kernel."""
-    scores = (q_BNSK * q_BNSK.shape[-1] ** -0.5) @ k_BNSK.transpose(-1, -2)
-    # In float32 for accuracy, and because the CPU's bfloat16 softmax is three times slower.
-    return scores.softmax(dim=-1, dtype=torch.float32).to(v_BNSK.dtype) @ v_BNSK
-
-
-def flash_attention(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor) -> Tensor:
-    """The flash-attn package, where it is installed; CUDA, half precision only."""
-    from flash_attn import flash_attn_func
-
-    q, k, v = (t.transpose(1, 2) for t in (q_BNSK, k_BNSK, v_BNSK))
-    return flash_attn_func(q, k, v).transpose(1, 2)
-
-
-AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 Rope = tuple[Tensor, Tensor] | None  # cosines and sines, or no rotation
-ATTENTION: dict[str, AttentionKernel] = {
-    "sdpa": F.scaled_dot_product_attention,
-    "matmul": matmul_attention,
-    "flash": flash_attention,
-}
 
 
 class Attention(nn.Module):
-    """Non-causal multi-head attention; q, k and v come from one matrix. `kernel` is a key of `ATTENTION`."""
+    """Non-causal multi-head attention; q, k and v come from one matrix. `kernel` is one of `attention.KERNELS`."""
 
     def __init__(self, hidden_size: int, num_heads: int, kernel: str = "sdpa"):
         super().__init__()
-        self.attend = ATTENTION[kernel]
+        self.attend = attention.kernel(kernel)
         self.head_dim = hidden_size // num_heads
         self.qkv_proj = Linear(hidden_size, 3 * hidden_size)
         self.o_proj = Linear(hidden_size, hidden_size)

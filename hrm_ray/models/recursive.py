@@ -58,7 +58,7 @@ class RecursiveModel(nn.Module, ABC):
         seq_len: C, cells of a puzzle.
         num_puzzle_identifiers: rows of the puzzle embedding.
         dtype: of activations and products; float32 or bfloat16. Parameters stay float32.
-        attention: a key of `layers.ATTENTION`.
+        attention: one of `attention.KERNELS`, which can run on the model's device.
     """
 
     classes: ClassVar[dict[type[ArchConfig], type["RecursiveModel"]]] = {}

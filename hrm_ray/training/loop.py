@@ -95,6 +95,7 @@ class Trainer:
             attention=config.attention,
             optimizer_backend=config.optimizer_backend,
             num_tokens=config.arch.num_tokens(self.dataset.manifest.seq_len),
+            head_dim=config.arch.hidden_size // config.arch.num_heads,
             local_rank=world.local_rank,
         )
         self._stop_reason: str | None = None

@@ -1,0 +1,120 @@
+"""The kernels of attention against exact arithmetic, and which of them is taken where."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hrm_ray.errors import UserError
+from hrm_ray.models.attention import FLASH_PACKAGES, KERNELS, kernel, obstacle, preferred, resolve_attention
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+DEVICES = [CPU, *([GPU] if torch.cuda.is_available() else [])]
+# Of the largest number: two units of bfloat16's last place, and 32 of float32's, whose sums of 131 products round as
+# often.
+TOLERANCE = {torch.float32: 3.8e-6, torch.bfloat16: 1.6e-2}
+
+
+def exact(q, k, v):
+    """Attention and its gradients for the sum of squares, in float64."""
+    q, k, v = (t.detach().double().requires_grad_() for t in (q, k, v))
+    scores = (q @ k.mT / q.shape[-1] ** 0.5).exp()
+    out = scores / scores.sum(-1, keepdim=True) @ v
+    return out, *torch.autograd.grad(out.square().sum(), (q, k, v))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("num_tokens", "head_dim"), [(1, 8), (16, 32), (17, 24), (82, 64), (131, 128)])
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_every_kernel_that_is_here_is_exact_to_its_dtype(device, name, num_tokens, head_dim, dtype):
+    problem = obstacle(name, device, dtype, head_dim)
+    if problem:
+        pytest.skip(f"{name} {problem}")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, num_tokens, head_dim, device=device).to(dtype) for _ in range(3))
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    out = kernel(name)(q, k, v)
+    assert out.dtype == dtype
+    got = (out, *torch.autograd.grad(out.float().square().sum(), (q, k, v)))
+    for ours, expected in zip(got, exact(q, k, v), strict=True):
+        assert ours.shape == expected.shape
+        assert (ours - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max().clamp(min=1)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine that says it has a Hopper GPU, and whatever packages a test puts there."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def install(package: str, attend) -> None:
+        monkeypatch.setitem(sys.modules, package, attend and SimpleNamespace(flash_attn_func=attend))
+
+    for package, _, _ in FLASH_PACKAGES.values():
+        install(package, None)  # importing it is an error
+    return install
+
+
+def in_their_layout(q, k, v):
+    """What the packages' function computes: [B, S, N, K] in and out."""
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+
+@pytest.mark.parametrize("name", FLASH_PACKAGES)
+@pytest.mark.parametrize("attend", [in_their_layout, lambda *qkv: (in_their_layout(*qkv), None)])
+def test_packages_are_called_in_their_layout(hopper, name, attend):
+    hopper(FLASH_PACKAGES[name][0], attend)
+    q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    torch.testing.assert_close(kernel(name)(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+def choose(device=GPU, dtype=torch.bfloat16, num_tokens=82, head_dim=64, wanted="auto"):
+    return resolve_attention(wanted, device, dtype, num_tokens=num_tokens, head_dim=head_dim)
+
+
+def test_the_best_that_is_there_is_taken(hopper, monkeypatch):
+    assert choose() == "sdpa"
+    hopper("flash_attn", in_their_layout)
+    assert choose() == "flash2"
+    hopper("flash_attn_interface", in_their_layout)
+    assert choose() == "flash3"
+    assert choose(wanted="flash2") == "flash2"
+    assert choose(dtype=torch.float32) == choose(head_dim=12) == choose(head_dim=512) == "sdpa"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert choose() == "flash2"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose() == "sdpa"
+    assert choose(CPU) == "matmul"
+    assert choose(CPU, num_tokens=901) == choose(CPU, dtype=torch.float32) == "sdpa"
+
+
+def test_the_last_choice_runs_anywhere():
+    for device in (CPU, GPU):
+        *_, last = preferred(device, torch.bfloat16, 82)
+        assert obstacle(last, device, torch.float32, 7) is None
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ({"wanted": "flash2", "device": CPU}, "attention=flash2 needs a GPU; use attention=auto"),
+        ({"wanted": "flash3", "dtype": torch.float32}, "attention=flash3 is for bfloat16, not float32"),
+        (
+            {"wanted": "flash2", "head_dim": 12},
+            "attention=flash2 is for heads of 8, 16, ... 256 numbers, not 12",
+        ),
+        ({"wanted": "flash2"}, "attention=flash2 cannot import flash_attn: undefined symbol"),
+        ({"wanted": "flash3"}, "attention=flash3 cannot import flash_attn_interface: import of"),
+        ({"wanted": "flash"}, "attention=flash is unknown; known: flash3, flash2, sdpa, matmul"),
+    ],
+)
+def test_what_cannot_run_is_said(hopper, monkeypatch, tmp_path, choice, said):
+    monkeypatch.delitem(sys.modules, "flash_attn")
+    (tmp_path / "flash_attn.py").write_text(
+        "raise ImportError('undefined symbol: _ZN3c10')"
+    )  # another torch's
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=said):
+        choose(**choice)
