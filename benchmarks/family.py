@@ -40,26 +40,42 @@ ARCHS = {
     "transformer": ("arch.num_layers=4",),  # as many parameters as HRM's 2 + 2 layers
 }
 HALTINGS = ("act", "q_learning", "fixed")
-RECURSIVE = ("hrm_v1", "trm")
 DEPTHS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 VOTES = (1, 2, 3, 5, 9, 16)
+CURVES = {("hrm_v1", "act"): "HRM", ("trm", "q_learning"): "TRM"}  # drawn from the runs on 6x6
 
 
 @dataclass(frozen=True)
 class Size:
-    """Puzzles of one size: the recipe of the data set, the experiment, and what of it is set otherwise."""
+    """Puzzles of one size: the recipe of the data set, the experiment, what of it is set otherwise, and the rows of the
+    table: architecture, halting, and what is set for them alone."""
 
     recipe: str
     experiment: str
     overrides: tuple[str, ...]
+    rows: dict[tuple[str, str], tuple[str, ...]]
 
 
 SIZES = {
     # Smaller batches than in the quickstart, and more of them, so that every row gets past its plateau.
     "4x4": Size(
-        "sudoku_4x4", "quickstart", ("global_batch_size=64", "lr=2e-3", "epochs=8", "eval_interval=4")
+        "sudoku_4x4",
+        "quickstart",
+        ("global_batch_size=64", "lr=2e-3", "epochs=8", "eval_interval=4"),
+        # The transformer takes one step: there is nothing to halt.
+        {(a, h): () for a, h in product(ARCHS, HALTINGS) if a != "transformer" or h == "act"},
     ),
-    "6x6": Size("sudoku_6x6", "sudoku_6x6", ()),  # with 64 a batch nothing gets past it
+    "6x6": Size(
+        "sudoku_6x6",
+        "sudoku_6x6",
+        (),  # with 64 a batch nothing gets past it
+        {
+            ("hrm_v1", "act"): (),
+            ("trm", "q_learning"): ("lr=1e-3",),  # HRM's 2e-3 is too high for its deeper gradient
+            ("trm", "act"): ("lr=5e-4",),
+            ("transformer", "act"): (),
+        },
+    ),
 }
 
 
@@ -77,11 +93,8 @@ class Run:
 
 def runs_of(size: str, seeds: int) -> Iterator[Run]:
     """Every run of a table, the first seed of all before the second."""
-    halting = HALTINGS if size == "4x4" else HALTINGS[:1]
-    archs = ARCHS if size == "4x4" else [*RECURSIVE, "transformer"]
-    for seed, arch, how in product(range(seeds), archs, halting):
-        if arch != "transformer" or how == "act":  # it takes one step: there is nothing to halt
-            yield Run(size, arch, how, seed)
+    for seed, (arch, halting) in product(range(seeds), SIZES[size].rows):
+        yield Run(size, arch, halting, seed)
 
 
 def command(*words: str) -> float:
@@ -105,7 +118,8 @@ def train(run: Run, folder: Path, overrides: list[str]) -> dict:
     size = SIZES[run.size]
     words = [f"experiment={size.experiment}", f"arch={run.arch}", *ARCHS[run.arch], f"halting={run.halting}"]
     words += [f"data={folder}/{size.recipe}", f"storage={folder}/runs", f"run_name={run.name}"]
-    words += [f"seed={run.seed}", "scaling=local", "tensorboard=false", *size.overrides, *overrides]
+    words += [f"seed={run.seed}", "scaling=local", "tensorboard=false", *size.overrides]
+    words += [*size.rows[run.arch, run.halting], *overrides]
     done = folder / "runs" / run.name / "summary.json"
     cpu_s = folder / "runs" / f"{run.name}.cpu_s"
     if not cpu_s.exists():
@@ -152,16 +166,16 @@ def curves(folder: Path, out: Path) -> str:
     """Accuracy over votes and depth of the 6x6 runs; draws them and returns them as a table."""
     data = folder / SIZES["6x6"].recipe
     points: dict[str, dict[str, list[float]]] = {}
-    for arch in RECURSIVE:
-        solver = hrm_ray.load(folder / "runs" / Run("6x6", arch, "act", 0).name)
-        points[arch] = {
+    for (arch, halting), own in CURVES.items():
+        solver = hrm_ray.load(folder / "runs" / Run("6x6", arch, halting, 0).name)
+        points[own] = {
             "depth": [solver.evaluate(data, halt_max_steps=n)[0]["exact_accuracy"] for n in DEPTHS],
             "votes": [solver.evaluate(data, votes=n)[0]["exact_accuracy"] for n in VOTES],
         }
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for axis, kind, xs in zip(axes, ("depth", "votes"), (DEPTHS, VOTES), strict=True):
-        for arch, values in points.items():
-            axis.plot(xs, values[kind], "o-", label=arch)
+        for name, values in points.items():
+            axis.plot(xs, values[kind], "o-", label=name)
         axis.set_xscale("log", base=2)
         axis.set_xticks(xs, [str(x) for x in xs])
         axis.minorticks_off()
@@ -177,7 +191,7 @@ def curves(folder: Path, out: Path) -> str:
     for kind, xs in (("depth", DEPTHS), ("votes", VOTES)):
         rows += ["", f"| {kind} | " + " | ".join(map(str, xs)) + " |", "|---" * (len(xs) + 1) + "|"]
         rows += [
-            f"| {arch} | " + " | ".join(f"{v:.1%}" for v in points[arch][kind]) + " |" for arch in points
+            f"| {name} | " + " | ".join(f"{v:.1%}" for v in points[name][kind]) + " |" for name in points
         ]
     return "\n".join(rows)
 

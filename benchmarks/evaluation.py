@@ -1,0 +1,72 @@
+"""Puzzles a second when a trained model is used: with all ACT steps, and when each puzzle stops by its own Q head.
+
+    python -m benchmarks.evaluation checkpoint=runs/quickstart data=data/sudoku-4x4 --json
+    python -m benchmarks.evaluation checkpoint=runs/quickstart data=data/sudoku-4x4 batch=64 votes=9 threads=1
+
+In turns in this process; medians. Reading the puzzles is part of it, loading the checkpoint is not.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+
+import torch
+
+import hrm_ray
+from benchmarks.machine import facts
+from hrm_ray.data.shards import open_dataset
+
+
+def measure(checkpoint: str, data: str, batch: int, votes: int, rounds: int) -> dict:
+    solver = hrm_ray.load(checkpoint)
+    rates: dict[str, list[float]] = {"max": [], "learned": []}
+    metrics = {}
+    for i in range(rounds + 1):
+        for halt in rates:
+            started = time.perf_counter()
+            metrics[halt], _ = solver.evaluate(data, halt=halt, votes=votes, batch_size=batch)
+            if i:  # the first is to warm up
+                rates[halt].append(time.perf_counter() - started)
+    num_puzzles = open_dataset(data).split("test").num_examples
+    return {
+        "benchmark": "evaluation",
+        "num_puzzles": num_puzzles,
+        "puzzles_per_s": {
+            halt: round(num_puzzles / statistics.median(values)) for halt, values in rates.items()
+        },
+        "exact_accuracy": {halt: values["exact_accuracy"] for halt, values in metrics.items()},
+        "mean_steps": {halt: values["steps"] for halt, values in metrics.items()},
+        "batch": batch,
+        "votes": votes,
+        "threads": torch.get_num_threads(),
+        "setup": solver.setup.describe(),
+        "rounds": rounds,
+        **facts(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", metavar="key=value")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    options = dict(word.split("=", 1) for word in args.words)
+    checkpoint, data = options.pop("checkpoint"), options.pop("data")
+    numbers = {"batch": 256, "votes": 1, "rounds": 5, "threads": os.cpu_count() or 1}
+    numbers |= {key: int(value) for key, value in options.items()}
+    torch.set_num_threads(numbers.pop("threads"))
+    result = measure(checkpoint, data, **numbers)
+    if args.json:
+        print(json.dumps(result))
+        return
+    for halt, rate in result["puzzles_per_s"].items():
+        exact, steps = result["exact_accuracy"][halt], result["mean_steps"][halt]
+        print(f"halt={halt:8} {rate:8,} puzzles a second, {exact:.1%} exact, {steps:.2f} ACT steps each")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Seconds from a command to what one waits for: help, one training step without Ray, and one in a Ray Train worker.
+
+python -m benchmarks.startup --json
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.machine import facts
+from hrm_ray.data.pipeline import build
+from hrm_ray.data.recipe import load_recipe
+from hrm_ray.ray_session import ray_session
+
+
+def timed(*words: str) -> tuple[float, float]:
+    """Run `hrm-ray` with `words`; when it began and ended, in seconds since the epoch."""
+    started = time.time()
+    subprocess.run([sys.executable, "-m", "hrm_ray.cli", *words], check=True, capture_output=True)
+    return started, time.time()
+
+
+def first_step(folder: str, mode: str, name: str) -> dict[str, float]:
+    """Seconds to the end of the first step of a new run, and to the end of the command."""
+    words = ["experiment=quickstart", f"data={folder}/data", f"storage={folder}/runs", f"run_name={name}"]
+    words += [f"scaling={mode}", "max_steps=1", "log_interval=1", "eval_interval=null", "tensorboard=false"]
+    started, ended = timed("train", *words)
+    # The report is written as soon as the step is done, and never again.
+    stepped = (Path(folder) / "runs" / name / "metrics.jsonl").stat().st_mtime
+    return {f"{mode}: first step": stepped - started, f"{mode}: whole command": ended - started}
+
+
+def measure(rounds: int) -> dict:
+    times: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        with ray_session():
+            build(load_recipe("sudoku_4x4", {"num_train": 2000}), f"{folder}/data", show_progress=False)
+        for i in range(rounds + 1):
+            started, ended = timed("--help")
+            seconds = {"help": ended - started}
+            for mode in ("local", "ray"):
+                seconds |= first_step(folder, mode, f"{mode}{i}")
+            if i:  # the first fills the caches of files
+                for what, value in seconds.items():
+                    times.setdefault(what, []).append(value)
+    return {
+        "benchmark": "startup",
+        "seconds": {what: round(statistics.median(values), 2) for what, values in times.items()},
+        "slowest": {what: round(max(values), 2) for what, values in times.items()},
+        "rounds": rounds,
+        **facts(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    result = measure(args.rounds)
+    if args.json:
+        print(json.dumps(result))
+        return
+    for what, seconds in result["seconds"].items():
+        print(f"{what:22} {seconds:6.2f} s")
+
+
+if __name__ == "__main__":
+    main()
