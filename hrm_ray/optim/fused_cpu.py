@@ -6,8 +6,10 @@ polynomial so that it can.
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 
 import numpy as np
@@ -73,14 +75,18 @@ def update(
         grads: float32 on the CPU.
     """
     numbers = [np.float32(x) for x in (1 - h.beta1, h.beta2, 1 - h.beta2, *h.scales, h.kept)]
-    chunks = _chunks(params, [g.contiguous() for g in grads], exp_avgs, exp_avg_sqs)
-    num_threads = torch.get_num_threads()
-    if num_threads == 1 or sum(p.numel() for p in params) <= CHUNK:
-        for chunk in chunks:
-            _update(*chunk, *numbers)
-    else:
-        for _ in _threads(num_threads).map(lambda chunk: _update(*chunk, *numbers), chunks):
-            pass
+    chunks = deque(_chunks(params, [g.contiguous() for g in grads], exp_avgs, exp_avg_sqs))
+
+    def work() -> None:
+        with suppress(IndexError):  # none is left
+            while True:
+                _update(*chunks.popleft(), *numbers)
+
+    num_helpers = torch.get_num_threads() - 1 if sum(p.numel() for p in params) > CHUNK else 0
+    helpers = [_helpers(num_helpers).submit(work) for _ in range(num_helpers)]
+    work()  # this thread too: it would wake late if it waited for others
+    for helper in helpers:
+        helper.result()
 
 
 def _chunks(*lists: Tensors) -> Iterator[tuple[np.ndarray, ...]]:
@@ -96,5 +102,5 @@ def _flat(tensor: Tensor) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _threads(count: int) -> ThreadPoolExecutor:
+def _helpers(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="AdamATan2")
