@@ -3,9 +3,9 @@
     python -m benchmarks.scaling --json
     python -m benchmarks.scaling rounds=6 steps=100 compile=true
 
-Each round trains the quickstart's model with one worker and with two, in turns, because machines are shared and noisy.
-Beside them two runs of one worker each at the same time: what the cores give to two processes that need nothing of each
-other, which is all that two workers can reach.
+Each round trains the quickstart's model with one worker and with two, in turns, because machines are shared and noisy;
+medians over the reports of all rounds. Beside them two runs of one worker each at the same time (but for a second or
+two at their ends): what the cores give to two processes that need nothing of each other, all that two can reach.
 """
 
 import argparse

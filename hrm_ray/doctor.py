@@ -39,9 +39,11 @@ def _version(package: str) -> str:
 
 
 def _attention(setup: machine.Setup) -> str:
-    """Every kernel, and what keeps it from running."""
-    problems = {name: obstacle(name, setup.device, setup.dtype, 64) for name in KERNELS}
-    return ", ".join(f"{name} ({problem})" if problem else name for name, problem in problems.items())
+    """Every kernel, and what keeps it from running; first the one that is used for 9x9 puzzles."""
+    others = [name for name in KERNELS if name != setup.attention]
+    problems = {name: obstacle(name, setup.device, setup.dtype, 64) for name in others}
+    said = [f"{name} {problem}" if problem else f"{name} can run" for name, problem in problems.items()]
+    return f"{setup.attention} is used; {', '.join(said)}"
 
 
 def _gpus() -> str:

@@ -79,7 +79,8 @@ def train_config(words: Sequence[str]) -> TrainConfig:
             + ", ".join(f"experiment={name}" for name in choices("experiment"))
         )
     _check_halting_words(given, values["halting"]["name"])
-    if os.environ.get("DISABLE_COMPILE", "0") not in ("", "0") and "compile" not in given:
+    is_asked_for = "compile" in given and values["compile"] is True
+    if os.environ.get("DISABLE_COMPILE", "0") not in ("", "0") and not is_asked_for:
         values["compile"] = False  # said here, since workers may have another environment
     if values["run_name"] is None:
         values["run_name"] = chosen.get("experiment", "train")

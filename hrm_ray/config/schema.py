@@ -69,9 +69,7 @@ class TrainConfig(Settings):
         None  # end this command after so long, with a checkpoint; null: no limit
     )
     early_stopping: PositiveInt | None = None  # evaluations without a better `best_metric` before ending
-    micro_batch_size: PositiveInt | None = (
-        None  # puzzles a worker computes at once, to save memory; null: all
-    )
+    micro_batch_size: PositiveInt | None = None  # puzzles a worker computes at once; null: all
     supervision_steps: PositiveInt = 1  # ACT steps of every slot before one update, a batch each
     drop_last: bool = True  # false: the last step takes what is left, a partial batch
 

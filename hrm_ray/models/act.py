@@ -141,7 +141,7 @@ class ACT(nn.Module):
             target = None
             if self.halting.looks_ahead:
                 # Q-learning without a replay memory or target network: the next step's values, from here, now.
-                _, following = self.inner(state, batch.inputs, batch.puzzle_identifiers)
+                _, following = self.inner(state, batch.inputs, batch.puzzle_identifiers, same_weights=True)
                 best_next = torch.maximum(following.q_halt, following.q_continue)
                 target = torch.where(is_last, following.q_halt, best_next).sigmoid()
         return Step(Carry(state, steps, halted, batch), prediction, target)

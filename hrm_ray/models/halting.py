@@ -37,8 +37,8 @@ class Control(NamedTuple):
     def rows(self, index: slice) -> "Control":
         """Those of the slots in `index`."""
         return self._replace(
-            min_halt_steps=self.min_halt_steps if self.min_halt_steps is NONE else self.min_halt_steps[index],
-            uniform=self.uniform if self.uniform is NONE else self.uniform[index],
+            min_halt_steps=self.min_halt_steps[index] if self.min_halt_steps.ndim else self.min_halt_steps,
+            uniform=self.uniform[index] if self.uniform.ndim else self.uniform,
         )
 
 

@@ -59,7 +59,7 @@ def thinking_for(model: ACT, halt_max_steps: int | None) -> Iterator[None]:
         model.halt_max_steps = trained
 
 
-@torch.no_grad()
+@torch.no_grad()  # and not inference_mode, under which compiled programs of training would not fit
 def think(model: ACT, batch: Batch, *, stops_early: bool = False) -> Answers:
     """Answer `batch` step by step; the model must be in evaluation mode.
 

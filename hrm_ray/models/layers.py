@@ -1,8 +1,8 @@
 """Building blocks of the recursive models: the post-norm transformer block and its parts.
 
 What always holds: parameters are float32 masters; the products run in `dtype` (float32 or bfloat16) with copies
-of the weights made once for every value that they have (`cast_weights`), since a recursive model uses each weight many
-times a pass. Parameter names are those of the published checkpoints.
+of the weights made once an ACT step (`cast_weights`), since a recursive model uses each weight many times. Parameter
+names are those of the published checkpoints.
 
 Shapes: B batch, S tokens (puzzle tokens included), D width, N heads, K width of a head, F inner width.
 Source: Wang et al. 2025 (arXiv:2506.21734) and its public code.
@@ -39,18 +39,18 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(trunc_normal_(torch.empty(out_features, in_features), in_features**-0.5))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self._copies: tuple[Tensor, Tensor | None] | None = None
-        self._copied: Any = None  # what identifies the values that `_copies` are of
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Make the copies that `forward` uses, unless they are there; gradients reach the masters through them."""
-        values = [(p.data_ptr(), p._version) for p in self.parameters()]
-        copied = (dtype, torch.is_inference_mode_enabled(), values)
-        if copied == self._copied:
-            return
-        with torch.enable_grad():  # the same copies serve passes with and without
+        """Make the copies that `forward` uses; gradients reach the masters through them."""
+        with (
+            torch.enable_grad()
+        ):  # they are the same for passes with and without gradients, as are compiled programs
             bias = None if self.bias is None else self.bias.to(dtype)
             self._copies = None if dtype == self.weight.dtype else (self.weight.to(dtype), bias)
-        self._copied = copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the copies, which are no leaves and could not be copied or pickled."""
+        return self.__dict__ | {"_copies": None}
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self._copies or (self.weight, self.bias)
@@ -58,7 +58,7 @@ class Linear(nn.Module):
 
 
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
-    """Refresh the compute copies of every `Linear` in `module`. Call before each pass over the weights."""
+    """Refresh the compute copies of every `Linear` in `module`. Call before a pass over weights that may be new."""
     for layer in module.modules():
         if isinstance(layer, Linear):
             layer.cast(dtype)
@@ -200,5 +200,9 @@ class PuzzleEmbedding(nn.Module):
         gradients = torch.cat(
             [torch.zeros_like(rows) if rows.grad is None else rows.grad for _, rows in self._looked_up]
         )
-        self._looked_up.clear()
+        self.forget()
         return identifiers, gradients
+
+    def forget(self) -> None:
+        """Take the passes since then as not having been."""
+        self._looked_up.clear()

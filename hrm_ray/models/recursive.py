@@ -163,7 +163,7 @@ class RecursiveModel(nn.Module, ABC):
         return (math.sqrt(D) * e_BSD).to(self.dtype)
 
     def forward(
-        self, state: State, inputs_BC: Tensor, puzzle_identifiers_B: Tensor
+        self, state: State, inputs_BC: Tensor, puzzle_identifiers_B: Tensor, *, same_weights: bool = False
     ) -> tuple[State, Prediction]:
         """One ACT step.
 
@@ -171,11 +171,13 @@ class RecursiveModel(nn.Module, ABC):
             state: of the step before, or fresh.
             inputs_BC: tokens, int.
             puzzle_identifiers_B: int.
+            same_weights: they are those of the call before, whose compute copies can be used again.
 
         Returns:
             the new state (detached) and the prediction.
         """
-        cast_weights(self, self.dtype)
+        if not same_weights:
+            cast_weights(self, self.dtype)
         rope = (self.rope_cos, self.rope_sin) if self.config.pos_encodings == "rope" else None
         e_BSD = self.embed(inputs_BC, puzzle_identifiers_B)
         z_H, z_L = self.recur(state.z_H, state.z_L, e_BSD, rope)

@@ -14,7 +14,8 @@ import torch
 from hrm_ray import machine
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset, open_dataset
-from hrm_ray.errors import RunFailed, UserError, first_line
+from hrm_ray.errors import RunFailed, UserError
+from hrm_ray.models.compiled import STANCE, reason, uncompile
 from hrm_ray.training.agreement import WorkersDisagree, all_finite, bit_sum, odd_ones_out
 from hrm_ray.training.checkpoint import (
     FOLDER,
@@ -44,7 +45,7 @@ class Progress:
 
     step: int
     last_step: int
-    phase: str  # "train" or "eval"
+    phase: str  # "compile", "train" or "eval"
     setup: str  # what of the machine the first worker uses
     metrics: dict[str, float]
 
@@ -75,6 +76,9 @@ class Votes:
     written: bool  # every worker has written its part of the pending checkpoint
 
 
+COMPILED, NOT_WANTED = None, ""  # what may come of compiling, besides a reason why it failed
+
+
 class Trainer:
     """One worker's part of a run.
 
@@ -99,6 +103,7 @@ class Trainer:
             local_rank=world.local_rank,
         )
         self._stop_reason: str | None = None
+        self._compiles: bool | None = None  # whether the model is compiled; None: not tried yet
         self._records: Records | None = None
         self._watchdog = Watchdog(config.watchdog_s)
         self._saver = Saver(
@@ -193,6 +198,10 @@ class Trainer:
 
     def _run(self) -> None:
         self._prepare()
+        with torch.compiler.set_stance(STANCE):
+            self._run_to_the_end()
+
+    def _run_to_the_end(self) -> None:
         self._evaluate_if_due()  # what a stop or a crash prevented
         self._stop_if_out_of_patience()
         while self.state.global_step < self.plan.last_step and self._stop_reason is None:
@@ -204,26 +213,42 @@ class Trainer:
         self._finish_saving()
 
     def _prepare(self) -> None:
-        """Make the model ready for training; compiled, if that is wanted and can be done."""
-        config, model = self.config, self.state.model
-        model.train()
-        num_slots = self.plan.total_steps * config.supervision_steps * config.global_batch_size
-        wanted = machine.compiles(
-            config.compile,
-            self.setup.device,
-            num_params=sum(p.numel() for p in model.parameters()),
-            num_tokens=num_slots * model.inner.num_tokens,
-        )
-        self.setup = replace(self.setup, compile=wanted)
-        if wanted:
-            self._show("compile")
-            started = time.monotonic()
-            try:
-                self.stepper.compile()
+        """Make the model ready for training; compiled, if that is wanted and every worker can. Collective."""
+        self.state.model.train()
+        is_done = self.state.global_step >= self.plan.last_step and not self._evaluation_is_due
+        if self._compiles is False or is_done:
+            return
+        is_first_time = self._compiles is None
+        started = time.monotonic()
+        outcomes = self.world.gather_objects(self._try_to_compile())
+        self._compiles = all(outcome is COMPILED for outcome in outcomes)
+        self.setup = replace(self.setup, compile=self._compiles)
+        if self._compiles:
+            if is_first_time:
                 self._note("compiled", f"compiled the model in {time.monotonic() - started:.0f} s")
-            except Exception as error:  # of any kind: a compiler has many ways to fail
-                self.setup = replace(self.setup, compile=False)
-                self._note("not_compiled", f"goes on without compiling: {first_line(error)}")
+            return
+        uncompile(self.state.model)
+        if any(outcome != NOT_WANTED for outcome in outcomes):
+            rank, why = next((r, o) for r, o in enumerate(outcomes) if o is not COMPILED)
+            self._note("not_compiled", f"goes on without compiling: {why or 'no compiler'} (rank {rank})")
+
+    def _try_to_compile(self) -> str | None:
+        """COMPILED, NOT_WANTED, or why it failed. Not collective."""
+        config, model = self.config, self.state.model
+        num_slots = self.plan.total_steps * config.supervision_steps * config.global_batch_size
+        try:
+            if not machine.compiles(
+                config.compile,
+                self.setup.device,
+                num_params=sum(p.numel() for p in model.parameters()),
+                num_tokens=num_slots * model.inner.num_tokens,
+            ):
+                return NOT_WANTED
+            self._show("compile")
+            self.stepper.compile()
+            return COMPILED
+        except Exception as error:  # of any kind: a compiler has many ways to fail
+            return reason(error)
 
     def _advance(self) -> None:
         """One step and what is due after it."""
@@ -379,6 +404,7 @@ class Trainer:
                 f"{hint if config.on_nonfinite == 'stop' else ''}; the same command goes on from the last "
                 "checkpoint, run_name=NAME starts anew"
             )
+        uncompile(self.state.model)
         del self.stepper, self.state  # their memory is wanted for the new ones
         self._begin()
         state = self.state

@@ -114,13 +114,13 @@ class Stepper:
         )
 
     def compile(self) -> None:
-        """Compile the model for the steps to come; not collective. For what is raised, see `compile_recursion`."""
+        """Compile the model for the steps to come. Not collective; for what is raised, see `compile_recursion`."""
         state, step = self.state, self.state.global_step + 1
         supervision_step = (step - 1) * self.config.supervision_steps + 1
         batch, control = self.batch(supervision_step), self.control(step, supervision_step)
         carry = state.carry or state.model.initial_carry(batch)
-        first, *_ = self._micro_batches(batch)
-        compile_recursion(state.model, carry.rows(first), batch.rows(first), control.rows(first))
+        sizes = {slots.stop - slots.start: None for slots in self._micro_batches(batch)}
+        compile_recursion(state.model, carry, batch, control, list(sizes))
 
     def _supervise(self, step: int, supervision_step: int) -> Outcome:
         """One ACT step of every slot and its gradient."""

@@ -1,5 +1,7 @@
 """Size, precision and gradients of the model."""
 
+import copy
+
 import pytest
 import torch
 
@@ -135,3 +137,71 @@ def test_a_bias_is_computed_in_bfloat16_too():
     out = layer(torch.ones(2, 4, dtype=torch.bfloat16))
     out.sum().backward()
     assert out.dtype == torch.bfloat16 and layer.bias.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("no_ACT_continue", [False, True])
+def test_weights_are_cast_once_an_act_step(monkeypatch, no_ACT_continue):
+    """Also where the target of q_continue takes a second pass."""
+    casts = []
+    cast = Linear.cast
+    monkeypatch.setattr(Linear, "cast", lambda layer, dtype: (casts.append(layer), cast(layer, dtype)))
+    act = model(torch.bfloat16)
+    act.halting = Published(no_ACT_continue)
+    run(act, steps=3)
+    layers = [layer for layer in act.modules() if isinstance(layer, Linear)]
+    assert len(casts) == 3 * len(layers)
+
+
+def changed_by_data(inner):
+    for parameter in inner.parameters():
+        parameter.data.mul_(1.5)
+
+
+def changed_by_memory(inner):
+    for parameter in inner.parameters():
+        array = parameter.detach().numpy()
+        array *= 1.5
+
+
+def changed_by_fused_optimizer(inner):
+    for parameter in inner.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(inner.parameters(), lr=0.1, fused=True).step()
+
+
+def changed_by_load(inner):
+    inner.load_state_dict({name: 1.5 * tensor for name, tensor in inner.state_dict().items()})
+
+
+@pytest.mark.parametrize(
+    "change", [changed_by_data, changed_by_memory, changed_by_fused_optimizer, changed_by_load]
+)
+def test_no_pass_uses_old_weights(change):
+    """However they were written: also in ways of which torch keeps no count."""
+    act, data = model(torch.bfloat16).eval(), batch()
+
+    def logits(act):
+        with torch.no_grad():
+            return act(act.initial_carry(data), data).prediction.logits
+
+    before = logits(act)
+    change(act.inner)
+    fresh = copy.deepcopy(act)  # has no copies
+    assert not torch.equal(logits(act), before)
+    assert torch.equal(logits(act), logits(fresh))
+
+
+def test_frozen_weights_that_are_thawed_learn_again():
+    act, data = model(torch.bfloat16), batch()
+    act.inner.L_level.requires_grad_(False)
+    act(act.initial_carry(data), data, UNTIL_THE_END)
+    act.inner.L_level.requires_grad_(True)
+    act(act.initial_carry(data), data, UNTIL_THE_END).prediction.logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in act.inner.L_level.parameters())
+
+
+def test_inference_mode_leaves_a_model_that_can_be_trained():
+    act, data = model(torch.bfloat16), batch()
+    with torch.inference_mode():
+        act(act.initial_carry(data), data)
+    act(act.initial_carry(data), data, UNTIL_THE_END).prediction.logits.sum().backward()

@@ -15,6 +15,8 @@ from hrm_ray import machine
 from hrm_ray.config.compose import train_config
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.models.act import Batch
+from hrm_ray.models.compiled import STANCE, reason
+from hrm_ray.models.inference import think
 from hrm_ray.models.layers import ReasoningModule
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.loop import Hooks, Trainer
@@ -61,7 +63,13 @@ def test_when_models_are_compiled(monkeypatch, wanted, device, run, has_compiler
 
 @pytest.mark.parametrize(
     ("words", "environment", "expected"),
-    [((), "1", False), ((), "0", "auto"), ((), "", "auto"), (("compile=true",), "1", True)],
+    [
+        ((), "1", False),
+        ((), "0", "auto"),
+        ((), "", "auto"),
+        (("compile=auto",), "1", False),
+        (("compile=true",), "1", True),
+    ],
 )
 def test_the_published_switch_is_honoured(monkeypatch, words, environment, expected):
     monkeypatch.setenv("DISABLE_COMPILE", environment)
@@ -95,14 +103,25 @@ def test_compiling_takes_no_step_and_leaves_nothing_behind(tmp_path):
     compiled = [m for m in model.modules() if isinstance(m, ReasoningModule)]
     assert compiled
     assert all(module._compiled_call_impl is not None for module in compiled)
-    # In use, it takes batches of any size.
-    model.eval()
-    for size in (8, 3, 5):
-        tokens = torch.ones(size, 16, dtype=torch.int64)
-        batch = Batch(tokens.int(), tokens, torch.zeros(size, dtype=torch.int32))
-        with torch.no_grad():
-            assert len(model(model.initial_carry(batch), batch).prediction.q_halt) == size
+    # A step of the run, and batches of other sizes, compile nothing more.
+    num_programs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert num_programs >= 2
+    with torch.compiler.set_stance(STANCE):
+        trainer._step(1)
+        model.eval()
+        for size in (8, 3, 5):
+            tokens = torch.ones(size, 16, dtype=torch.int64)
+            batch = Batch(tokens.int(), tokens, torch.zeros(size, dtype=torch.int32))
+            assert len(think(model, batch).last.q_halt) == size
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_programs
     trainer._close()
+
+
+@pytest.mark.parametrize("found", ["", "/tmp", "/no/such/compiler"])
+def test_a_compiler_that_cannot_be_started_is_none(found):
+    with torch._inductor.config.patch({"cpp.cxx": (found,)}):
+        assert machine.compiler(CPU) is None
+        assert not machine.compiles("auto", CPU, **LONG)
 
 
 def test_a_compiler_that_fails_costs_one_warning(tmp_path):
@@ -127,6 +146,15 @@ def test_a_compiler_that_fails_costs_one_warning(tmp_path):
         assert runs[compile].returncode == 0, runs[compile].stderr
     said = [line for line in runs["true"].stderr.splitlines() if "without compiling" in line]
     assert len(said) == 1
+    assert "no room" in said[0]  # what the compiler said
     assert "Traceback" not in runs["true"].stderr
     storage = Storage(str(tmp_path / "runs"))
     assert files(storage / "true") == files(storage / "false")
+
+
+def test_the_reason_is_what_the_compiler_said_first():
+    assert reason(
+        RuntimeError("C++ compile error\n\nCommand:\ng++ x.cpp\n\nOutput:\nno room\nnone at all")
+    ) == ("C++ compile error: no room")
+    assert reason(RuntimeError("C++ compile error\nOutput:\n")) == "C++ compile error"
+    assert reason(ValueError()) == "ValueError"

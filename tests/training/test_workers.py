@@ -1,5 +1,6 @@
 """Two workers do what one does on the same global batch: gloo processes, no Ray."""
 
+import json
 import multiprocessing
 import os
 import tempfile
@@ -23,11 +24,27 @@ def _worker(rank: int, size: int, meeting_point: str, config: dict) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=size)
     parsed = TrainConfig(**config)
-    Trainer(parsed, run_folder(parsed), World(rank, size, rank), Hooks()).train()
+    trainer = Trainer(parsed, run_folder(parsed), World(rank, size, rank), Hooks())
+    reductions = []
+    trainer.stepper.module.register_forward_pre_hook(
+        lambda module, args: reductions.append(size > 1 and module.require_backward_grad_sync)
+    )
+    num_before = trainer.state.global_step
+    trainer.train()
+    if size > 1:  # one for every optimizer step, however many backward passes it has
+        assert sum(reductions) == trainer.state.global_step - num_before
     dist.barrier()
     dist.destroy_process_group()
     # Past the interpreter's own end, where gloo's threads sometimes abort the process though all is written.
     os._exit(0)
+
+
+def _worker_without_compiler(rank: int, size: int, meeting_point: str, config: dict) -> None:
+    """The second worker's machine has none."""
+    if rank == 1:
+        torch._inductor.config.cpp.cxx = ("/no/such/compiler",)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{config['storage']}-cache"  # in which nothing is compiled
+    _worker(rank, size, meeting_point, config)
 
 
 def _refused_worker(rank: int, size: int, meeting_point: str, config: dict) -> None:
@@ -133,6 +150,19 @@ def test_another_number_of_workers_goes_on_with_the_same_batches(config, before,
     )
     for name in ("inputs", "steps", "halted", *(n for n in a if n in ("replay.halted", "replay.exact"))):
         assert torch.equal(a[name], b[name]), name
+
+
+def test_all_workers_compile_or_none(config):
+    """Else a run would not go on bit for bit when the failure has passed."""
+    config["max_steps"] = 5
+    eager = run(2, {**config, "run_name": "eager", "compile": False})
+    start(_worker_without_compiler, 2, {**config, "run_name": "mixed", "compile": True})
+    folder = run_folder(TrainConfig(**{**config, "run_name": "mixed"}))
+    assert finished(folder)[-1].manifest.files == eager.manifest.files
+    events = [json.loads(line) for line in (folder.local_path / "events.jsonl").read_text().splitlines()]
+    said = [e["message"] for e in events if e["event"] in ("compiled", "not_compiled")]
+    assert len(said) == 1
+    assert "without compiling" in said[0] and "rank 1" in said[0]
 
 
 def test_workers_refuse_damaged_data_together(config, tmp_path):
