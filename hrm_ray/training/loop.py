@@ -5,7 +5,7 @@ What follows on what: steps (`step`), reports, checkpoints, evaluations, and wha
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -198,7 +198,8 @@ class Trainer:
 
     def _run(self) -> None:
         self._prepare()
-        with torch.compiler.set_stance(STANCE):
+        # Only then, since it imports the compiler, which takes a second.
+        with torch.compiler.set_stance(STANCE) if self._compiles else nullcontext():
             self._run_to_the_end()
 
     def _run_to_the_end(self) -> None:

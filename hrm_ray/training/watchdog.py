@@ -38,10 +38,13 @@ class Watchdog:
         looked_at = time.monotonic()
         while not self._closed.wait(pause_s):
             now = time.monotonic()
-            if now - looked_at > timeout_s / 2 + pause_s:  # the whole process stood still, as after Ctrl-Z
-                self.beat()
+            stood_still = now - looked_at > timeout_s / 2 + pause_s  # the whole process, as after Ctrl-Z
             looked_at = now
-            if self._beat_at is not None and time.monotonic() - self._beat_at > timeout_s:
+            if self._beat_at is None:
+                continue
+            if stood_still:
+                self.beat()
+            if time.monotonic() - self._beat_at > timeout_s:
                 print(
                     f"no progress for {timeout_s:g} s (watchdog_s): this process hangs and is ended; the run goes on "
                     "from its last checkpoint when the same command is given, or by itself under Ray",

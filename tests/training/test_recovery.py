@@ -7,7 +7,9 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import torch.distributed as dist
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import RunFailed, UserError
-from hrm_ray.training import saver, trainer
+from hrm_ray.training import saver, trainer, watchdog
 from hrm_ray.training.agreement import WorkersDisagree, bit_sum, odd_ones_out
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.loop import Hooks, Trainer
@@ -236,6 +238,21 @@ def test_a_write_that_fails_leaves_the_checkpoint_before(config):
 
 
 # Hangs
+
+
+@pytest.mark.parametrize(("beats", "ended"), [(False, False), (True, True)])
+def test_a_process_is_watched_from_its_first_beat(monkeypatch, beats, ended):
+    """Also one that stood still before it, as a slow import makes it look: then it may go on to take its time."""
+    clock = iter(range(0, 1000, 3))  # three seconds from look to look, and one of two is allowed
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(watchdog.os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    dog = watchdog.Watchdog(None)
+    looks = iter([False] * 20)
+    dog._closed = SimpleNamespace(wait=lambda seconds: next(looks, True))
+    if beats:
+        dog.beat()
+    with pytest.raises(SystemExit) if ended else nullcontext():
+        dog._watch(2.0)
 
 
 def test_a_process_that_hangs_is_ended_and_says_where(config):
