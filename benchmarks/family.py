@@ -40,8 +40,8 @@ ARCHS = {
     "transformer": ("arch.num_layers=4",),  # as many parameters as HRM's 2 + 2 layers
 }
 HALTINGS = ("act", "q_learning", "fixed")
-DEPTHS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
-VOTES = (1, 2, 3, 5, 9, 16)
+DEPTHS = (1, 2, 4, 8, 16, 32)
+VOTES = (1, 2, 3, 5, 9)
 CURVES = {("hrm_v1", "act"): "HRM", ("trm", "q_learning"): "TRM"}  # drawn from the runs on 6x6
 
 
