@@ -181,7 +181,7 @@ def curves(folder: Path, out: Path) -> str:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+        axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
     axes[0].axvline(8, color="grey", linestyle=":", linewidth=1)
     axes[0].set(xlabel="ACT steps at most (8 in training)", ylabel="puzzles exactly right")
     axes[1].set(xlabel="relabelled copies that vote")
