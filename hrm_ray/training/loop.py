@@ -246,7 +246,8 @@ class Trainer:
             ):
                 return NOT_WANTED
             self._show("compile")
-            self.stepper.compile()
+            with self._meter.excluded():
+                self.stepper.compile()
             return COMPILED
         except Exception as error:  # of any kind: a compiler has many ways to fail
             return reason(error)
