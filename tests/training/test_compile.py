@@ -103,17 +103,43 @@ def test_compiling_takes_no_step_and_leaves_nothing_behind(tmp_path):
     compiled = [m for m in model.modules() if isinstance(m, ReasoningModule)]
     assert compiled
     assert all(module._compiled_call_impl is not None for module in compiled)
-    # A step of the run, and batches of other sizes, compile nothing more.
+    # Batches of other sizes compile nothing more.
     num_programs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert num_programs >= 2
+    model.eval()
     with torch.compiler.set_stance(STANCE):
-        trainer._step(1)
-        model.eval()
-        for size in (8, 3, 5):
-            tokens = torch.ones(size, 16, dtype=torch.int64)
-            batch = Batch(tokens.int(), tokens, torch.zeros(size, dtype=torch.int32))
-            assert len(think(model, batch).last.q_halt) == size
+        for size in (3, 5):
+            assert len(think(model, batch_of(size)).last.q_halt) == size
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_programs
+    trainer._close()
+
+
+def batch_of(size: int) -> Batch:
+    tokens = torch.ones(size, 16, dtype=torch.int64)
+    return Batch(tokens.int(), tokens, torch.zeros(size, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"micro_batch_size": 3, "forward_dtype": "bfloat16"},  # of eight slots: 3, 3, 2
+        {"arch": TRM, "halting": {"name": "q_learning", "dqn_warmup_ratio": 0.2}},
+    ],
+    ids=["hrm", "trm"],
+)
+def test_steps_and_evaluations_run_what_was_compiled(tmp_path, change):
+    """Else they would run eagerly in silence: here, what has no program is an error."""
+    toy_dataset(tmp_path / "data", num_identifiers=5)
+    trainer = trainer_of(tmp_path, **change)
+    model = trainer.state.model.train()
+    trainer.stepper.compile()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(1, 6):
+            trainer._step(step)
+        model.eval()
+        with trainer.state.averaged_weights():
+            think(model, batch_of(change.get("micro_batch_size", 8)))
+        with pytest.raises(RuntimeError, match="recompile"):  # so it would be seen
+            think(model, batch_of(7))
     trainer._close()
 
 
