@@ -15,7 +15,7 @@ from hrm_ray.models.attention import resolve_attention
 from hrm_ray.optim.adam_atan2 import resolve_backend
 
 # Work of a run, in operations by the rule of `compiles`, from which on compiling pays on a CPU: it takes up to a minute
-# and then saves a quarter of the time, and this is some four minutes on two cores (docs/performance.md).
+# and then saves a quarter of the time, and this is four to eight minutes on two cores (docs/performance.md).
 COMPILE_MIN_OPERATIONS = 3e13
 
 
