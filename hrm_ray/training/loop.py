@@ -103,7 +103,7 @@ class Trainer:
             local_rank=world.local_rank,
         )
         self._stop_reason: str | None = None
-        self._compiles: bool | None = None  # whether the model is compiled; None: not tried yet
+        self._tried_to_compile = False  # what came of it is in `setup`
         self._records: Records | None = None
         self._watchdog = Watchdog(config.watchdog_s)
         self._saver = Saver(
@@ -199,7 +199,7 @@ class Trainer:
     def _run(self) -> None:
         self._prepare()
         # Only then, since it imports the compiler, which takes a second.
-        with torch.compiler.set_stance(STANCE) if self._compiles else nullcontext():
+        with torch.compiler.set_stance(STANCE) if self.setup.compile else nullcontext():
             self._run_to_the_end()
 
     def _run_to_the_end(self) -> None:
@@ -217,14 +217,13 @@ class Trainer:
         """Make the model ready for training; compiled, if that is wanted and every worker can. Collective."""
         self.state.model.train()
         is_done = self.state.global_step >= self.plan.last_step and not self._evaluation_is_due
-        if self._compiles is False or is_done:
+        is_first_time, self._tried_to_compile = not self._tried_to_compile, True
+        if is_done or not (is_first_time or self.setup.compile):
             return
-        is_first_time = self._compiles is None
         started = time.monotonic()
         outcomes = self.world.gather_objects(self._try_to_compile())
-        self._compiles = all(outcome is COMPILED for outcome in outcomes)
-        self.setup = replace(self.setup, compile=self._compiles)
-        if self._compiles:
+        self.setup = replace(self.setup, compile=all(outcome is COMPILED for outcome in outcomes))
+        if self.setup.compile:
             if is_first_time:
                 self._note("compiled", f"compiled the model in {time.monotonic() - started:.0f} s")
             return
