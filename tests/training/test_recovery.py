@@ -75,14 +75,18 @@ def test_a_rollback_leaves_out_the_batches_and_counts_them(config):
     assert steps == sorted(steps) and steps[-1] == 20
 
 
-def test_a_run_rolled_back_continues_bit_for_bit(config):
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_run_rolled_back_continues_bit_for_bit(config, compile):
     """The skipped steps are part of the checkpoint; a crash between rollback and checkpoint finds them again."""
-    config |= {"on_nonfinite": "rollback", "checkpoint_interval": 3}
+    config |= {"on_nonfinite": "rollback", "checkpoint_interval": 3, "compile": compile}
     whole = run({**config, "run_name": "whole"}, PoisonedTrainer)
     run({**config, "run_name": "parts", "max_steps": 14}, PoisonedTrainer)
     parts = run({**config, "run_name": "parts"}, PoisonedTrainer)
     assert finished(parts.run)[-1].manifest.files == finished(whole.run)[-1].manifest.files
     assert finished(parts.run)[-1].manifest.skipped_steps == [11, 12]
+    # Compiled anew after the rollback, which is not said again.
+    assert whole.setup.compile == compile
+    assert [e["event"] for e in events(whole)].count("compiled") == compile
 
 
 def test_a_rollback_before_the_first_checkpoint_begins_anew(config):
