@@ -28,12 +28,14 @@ class Setup:
     attention: str
     optimizer_backend: str
     compile: bool = False
+    cuda_graphs: bool = False
 
     def describe(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         backend = resolve_backend(self.optimizer_backend, self.device)  # compiles it, where it has to be
         compiled = ", compiled" if self.compile else ""
-        return f"{self.device}, {dtype}, attention {self.attention}, AdamATan2 {backend}{compiled}"
+        recorded = ", CUDA graphs" if self.cuda_graphs else ""
+        return f"{self.device}, {dtype}, attention {self.attention}, AdamATan2 {backend}{compiled}{recorded}"
 
 
 def cpu_has_fast_bfloat16() -> bool:
@@ -76,6 +78,7 @@ def resolve(
     optimizer_backend: str = "auto",
     num_tokens: int = 0,
     head_dim: int = 64,
+    cuda_graphs: bool = False,
     local_rank: int = 0,
 ) -> Setup:
     """Decide. The arguments are the configuration keys of the same names.
@@ -83,6 +86,7 @@ def resolve(
     Args:
         num_tokens: longest sequence, puzzle tokens included.
         head_dim: width of a head of attention.
+        cuda_graphs: whether they are wanted; what comes of it is known only when the steps are recorded.
         local_rank: this worker's number on its node; picks its GPU.
 
     Raises:
@@ -95,6 +99,8 @@ def resolve(
             "device=cuda: torch sees no GPU here; use device=auto or install a CUDA build of torch"
         )
     on_gpu = device == "cuda"
+    if cuda_graphs and not on_gpu:
+        raise UserError("cuda_graphs=true needs a GPU, and this runs on the CPU; leave it out")
     if forward_dtype == "auto":
         fast = torch.cuda.is_bf16_supported() if on_gpu else cpu_has_fast_bfloat16()
         forward_dtype = "bfloat16" if fast else "float32"

@@ -100,6 +100,7 @@ class TrainConfig(Settings):
     attention: Literal["auto", "flash3", "flash2", "sdpa", "matmul"] = "auto"
     optimizer_backend: Literal["auto", "cuda", "fused", "foreach", "reference"] = "auto"  # of AdamATan2
     compile: bool | Literal["auto"] = "auto"  # auto: where a compiler is, and on a CPU for long runs only
+    cuda_graphs: bool = False  # on a GPU: launch a whole ACT step at once; one worker
     scaling: ScalingConfig = ScalingConfig()
     failure: FailureConfig = FailureConfig()
 
@@ -141,6 +142,8 @@ class TrainConfig(Settings):
                 f"global_batch_size={self.global_batch_size} is too few puzzles for "
                 f"{self.scaling.max_workers} workers; use fewer workers or a larger batch"
             )
+        if self.cuda_graphs and self.scaling.max_workers > 1:
+            raise ValueError("cuda_graphs=true is for one worker; set scaling.num_workers=1, or leave it out")
         if self.scaling.mode == "local" and self.scaling.max_workers > 1:
             raise ValueError("scaling=local runs one worker; use scaling=ray for more")
         return self

@@ -8,7 +8,6 @@ Source: Wang et al. 2025, arXiv:2506.21734, "Deep supervision" and "Adaptive com
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,8 +26,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """What the B slots of one worker are offered at a step.
 
     inputs [B, C] int32 tokens; labels [B, C] int64, -100 where not scored; puzzle_identifiers [B] int32.
@@ -49,14 +47,13 @@ class Batch:
 
     def rows(self, index: Tensor | slice) -> "Batch":
         """The rows that `index` (a slice, or bool [B]) marks."""
-        return Batch(self.inputs[index], self.labels[index], self.puzzle_identifiers[index])
+        return Batch(*(t[index] for t in self))
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(send(t, device) for t in (self.inputs, self.labels, self.puzzle_identifiers)))
+        return Batch(*(send(t, device) for t in self))
 
 
-@dataclass(frozen=True)
-class Carry:
+class Carry(NamedTuple):
     """What a slot keeps between steps: hidden state, steps taken [B] int32, halted [B] bool, and its puzzle."""
 
     state: State

@@ -56,7 +56,7 @@ def compile_recursion(model: ACT, carry: Carry, batch: Batch, control: Control, 
 
 
 def uncompile(model: ACT) -> None:
-    """Let every module run eagerly again, and its memory be freed with the model: a compiled one refers to itself."""
+    """Let every module run eagerly again."""
     for module in _modules(model):
         module._compiled_call_impl = None
 

@@ -23,15 +23,15 @@ class Control(NamedTuple):
     """What decides about halting at one training step besides the model; functions of (seed, step, global slot).
 
     Of `act`: min_halt_steps int32 [B], a slot does not halt before this ACT step. Of `q_learning`: uniform float32 [B],
-    draws from 0..1, and the annealed values of the step, see `HaltingConfig`; while `is_warming_up` no slot halts
-    early and the Q losses reach the Q head alone.
+    draws from 0..1, and the annealed values of the step (scalars), see `HaltingConfig`; while `is_warming_up` no slot
+    halts early and the Q losses reach the Q head alone.
     """
 
     min_halt_steps: Tensor = NONE
     uniform: Tensor = NONE
-    temperature: float = 1.0
-    epsilon: float = 0.0
-    penalty: float = 0.0
+    temperature: float | Tensor = 1.0
+    epsilon: float | Tensor = 0.0
+    penalty: float | Tensor = 0.0
     is_warming_up: bool = False
 
     def rows(self, index: slice) -> "Control":

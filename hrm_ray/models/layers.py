@@ -42,6 +42,9 @@ class Linear(nn.Module):
 
     def cast(self, dtype: torch.dtype) -> None:
         """Make the copies that `forward` uses; gradients reach the masters through them."""
+        # First free the old ones: torch adds gradients up on the stream of the oldest pass of which something is left,
+        # and a CUDA graph must not reach back to a stream from before it.
+        self._copies = None
         with (
             torch.enable_grad()
         ):  # they are the same for passes with and without gradients, as are compiled programs

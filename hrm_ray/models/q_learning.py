@@ -85,8 +85,9 @@ class QLearner:
         width, device = head.weight.shape[1], head.weight.device
         self.target = Head(*(tensor.detach().clone() for tensor in head))
         self.memory = Memory.empty(num_slots, config.replay_max_age, width, device)
+        self._shares_of_ages = shares_of_ages(config.replay_max_age, config.replay_half_life).to(device)
 
-    def loss(self, q_head: Linear, step: int, uniform_BN: Tensor, penalty: float) -> Tensor:
+    def loss(self, q_head: Linear, step: int | Tensor, uniform_BN: Tensor, penalty: float | Tensor) -> Tensor:
         """Loss of the Q head on N remembered steps a slot, summed over slots (mean over N), a scalar.
 
         Args:
@@ -96,7 +97,7 @@ class QLearner:
             penalty: the price of one more ACT step.
         """
         memory = self.memory
-        then = step - draw_ages(uniform_BN, self.config.replay_max_age, self.config.replay_half_life)
+        then = step - draw_ages(uniform_BN, self._shares_of_ages)
         rows = torch.arange(len(then), device=then.device)[:, None]
         here, after = then % self.config.replay_max_age, (then + 1) % self.config.replay_max_age
         is_known = (memory.written[rows, here] == then) & (then > 0)
@@ -138,8 +139,13 @@ class QLearner:
             own.lerp_(new, self.config.target_rate)
 
 
-def draw_ages(uniform: Tensor, max_age: int, half_life: float) -> Tensor:
-    """Ages 1..max_age-1 whose probability falls by half every `half_life`; int64, shaped like `uniform` (0..1)."""
+def shares_of_ages(max_age: int, half_life: float) -> Tensor:
+    """Share of memories that are to be of ages 1, 1..2, ... 1..max_age-1, where one of an age is drawn half as often as
+    one that is younger by `half_life`; float32 [max_age - 1], the last is 1."""
     weights = np.power(0.5, np.arange(1, max_age) / half_life)
-    edges = torch.tensor(weights.cumsum() / weights.sum(), dtype=uniform.dtype, device=uniform.device)
-    return torch.searchsorted(edges, uniform.contiguous()).clamp(max=max_age - 2) + 1
+    return torch.tensor(weights.cumsum() / weights.sum(), dtype=torch.float32)
+
+
+def draw_ages(uniform: Tensor, shares: Tensor) -> Tensor:
+    """Ages drawn by `uniform` (float32, 0..1) from `shares_of_ages`; int64, shaped like `uniform`."""
+    return torch.searchsorted(shares, uniform.contiguous()).clamp(max=len(shares) - 1) + 1

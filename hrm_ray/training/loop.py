@@ -3,6 +3,7 @@
 What follows on what: steps (`step`), reports, checkpoints, evaluations, and what is done about faults.
 """
 
+import gc
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -100,10 +101,11 @@ class Trainer:
             optimizer_backend=config.optimizer_backend,
             num_tokens=config.arch.num_tokens(self.dataset.manifest.seq_len),
             head_dim=config.arch.hidden_size // config.arch.num_heads,
+            cuda_graphs=config.cuda_graphs,
             local_rank=world.local_rank,
         )
         self._stop_reason: str | None = None
-        self._tried_to_compile = False  # what came of it is in `setup`
+        self._was_prepared = False  # what came of it is in `setup`
         self._records: Records | None = None
         self._watchdog = Watchdog(config.watchdog_s)
         self._saver = Saver(
@@ -214,12 +216,17 @@ class Trainer:
         self._finish_saving()
 
     def _prepare(self) -> None:
-        """Make the model ready for training; compiled, if that is wanted and every worker can. Collective."""
+        """Make the model ready for training; compiled and recorded, if that is wanted. Collective."""
         self.state.model.train()
         is_done = self.state.global_step >= self.plan.last_step and not self._evaluation_is_due
-        is_first_time, self._tried_to_compile = not self._tried_to_compile, True
-        if is_done or not (is_first_time or self.setup.compile):
-            return
+        is_first_time, self._was_prepared = not self._was_prepared, True
+        if not is_done and (is_first_time or self.setup.compile):
+            self._compile(is_first_time)
+        if not is_done and (is_first_time or self.setup.cuda_graphs) and self.config.cuda_graphs:
+            self._record(is_first_time)
+
+    def _compile(self, is_first_time: bool) -> None:
+        """Compile the model, if that is wanted and every worker can. Collective."""
         started = time.monotonic()
         outcomes = self.world.gather_objects(self._try_to_compile())
         self.setup = replace(self.setup, compile=all(outcome is COMPILED for outcome in outcomes))
@@ -231,6 +238,19 @@ class Trainer:
         if any(outcome != NOT_WANTED for outcome in outcomes):
             rank, why = next((r, o) for r, o in enumerate(outcomes) if o is not COMPILED)
             self._note("not_compiled", f"goes on without compiling: {why or 'no compiler'} (rank {rank})")
+
+    def _record(self, is_first_time: bool) -> None:
+        """Record the steps as CUDA graphs, or say why that failed. For one worker."""
+        try:
+            with self._meter.excluded():
+                self.stepper.record()
+        except Exception as error:  # of any kind, as above
+            self.setup = replace(self.setup, cuda_graphs=False)
+            self._note("not_recorded", f"goes on without CUDA graphs: {reason(error)}")
+            return
+        self.setup = replace(self.setup, cuda_graphs=True)
+        if is_first_time:
+            self._note("recorded", "recorded the steps as CUDA graphs")
 
     def _try_to_compile(self) -> str | None:
         """COMPILED, NOT_WANTED, or why it failed. Not collective."""
@@ -405,8 +425,8 @@ class Trainer:
                 f"{hint if config.on_nonfinite == 'stop' else ''}; the same command goes on from the last "
                 "checkpoint, run_name=NAME starts anew"
             )
-        uncompile(self.state.model)
-        del self.stepper, self.state  # their memory is wanted for the new ones
+        del self.stepper, self.state
+        gc.collect()  # their memory is wanted for the new ones, and compiled and recorded steps refer to themselves
         self._begin()
         state = self.state
         # The batch that shows it and the one whose update may have caused it; where that did not help, twice as many.

@@ -7,15 +7,17 @@ on the same global batch.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.sampler import Sampler, choice_draws, min_halt_steps, replay_draws
@@ -26,6 +28,7 @@ from hrm_ray.models.halting import Control
 from hrm_ray.models.layers import Linear
 from hrm_ray.models.losses import METRICS, LossType, act_loss, count_right
 from hrm_ray.optim.sign_sgd import sparse_sign_sgd
+from hrm_ray.training.cuda_graph import Recorded
 from hrm_ray.training.evaluate import make_batch
 from hrm_ray.training.plan import Plan
 from hrm_ray.training.state import TrainState
@@ -54,6 +57,28 @@ class LossModule(nn.Module):
             metrics[METRICS.index("q_continue_loss")] += replayed.detach()
         right = count_right(step.prediction.logits.argmax(-1), step.carry.batch.labels)
         return loss, metrics, step.carry, right
+
+
+class Recall(NamedTuple):
+    """Which memories are replayed: the supervision step at hand (int64 scalar) and draws [B, N] (`QLearner.loss`)."""
+
+    step: Tensor
+    uniform: Tensor
+
+
+class Sums(NamedTuple):
+    """What comes of an ACT step of some slots besides the gradients of the weights.
+
+    The loss (scalar) and the metrics (in the order of `METRICS`) are summed over the slots; `right` is `count_right` of
+    them, int64 [2, B]; `emb_rows` int32 [B] and `emb_gradients` [B, size] are for the puzzle embedding, or None.
+    """
+
+    loss: Tensor
+    metrics: Tensor
+    carry: Carry
+    right: Tensor
+    emb_rows: Tensor | None
+    emb_gradients: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -89,6 +114,10 @@ class Stepper:
                 module, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
             )
         self.module = module
+        self._recorded: Recorded | None = None  # `_learn`, in CUDA graphs
+        if state.carry is None:
+            first_supervision_step = state.global_step * config.supervision_steps + 1
+            state.begin(self.batch(first_supervision_step), config)
 
     def take(self, step: int) -> Outcome | None:
         """Move the state to the end of `step`. Collective.
@@ -98,19 +127,20 @@ class Stepper:
         """
         config, state = self.config, self.state
         state.global_step = step
-        if state.carry is None:
-            state.begin(self.batch((step - 1) * config.supervision_steps + 1), config)
         if step in state.skipped_steps:
             return None
         # Supervision steps are counted through, also over the ends of optimizer steps.
         last = step * config.supervision_steps
-        parts = [self._supervise(step, s) for s in range(last - config.supervision_steps + 1, last + 1)]
-        self._move(step)
+        parts: list[Sums] = []
+        data_wait_s = 0.0
+        for supervision_step in range(last - config.supervision_steps + 1, last + 1):
+            data_wait_s += self._supervise(step, supervision_step, parts)
+        self._move(step, parts)
         return Outcome(
             torch.stack([part.loss for part in parts]).sum(),
             torch.stack([part.metrics for part in parts]).sum(0),
-            sum(part.num_slots for part in parts),
-            sum(part.data_wait_s for part in parts),
+            sum(part.right.shape[1] for part in parts),
+            data_wait_s,
         )
 
     def compile(self) -> None:
@@ -118,35 +148,58 @@ class Stepper:
         state, step = self.state, self.state.global_step + 1
         supervision_step = (step - 1) * self.config.supervision_steps + 1
         batch, control = self.batch(supervision_step), self.control(step, supervision_step)
-        carry = state.carry or state.model.initial_carry(batch)
+        assert state.carry is not None
         sizes = {slots.stop - slots.start: None for slots in self._micro_batches(batch)}
-        compile_recursion(state.model, carry, batch, control, list(sizes))
+        compile_recursion(state.model, state.carry, batch, control, list(sizes))
 
-    def _supervise(self, step: int, supervision_step: int) -> Outcome:
-        """One ACT step of every slot and its gradient."""
+    def record(self) -> None:
+        """Record what the steps to come launch as CUDA graphs (one worker only); no weight changes.
+
+        Raises:
+            RuntimeError: a replayed ACT step is not the same as one that is not recorded.
+            Exception: whatever torch says of what cannot be recorded.
+        """
+        state, step = self.state, self.state.global_step + 1
+        supervision_step = (step - 1) * self.config.supervision_steps + 1
+        batch = self.batch(supervision_step)
+        recorded = Recorded(self._learn)
+        parameters = list(state.model.parameters())
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)  # and there it stays
+        try:
+            for at in (step, self.plan.last_step):  # after the warm-up of Q-learning it is another step
+                for slots, args in self._calls(batch, self.control(at, supervision_step), supervision_step):
+                    recorded.record(*args)
+                    if not _replays_the_same(recorded, args, parameters):
+                        raise RuntimeError(f"replayed, a step of {slots.stop - slots.start} puzzles differs")
+        except Exception:
+            state.optimizer.zero_grad()
+            if self.config.arch.puzzle_emb_ndim:
+                state.model.inner.puzzle_emb.forget()
+            raise
+        state.optimizer.zero_grad(set_to_none=False)
+        self._recorded = recorded
+
+    def _supervise(self, step: int, supervision_step: int, parts: list[Sums]) -> float:
+        """One ACT step of every slot and its gradient; what comes of it is appended to `parts`.
+
+        Returns:
+            seconds spent on data.
+        """
         started = time.perf_counter()
         batch = self.batch(supervision_step)
         control = self.control(step, supervision_step)
         data_wait_s = time.perf_counter() - started
-        state, num_supervised = self.state, self.config.supervision_steps
-        assert state.carry is not None
-        replay_loss = self._replay_loss(supervision_step, control)
-        losses, metrics, carries, rights = [], [], [], []
-        for slots in self._micro_batches(batch):
-            is_last = slots.stop == len(batch.inputs) and supervision_step % num_supervised == 0
+        state, num_before = self.state, len(parts)
+        for slots, args in self._calls(batch, control, supervision_step):
+            is_last = (
+                slots.stop == len(batch.inputs) and supervision_step % self.config.supervision_steps == 0
+            )
             with nullcontext() if is_last else self._without_reduction():
-                loss, sums, carry, right = self.module(
-                    state.carry.rows(slots), batch.rows(slots), control.rows(slots), replay_loss
-                )
-                (loss * (self.world.size / (self.config.global_batch_size * num_supervised))).backward()
-            replay_loss = None  # it is of all slots
-            losses.append(loss.detach())
-            metrics.append(sums)
-            carries.append(carry)
-            rights.append(torch.stack(right))
-        state.carry = carry = Carry.cat(carries)
+                parts.append((self._recorded or self._learn)(*args))
+        state.carry = carry = Carry.cat([part.carry for part in parts[num_before:]])
         if state.learner is not None:
-            num_right, num_labelled = torch.cat(rights, dim=1)
+            num_right, num_labelled = torch.cat([part.right for part in parts[num_before:]], dim=1)
             state.learner.remember(
                 supervision_step,
                 carry.state.z_H[:, 0],
@@ -155,7 +208,36 @@ class Stepper:
                 is_last=carry.steps >= state.model.halt_max_steps,
                 is_puzzle=num_labelled > 0,
             )
-        return Outcome(torch.stack(losses).sum(), torch.stack(metrics).sum(0), len(batch.inputs), data_wait_s)
+        return data_wait_s
+
+    def _calls(
+        self, batch: Batch, control: Control, supervision_step: int
+    ) -> Iterator[tuple[slice, tuple[Carry, Batch, Control, Recall | None]]]:
+        """The arguments of `_learn` for all slots, and which of them each is for."""
+        carry = self.state.carry
+        assert carry is not None
+        recall = self._recall(supervision_step)
+        for slots in self._micro_batches(batch):
+            yield slots, (carry.rows(slots), batch.rows(slots), control.rows(slots), recall)
+            recall = None  # it is of all slots
+
+    def _learn(self, carry: Carry, batch: Batch, control: Control, recall: Recall | None) -> Sums:
+        """One ACT step of some slots. Adds the gradients of their loss to those of the weights."""
+        replay_loss: ReplayLoss | None = None
+        if recall is not None:
+            assert self.state.learner is not None
+            replay_loss = partial(
+                self.state.learner.loss,
+                step=recall.step,
+                uniform_BN=recall.uniform,
+                penalty=control.penalty,
+            )
+        loss, metrics, carry, right = self.module(carry, batch, control, replay_loss)
+        num_supervised = self.config.global_batch_size * self.config.supervision_steps
+        (loss * (self.world.size / num_supervised)).backward()
+        has_table = self.config.arch.puzzle_emb_ndim > 0
+        looked_up = self.state.model.inner.puzzle_emb.take_gradients() if has_table else (None, None)
+        return Sums(loss.detach(), metrics, carry, torch.stack(right), *looked_up)
 
     def _micro_batches(self, batch: Batch) -> list[slice]:
         """The slots that are computed at once, `micro_batch_size` of them and at last the rest."""
@@ -167,18 +249,18 @@ class Stepper:
         """Inside, gradients are summed up on this worker alone."""
         return self.module.no_sync() if isinstance(self.module, DistributedDataParallel) else nullcontext()
 
-    def _move(self, step: int) -> None:
+    def _move(self, step: int, parts: Sequence[Sums]) -> None:
         """Let the optimizers move by the gradients of all workers. Collective."""
         config, state = self.config, self.state
         group = state.optimizer.param_groups[0]
         group["lr"], group["weight_decay"] = self.plan.lr(step), self.plan.weight_decay(step)
         state.optimizer.step()
-        state.optimizer.zero_grad()
+        state.optimizer.zero_grad(set_to_none=self._recorded is None)
         if config.arch.puzzle_emb_ndim:
-            table = state.model.inner.puzzle_emb
+            looked_up = zip(*((part.emb_rows, part.emb_gradients) for part in parts), strict=True)
             sparse_sign_sgd(
-                table.weights,
-                *(self._of_all_slots(rows) for rows in table.take_gradients()),
+                state.model.inner.puzzle_emb.weights,
+                *(self._of_all_slots(torch.cat(rows)) for rows in looked_up),
                 lr=config.puzzle_emb_lr * self.plan.lr_share(step),
                 weight_decay=config.puzzle_emb_weight_decay,
                 backend=config.optimizer_backend,
@@ -208,17 +290,18 @@ class Stepper:
             )
             return Control(min_halt_steps=self._own(minima))
         values = self.plan.annealed(step)
+        annealed = [values[name] for name in ("q_temperature", "epsilon", "expansion_penalty")]
+        temperature, epsilon, penalty = send(torch.tensor(annealed), self.device).unbind()
         return Control(
             uniform=self._own(choice_draws(*key)),
-            temperature=values["q_temperature"],
-            epsilon=values["epsilon"],
-            penalty=values["expansion_penalty"],
+            temperature=temperature,
+            epsilon=epsilon,
+            penalty=penalty,
             is_warming_up=self.plan.is_warming_up(step),
         )
 
-    def _replay_loss(self, supervision_step: int, control: Control) -> ReplayLoss | None:
-        learner = self.state.learner
-        if learner is None:
+    def _recall(self, supervision_step: int) -> Recall | None:
+        if self.state.learner is None:
             return None
         draws = replay_draws(
             self.config.seed,
@@ -226,10 +309,24 @@ class Stepper:
             self.config.global_batch_size,
             self.config.halting.replay_samples,
         )
-        return partial(
-            learner.loss, step=supervision_step, uniform_BN=self._own(draws), penalty=control.penalty
-        )
+        return Recall(send(torch.tensor(supervision_step), self.device), self._own(draws))
 
     def _own(self, values: np.ndarray) -> Tensor:
         """This worker's part of an array with a row for every global slot."""
         return send(torch.from_numpy(np.ascontiguousarray(values[self.slots])), self.device)
+
+
+def _replays_the_same(recorded: Recorded, args: tuple, parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether a replay does what the function does, for other arguments than the recorded ones. Adds to gradients."""
+    others = tree_map(lambda x: (x.roll(1, 0) if x.ndim else x + 1) if isinstance(x, Tensor) else x, args)
+    outcomes = []
+    for function in (recorded.function, recorded):
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad.zero_()
+        sums = function(*others)
+        outcomes.append(
+            [sums.loss, sums.metrics, *(p.grad.clone() for p in parameters if p.grad is not None)]
+        )
+    # Up to the order of summation, which some kernels leave open.
+    return all(bool((a - b).norm() <= 1e-2 * a.norm()) for a, b in zip(*outcomes, strict=True))

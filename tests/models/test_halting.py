@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hrm_ray.config.halting import HaltingConfig
 from hrm_ray.models.halting import Control, Drawn, Fixed, Published
 from hrm_ray.models.layers import Linear
-from hrm_ray.models.q_learning import QLearner, draw_ages
+from hrm_ray.models.q_learning import QLearner, draw_ages, shares_of_ages
 from hrm_ray.models.recursive import Prediction
 
 B, D, AGE = 3, 4, 6
@@ -79,7 +79,7 @@ def test_replay_loss_is_that_of_the_equations():
 
     uniform = torch.rand(B, 8, generator=torch.Generator().manual_seed(2))
     got = learner.loss(head, 15, uniform, penalty=0.05)
-    ages = draw_ages(uniform, AGE, learner.config.replay_half_life)
+    ages = draw_ages(uniform, shares_of_ages(AGE, learner.config.replay_half_life))
     assert ages.min() >= 1 and ages.max() <= AGE - 1
 
     expected = torch.zeros(())
@@ -106,7 +106,7 @@ def test_replay_loss_is_that_of_the_equations():
 
 def test_recent_memories_are_drawn_more_often():
     uniform = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
-    counts = draw_ages(uniform, 5, half_life=1).bincount(minlength=5).double() / len(uniform)
+    counts = draw_ages(uniform, shares_of_ages(5, half_life=1)).bincount(minlength=5).double() / len(uniform)
     torch.testing.assert_close(counts, torch.tensor([0, 8, 4, 2, 1]).double() / 15, atol=5e-3, rtol=0)
 
 

@@ -83,7 +83,7 @@ def test_micro_batches_make_the_step_of_the_whole_batch(tmp_path, halting):
             bound = 1e-4 * float(moment.abs().max())
             torch.testing.assert_close(other, moment, rtol=1e-3, atol=bound, msg=f"{name} {key}")
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, msg=name)
-    for a, b in zip(vars(whole.carry.batch).values(), vars(parts.carry.batch).values(), strict=True):
+    for a, b in zip(whole.carry.batch, parts.carry.batch, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(whole.carry.steps, parts.carry.steps)
     if halting == "q_learning":
