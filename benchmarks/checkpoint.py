@@ -1,6 +1,6 @@
 """What a checkpoint costs training: the time it stops for, and how much slower the steps are while it is written.
 
-    python -m benchmarks.checkpoint [arch=hrm_v1 global_batch_size=32] --json
+    python -m benchmarks.checkpoint [arch=hrm_v1 global_batch_size=32 checkpoints=6] --json
 
 Trains on random puzzles with a checkpoint every few steps. A checkpoint's cost is the time that the loop is blocked
 (copying the state, making the checkpoint valid) and the excess of the steps during its writing over the median of the
@@ -8,8 +8,6 @@ others; `percent_at_50` is that cost against 50 steps. Beside it, `synchronous_m
 the same files were written in the step.
 """
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import front
 from benchmarks.machine import facts
 from hrm_ray.config.compose import train_config
 from hrm_ray.config.schema import TrainConfig
@@ -73,7 +72,8 @@ class TimedTrainer(Trainer):
             self.write_s.append(started - self._began)
 
 
-def measure(words: list[str], num_checkpoints: int) -> dict:
+def measure(checkpoints: int, words: list[str]) -> dict:
+    words = words or ["arch=hrm_v1", "global_batch_size=32"]
     torch.set_num_threads(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:
         toy_dataset(Path(folder) / "data", num_train=2000, num_test=1, seq_len=81, vocab_size=11)
@@ -86,7 +86,7 @@ def measure(words: list[str], num_checkpoints: int) -> dict:
                 "scaling=local",
                 "epochs=100000",
                 "eval_interval=null",
-                f"max_steps={INTERVAL * (num_checkpoints + 1)}",
+                f"max_steps={INTERVAL * (checkpoints + 1)}",
                 f"checkpoint_interval={INTERVAL}",
                 "checkpoint_interval_s=null",
                 "tensorboard=false",
@@ -98,41 +98,34 @@ def measure(words: list[str], num_checkpoints: int) -> dict:
         size = sum(info.bytes for info in last.manifest.files.values())
     steps = trainer.steps[2:-1]  # the first ones warm up; the last one waits for its checkpoint
     quiet_s = statistics.median(total - blocked for total, blocked, writing in steps if not writing)
-    blocked_s = sum(blocked for _, blocked, _ in steps) / num_checkpoints
+    blocked_s = sum(blocked for _, blocked, _ in steps) / checkpoints
     excess = sum(max(0.0, total - blocked - quiet_s) for total, blocked, writing in steps if writing)
-    cost_s = blocked_s + excess / num_checkpoints
+    cost_s = blocked_s + excess / checkpoints
     return {
         "benchmark": "checkpoint",
         "step_ms": round(quiet_s * 1e3, 1),
         "checkpoint_mb": round(size / 1e6, 1),
         "blocked_ms": round(blocked_s * 1e3, 1),
-        "slower_steps_ms": round(excess / num_checkpoints * 1e3, 1),
+        "slower_steps_ms": round(excess / checkpoints * 1e3, 1),
         "write_s": round(statistics.median(trainer.write_s), 2),
         "synchronous_ms": round(trainer.synchronous_s * 1e3, 1),
         "percent_at_50": round(cost_s / (50 * quiet_s) * 100, 2),
-        "checkpoints": num_checkpoints,
+        "checkpoints": checkpoints,
         "global_batch_size": config.global_batch_size,
         **facts(),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def tell(result: dict) -> str:
+    return (
+        f"a checkpoint of {result['checkpoint_mb']} MB stops training for {result['blocked_ms']} ms and slows "
+        f"steps by {result['slower_steps_ms']} ms in all: {result['percent_at_50']} % at one every 50 steps of "
+        f"{result['step_ms']} ms (written in the step: {result['synchronous_ms']} ms)"
     )
-    parser.add_argument("words", nargs="*", help="key=value of the training configuration")
-    parser.add_argument("--checkpoints", type=int, default=6)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
-    result = measure(args.words or ["arch=hrm_v1", "global_batch_size=32"], args.checkpoints)
-    if args.json:
-        print(json.dumps(result))
-    else:
-        print(
-            f"a checkpoint of {result['checkpoint_mb']} MB stops training for {result['blocked_ms']} ms and slows "
-            f"steps by {result['slower_steps_ms']} ms in all: {result['percent_at_50']} % at one every 50 steps of "
-            f"{result['step_ms']} ms (written in the step: {result['synchronous_ms']} ms)"
-        )
+
+
+def main() -> None:
+    front.run(__doc__, measure, tell, {"checkpoints": 6}, for_train=True)
 
 
 if __name__ == "__main__":

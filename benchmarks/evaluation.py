@@ -6,15 +6,13 @@
 In turns in this process; medians. Reading the puzzles is part of it, loading the checkpoint is not.
 """
 
-import argparse
-import json
-import os
 import statistics
 import time
 
 import torch
 
 import hrm_ray
+from benchmarks import front
 from benchmarks.machine import facts
 from hrm_ray.data.shards import open_dataset
 
@@ -47,25 +45,19 @@ def measure(checkpoint: str, data: str, batch: int, votes: int, rounds: int) -> 
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("words", nargs="*", metavar="key=value")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
-    options = dict(word.split("=", 1) for word in args.words)
-    checkpoint, data = options.pop("checkpoint"), options.pop("data")
-    numbers = {"batch": 256, "votes": 1, "rounds": 5, "threads": os.cpu_count() or 1}
-    numbers |= {key: int(value) for key, value in options.items()}
-    torch.set_num_threads(numbers.pop("threads"))
-    result = measure(checkpoint, data, **numbers)
-    if args.json:
-        print(json.dumps(result))
-        return
+def tell(result: dict) -> str:
+    lines = []
     for halt, rate in result["puzzles_per_s"].items():
         exact, steps = result["exact_accuracy"][halt], result["mean_steps"][halt]
-        print(f"halt={halt:8} {rate:8,} puzzles a second, {exact:.1%} exact, {steps:.2f} ACT steps each")
+        lines.append(
+            f"halt={halt:8} {rate:8,} puzzles a second, {exact:.1%} exact, {steps:.2f} ACT steps each"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    numbers = {"batch": 256, "votes": 1, "rounds": 5, "threads": front.THREADS}
+    front.run(__doc__, measure, tell, {"checkpoint": str, "data": str, **numbers})
 
 
 if __name__ == "__main__":

@@ -7,9 +7,6 @@ Beside ours: torch's fused AdamW, which also has to move 28 bytes a parameter, t
 installed, and a copy of as many bytes, which is the machine's limit. All in turns in this process; medians.
 """
 
-import argparse
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +16,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from benchmarks import front
 from benchmarks.machine import facts
 from hrm_ray import machine
 from hrm_ray.errors import UserError
@@ -90,22 +88,14 @@ def measure(rounds: int) -> dict:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("words", nargs="*", metavar="key=value", help="rounds, threads")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
-    options = dict(word.split("=", 1) for word in args.words)
-    torch.set_num_threads(int(options.get("threads", os.cpu_count() or 1)))
-    result = measure(int(options.get("rounds", 10)))
-    if args.json:
-        print(json.dumps(result))
-        return
+def tell(result: dict) -> str:
     ours = result["ms"][result["ours"]]
-    for name, ms in sorted(result["ms"].items(), key=lambda item: item[1]):
-        print(f"{name:20} {ms:8.2f} ms  {ms / ours:6.2f}")
+    rows = sorted(result["ms"].items(), key=lambda item: item[1])
+    return "\n".join(f"{name:20} {ms:8.2f} ms  {ms / ours:6.2f}" for name, ms in rows)
+
+
+def main() -> None:
+    front.run(__doc__, measure, tell, {"rounds": 10, "threads": front.THREADS})
 
 
 if __name__ == "__main__":

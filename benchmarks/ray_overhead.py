@@ -6,7 +6,6 @@ Each round trains the quickstart's model for a while in this process and then in
 the medians of the reported `time/step_s` is the overhead. Turns, because machines are shared and noisy.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import front
 from benchmarks.machine import facts
 from hrm_ray.config.compose import train_config
 from hrm_ray.config.schema import TrainConfig
@@ -70,22 +70,13 @@ def measure(rounds: int, steps: int) -> dict:
     }
 
 
+def tell(result: dict) -> str:
+    ms = result["ms_per_step"]
+    return f"bare loop {ms['local']} ms, Ray Train {ms['ray']} ms a step: {result['ray_over_local'] - 1:+.1%}"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
-    result = measure(args.rounds, args.steps)
-    if args.json:
-        print(json.dumps(result))
-    else:
-        print(
-            f"bare loop {result['ms_per_step']['local']} ms, Ray Train {result['ms_per_step']['ray']} ms a step:"
-        )
-        print(f"{result['ray_over_local'] - 1:+.1%}")
+    front.run(__doc__, measure, tell, {"rounds": 4, "steps": 60})
 
 
 if __name__ == "__main__":

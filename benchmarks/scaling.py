@@ -8,12 +8,11 @@ medians over the reports of all rounds. Beside them two runs of one worker each 
 two at their ends): what the cores give to two processes that need nothing of each other, all that two can reach.
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
+from benchmarks import front
 from benchmarks.machine import facts
 from benchmarks.ray_overhead import step_times
 from hrm_ray.config.compose import train_config
@@ -23,21 +22,21 @@ from hrm_ray.data.recipe import load_recipe
 from hrm_ray.ray_session import ray_session
 
 
-def measure(rounds: int, steps: int, overrides: list[str]) -> dict:
+def measure(rounds: int, steps: int, words: list[str]) -> dict:
     times: dict[str, list[float]] = {"one": [], "two": [], "apart": []}
     with tempfile.TemporaryDirectory() as folder, ray_session():
         build(load_recipe("sudoku_4x4", {"num_train": 2000}), f"{folder}/data", show_progress=False)
 
         def config(name: str, num_workers: int) -> TrainConfig:
-            words = [
+            run = [
                 "experiment=quickstart",
                 f"data={folder}/data",
                 f"storage={folder}/runs",
                 f"run_name={name}",
             ]
-            words += [f"scaling.num_workers={num_workers}", "scaling.cpus_per_worker=1", f"max_steps={steps}"]
-            words += ["log_interval=5", "epochs=100", "eval_interval=null", "tensorboard=false", *overrides]
-            return train_config(words)
+            run += [f"scaling.num_workers={num_workers}", "scaling.cpus_per_worker=1", f"max_steps={steps}"]
+            run += ["log_interval=5", "epochs=100", "eval_interval=null", "tensorboard=false"]
+            return train_config([*run, *words])
 
         for i in range(rounds):
             times["one"] += step_times(config(f"one{i}", 1))
@@ -48,7 +47,7 @@ def measure(rounds: int, steps: int, overrides: list[str]) -> dict:
     ms = {name: statistics.median(values) * 1e3 for name, values in times.items()}
     return {
         "benchmark": "scaling",
-        "overrides": overrides,
+        "overrides": words,
         "ms_per_step": {name: round(value, 2) for name, value in ms.items()},
         "ms_quartiles": {
             name: [round(q * 1e3, 2) for q in statistics.quantiles(values, n=4)[::2]]
@@ -62,24 +61,16 @@ def measure(rounds: int, steps: int, overrides: list[str]) -> dict:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def tell(result: dict) -> str:
+    ms = result["ms_per_step"]
+    return (
+        f"one worker {ms['one']} ms a step, two {ms['two']}: {result['two_over_one']} times the examples a second "
+        f"(two that share nothing: {result['apart_over_one']})"
     )
-    parser.add_argument("words", nargs="*", metavar="key=value", help="rounds, steps, and keys of `train`")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
-    options = dict(word.split("=", 1) for word in args.words)
-    rounds, steps = int(options.pop("rounds", 3)), int(options.pop("steps", 60))
-    result = measure(rounds, steps, [f"{key}={value}" for key, value in options.items()])
-    if args.json:
-        print(json.dumps(result))
-    else:
-        ms = result["ms_per_step"]
-        print(
-            f"one worker {ms['one']} ms a step, two {ms['two']}: {result['two_over_one']} times the examples a second "
-            f"(two that share nothing: {result['apart_over_one']})"
-        )
+
+
+def main() -> None:
+    front.run(__doc__, measure, tell, {"rounds": 3, "steps": 60}, for_train=True)
 
 
 if __name__ == "__main__":

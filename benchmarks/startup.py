@@ -5,7 +5,6 @@ The whole command takes one step, writes a checkpoint and evaluates one puzzle.
 python -m benchmarks.startup --json
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -14,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import front
 from benchmarks.machine import facts
 from hrm_ray.data.pipeline import build
 from hrm_ray.data.recipe import load_recipe
@@ -59,19 +59,12 @@ def measure(rounds: int) -> dict:
     }
 
 
+def tell(result: dict) -> str:
+    return "\n".join(f"{what:22} {seconds:6.2f} s" for what, seconds in result["seconds"].items())
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
-    result = measure(args.rounds)
-    if args.json:
-        print(json.dumps(result))
-        return
-    for what, seconds in result["seconds"].items():
-        print(f"{what:22} {seconds:6.2f} s")
+    front.run(__doc__, measure, tell, {"rounds": 3})
 
 
 if __name__ == "__main__":

@@ -5,14 +5,11 @@
 
 The plain step stands in for the published code, not compiled, on the same machine, threads and model: weights cast at
 every use, the library's fused attention, the loss in float64, the optimizer one tensor after another. Ours is measured
-compiled and eager (`compile=false`: eager only). All are measured in turns in this process; the figures to trust are
-the ratios and the medians. `share_of_products` is the share of the rate at which this machine does a large matrix
-product.
+eager, compiled (not with `compile=false`), and on a GPU recorded as a CUDA graph too. All are measured in turns in
+this process; the figures to trust are the ratios and the medians. `share_of_products` is the share of the rate at
+which this machine does a large matrix product.
 """
 
-import argparse
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -21,17 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import front
 from benchmarks.machine import facts, product_rate
 from hrm_ray import machine
 from hrm_ray.models import act as act_module
 from hrm_ray.models import layers, losses
-from hrm_ray.models.act import Batch
+from hrm_ray.models.act import Batch, Carry
 from hrm_ray.models.compiled import compile_recursion
 from hrm_ray.models.halting import Control
 from hrm_ray.models.hrm_v1 import HRMConfig
 from hrm_ray.models.registry import build_model
 from hrm_ray.optim.adam_atan2 import AdamATan2
 from hrm_ray.training.checkpoint import DatasetInfo
+from hrm_ray.training.cuda_graph import Recorded
 
 SMALL = {"hidden_size": 96, "num_heads": 3, "H_layers": 2, "L_layers": 2, "pos_encodings": "learned"}
 SMALL |= {"puzzle_emb_ndim": 0, "halt_max_steps": 8, "loss": {"loss_type": "softmax_cross_entropy"}}
@@ -71,7 +70,8 @@ def plain_cross_entropy(logits: Tensor, labels: Tensor, loss_type: losses.LossTy
 def make_step(
     kind: str, arch: HRMConfig, size: int, batch_size: int, dtype: torch.dtype
 ) -> Callable[[], None]:
-    """A function that trains one step; kind is "compiled", "eager" or "plain"."""
+    """A function that trains one step; kind is "recorded", "compiled", "eager" or "plain"; recorded ones are compiled
+    if they can be."""
     torch.manual_seed(0)
     seq_len, vocab_size = size * size, size + 2
     auto = machine.resolve(
@@ -103,20 +103,29 @@ def make_step(
     batch = Batch(tokens.int(), tokens, torch.zeros(batch_size, dtype=torch.int32, device=setup.device))
     control = Control(min_halt_steps=torch.zeros(batch_size, dtype=torch.int32, device=setup.device))
     carry = model.initial_carry(batch)
-    if kind == "compiled":
+    if kind == "compiled" or (kind == "recorded" and machine.compiler(setup.device)):
         compile_recursion(model, carry, batch, control, [batch_size])
 
-    def step() -> None:
-        nonlocal carry
+    def learn(carry: Carry) -> Carry:
         with Swapped(plain):
             out = model(carry, batch, control)
             loss, _ = losses.act_loss(out, arch.loss.loss_type)
             (loss / batch_size).backward()
-        optimizer.step()
-        optimizer.zero_grad()
         if arch.puzzle_emb_ndim:
             model.inner.puzzle_emb.take_gradients()
-        carry = out.carry
+        return out.carry
+
+    recorded = Recorded(learn)
+    if kind == "recorded":
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        recorded.record(carry)
+
+    def step() -> None:
+        nonlocal carry
+        carry = recorded(carry)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=kind != "recorded")
         if setup.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -149,10 +158,13 @@ def flops_per_example(arch: HRMConfig, seq_len: int) -> float:
     return 2 * forward + backward  # the second forward pass is the target of q_continue
 
 
-def measure(arch_name: str, batch_size: int, rounds: int, dtype: torch.dtype, compile: bool) -> dict:
-    arch, size = ARCHS[arch_name]
-    kinds = ("compiled", "eager", "plain") if compile else ("eager", "plain")
-    steps = {kind: make_step(kind, arch, size, batch_size, dtype) for kind in kinds}
+def measure(arch: str, local_batch_size: int, rounds: int, dtype: str, compile: bool) -> dict:
+    config, size = ARCHS[arch]
+    batch_size, products_dtype = local_batch_size, front.dtype_of(dtype)
+    kinds = [*(["compiled"] if compile else []), "eager", "plain"]
+    if torch.cuda.is_available():
+        kinds.append("recorded")
+    steps = {kind: make_step(kind, config, size, batch_size, products_dtype) for kind in kinds}
     times: dict[str, list[float]] = {kind: [] for kind in steps}
     for i in range(rounds + 2):
         for kind, step in steps.items():
@@ -162,16 +174,17 @@ def measure(arch_name: str, batch_size: int, rounds: int, dtype: torch.dtype, co
                 times[kind].append(time.perf_counter() - started)
     medians = {kind: statistics.median(values) / batch_size for kind, values in times.items()}
     ours = medians[kinds[0]]
-    rate, limit = flops_per_example(arch, size * size) / ours, product_rate(dtype)
+    rate, limit = flops_per_example(config, size * size) / ours, product_rate(products_dtype)
     return {
         "benchmark": "step",
-        "arch": arch_name,
+        "arch": arch,
         "local_batch_size": batch_size,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(products_dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "ms_per_example": round(ours * 1e3, 3),
         "compiled": compile,
         "eager_ms_per_example": round(medians["eager"] * 1e3, 3),
+        "recorded_ms_per_example": round(medians["recorded"] * 1e3, 3) if "recorded" in medians else None,
         "plain_ms_per_example": round(medians["plain"] * 1e3, 3),
         "speedup_over_plain": round(medians["plain"] / ours, 3),
         "tflops": round(rate / 1e12, 3),
@@ -183,36 +196,19 @@ def measure(arch_name: str, batch_size: int, rounds: int, dtype: torch.dtype, co
     }
 
 
+def tell(result: dict) -> str:
+    recorded = result["recorded_ms_per_example"]
+    return (
+        f"{result['arch']}: {result['ms_per_example']} ms an example ({result['tflops']} TFLOP/s, "
+        f"{result['share_of_products']:.0%} of a product's), eager {result['eager_ms_per_example']}, "
+        f"{f'recorded {recorded}, ' if recorded else ''}plain {result['plain_ms_per_example']}: "
+        f"{result['speedup_over_plain']}x"
+    )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="key=value",
-        help="arch, local_batch_size, rounds, dtype, threads, compile",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
-    options = dict(word.split("=", 1) for word in args.words)
-    torch.set_num_threads(int(options.get("threads", os.cpu_count() or 1)))
-    dtype = options.get("dtype", str(machine.resolve().dtype).removeprefix("torch."))
-    result = measure(
-        options.get("arch", "quickstart"),
-        int(options.get("local_batch_size", 128)),
-        int(options.get("rounds", 8)),
-        getattr(torch, dtype),
-        options.get("compile", "true") == "true",
-    )
-    if args.json:
-        print(json.dumps(result))
-    else:
-        print(
-            f"{result['arch']}: {result['ms_per_example']} ms an example ({result['tflops']} TFLOP/s, "
-            f"{result['share_of_products']:.0%} of a product's), eager {result['eager_ms_per_example']}, plain "
-            f"{result['plain_ms_per_example']}: {result['speedup_over_plain']}x"
-        )
+    known = {"arch": tuple(ARCHS), "local_batch_size": 128, "rounds": 8, "dtype": front.DTYPES}
+    front.run(__doc__, measure, tell, known | {"threads": front.THREADS, "compile": True})
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def train_config(words: Sequence[str]) -> TrainConfig:
         elif key.startswith("arch."):
             key = f"++{key}"  # which keys there are, the architecture knows
         elif key not in known:
-            raise UserError(f"unknown key '{key}'; {nearest(key, [*known, *GROUPS])}")
+            raise UserError(f"unknown key '{key}'; {nearest(key, sorted({*known, *GROUPS}))}")
         given.add(key)
         if is_text(TrainConfig, key):
             texts[key] = as_typed(value)

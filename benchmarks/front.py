@@ -1,0 +1,93 @@
+"""What the commands of all benchmarks have in common: words `key=value`, --json, and one line for a mistake."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from hrm_ray import machine
+from hrm_ray.errors import UserError
+
+DTYPES = ("auto", "float32", "bfloat16")
+THREADS = os.cpu_count() or 1
+
+
+def run(
+    doc: str | None,
+    measure: Callable[..., dict],
+    tell: Callable[[dict], str],
+    known: Mapping[str, Any],
+    *,
+    for_train: bool = False,
+) -> None:
+    """Measure what the command line says, and print it.
+
+    Args:
+        doc: what --help says.
+        measure: called with every key of `known`, but for `threads`, which is set; returns what --json prints.
+        tell: the same for people.
+        known: keys and their defaults, by which their type is known: a number, a bool, a str; a tuple lists what may be
+            chosen, the default first; a type stands where there is no default.
+        for_train: other words are for `hrm-ray train`, and handed to `measure` as `words`.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    keys = ", ".join([*known, *(["and keys of `hrm-ray train`"] if for_train else [])])
+    parser.add_argument("words", nargs="*", metavar="key=value", help=keys)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    try:
+        values, rest = parse(args.words, known, for_train)
+        if "threads" in values:
+            torch.set_num_threads(values.pop("threads"))
+        result = measure(**values, **({"words": rest} if for_train else {}))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps(result) if args.json else tell(result))
+
+
+def parse(
+    words: list[str], known: Mapping[str, Any], for_train: bool = False
+) -> tuple[dict[str, Any], list[str]]:
+    """The values of all keys of `known`, and the other words, which must be none unless they are `for_train`."""
+    values: dict[str, Any] = {
+        key: value[0] if isinstance(value, tuple) else value for key, value in known.items()
+    }
+    rest = []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if key in known and equals:
+            values[key] = _value(word, text, known[key])
+        elif for_train and equals:
+            rest.append(word)
+        else:
+            raise UserError(f"{word}: not one of {', '.join(f'{key}=' for key in known)}; see --help")
+    for key, value in values.items():
+        if isinstance(value, type):
+            raise UserError(f"{key}= is missing; see --help")
+    return values, rest
+
+
+def _value(word: str, text: str, default: Any) -> Any:
+    if isinstance(default, tuple):
+        if text not in default:
+            raise UserError(f"{word}: choose from {', '.join(default)}")
+        return text
+    if isinstance(default, bool):
+        if text not in ("true", "false"):
+            raise UserError(f"{word}: true or false")
+        return text == "true"
+    if isinstance(default, int):
+        if not text.isdecimal() or int(text) < 1:
+            raise UserError(f"{word}: a whole number from 1 on")
+        return int(text)
+    return text
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """One of `DTYPES`; "auto" is what training would take here."""
+    return machine.resolve(forward_dtype=name).dtype

@@ -1,0 +1,104 @@
+"""The commands of the benchmarks: what they take, what they say of mistakes, and that the shortest ones measure."""
+
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import front, step
+from hrm_ray.errors import UserError
+from hrm_ray.training import cuda_graph
+from tests.training import recorder
+
+KNOWN = {"kind": ("a", "b"), "rounds": 3, "compile": True, "data": str}
+
+
+def command(monkeypatch, capsys, name: str, *words: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # of the tests to come
+    code = 0
+    try:
+        importlib.import_module(f"benchmarks.{name}").main()
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+def test_words_have_the_types_of_their_defaults():
+    assert front.parse(["data=d"], KNOWN) == ({"kind": "a", "rounds": 3, "compile": True, "data": "d"}, [])
+    words = ["data=a=b", "kind=b", "rounds=12", "compile=false"]
+    assert front.parse(words, KNOWN)[0] == {"kind": "b", "rounds": 12, "compile": False, "data": "a=b"}
+    assert front.parse(["data=d", "lr=1"], KNOWN, for_train=True)[1] == ["lr=1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "data= is missing"),
+        (["data=d", "kind=c"], "kind=c: choose from a, b"),
+        (["data=d", "rounds=0"], "rounds=0: a whole number"),
+        (["data=d", "rounds=1.5"], "rounds=1.5: a whole number"),
+        (["data=d", "compile=yes"], "compile=yes: true or false"),
+        (["data=d", "round=1"], "round=1: not one of kind=, rounds=, compile=, data="),
+        (["data=d", "rounds"], "rounds: not one of"),
+    ],
+)
+def test_a_wrong_word_is_one_line(words, said):
+    with pytest.raises(UserError, match=said):
+        front.parse(words, KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("step", ["arch=unknown"]),
+        ("optimizer", ["threads=none"]),
+        ("attention", ["dtype=float8"]),
+        ("evaluation", ["data=d"]),
+        ("evaluation", ["data=/missing", "checkpoint=/missing"]),
+        ("scaling", ["unknown=1"]),
+        ("checkpoint", ["lr=high"]),
+        ("startup", ["rounds=-1"]),
+        ("ray_overhead", ["word"]),
+    ],
+)
+def test_a_mistake_is_no_traceback(monkeypatch, capsys, name, words):
+    code, out, err = command(monkeypatch, capsys, name, *words)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_step_measures(monkeypatch, capsys):
+    words = ["local_batch_size=2", "rounds=1", "compile=false"]
+    code, out, _ = command(monkeypatch, capsys, "step", *words, "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert result["ms_per_example"] > 0 and result["tflops"] > 0
+    code, out, _ = command(monkeypatch, capsys, "step", *words)
+    assert out.startswith("quickstart: ")
+
+
+def test_attention_measures(monkeypatch, capsys):
+    words = ["batch=2", "tokens=5", "rounds=1", "dtype=float32"]
+    code, out, _ = command(monkeypatch, capsys, "attention", *words, "--json")
+    assert code == 0
+    assert json.loads(out)["ms"].keys() >= {"sdpa", "matmul"}
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("eager", 2), ("recorded", 0)])
+def test_a_recorded_step_is_replayed(monkeypatch, kind, expected):
+    """What is measured on a GPU beside the others."""
+    monkeypatch.setattr(cuda_graph, "capture", recorder.capture)
+    monkeypatch.setattr(
+        step.machine, "compiler", lambda device: None
+    )  # its kernels are not seen by the recorder
+    losses, act_loss = [], step.losses.act_loss
+    monkeypatch.setattr(step.losses, "act_loss", lambda *args: losses.append(args) or act_loss(*args))
+    config, size = step.ARCHS["quickstart"]
+    take = step.make_step(kind, config, size, 2, torch.float32)
+    losses.clear()
+    for _ in range(2):
+        take()
+    assert len(losses) == expected
