@@ -27,9 +27,9 @@ FLASH_PACKAGES = {
     "flash3": ("flash_attn_interface", (9, 0), (10, 0)),
     "flash2": ("flash_attn", (8, 0), (99, 0)),
 }
-# Longest sequence for which two batched products beat the fused kernel on a CPU in bfloat16; in float32 they do
-# not (docs/performance.md; 17 and 82 tokens measured).
-CPU_MATMUL_MAX_TOKENS = 128
+# Longest sequence for which two batched products beat the fused kernel on a CPU (docs/performance.md; measured in
+# bfloat16 with 17 and 82 tokens, in float32 with 16, 36 and 82).
+CPU_MATMUL_MAX_TOKENS = {torch.bfloat16: 128, torch.float32: 64}
 
 
 def matmul_attention(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def preferred(device: torch.device, dtype: torch.dtype, num_tokens: int) -> Iter
     """Kernels for sequences of `num_tokens`, best first; the last can run anywhere."""
     if device.type == "cuda":
         yield from FLASH_PACKAGES
-    elif dtype == torch.bfloat16 and num_tokens <= CPU_MATMUL_MAX_TOKENS:
+    elif num_tokens <= CPU_MATMUL_MAX_TOKENS.get(dtype, 0):
         yield "matmul"
     yield "sdpa"
 

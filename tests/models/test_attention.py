@@ -87,7 +87,9 @@ def test_the_best_that_is_there_is_taken(hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert choose() == "sdpa"
     assert choose(CPU) == "matmul"
+    assert choose(CPU, dtype=torch.float32, num_tokens=16) == "matmul"
     assert choose(CPU, num_tokens=901) == choose(CPU, dtype=torch.float32) == "sdpa"
+    assert choose(CPU, dtype=torch.float64, num_tokens=16) == "sdpa"
 
 
 def test_the_last_choice_runs_anywhere():
