@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import front, step
+from benchmarks import front, gpu, step
 from hrm_ray.errors import UserError
 from hrm_ray.training import cuda_graph
 from tests.training import recorder
@@ -102,3 +102,20 @@ def test_a_recorded_step_is_replayed(monkeypatch, kind, expected):
     for _ in range(2):
         take()
     assert len(losses) == expected
+
+
+def test_what_a_gpu_is_to_tell_is_told_here_too(monkeypatch, capsys, tmp_path):
+    """One part that fails (there is no such data) and one that runs; neither ends the other."""
+    words = [f"data={tmp_path}/none", f"out={tmp_path}/out", "only=train,attention", "--json"]
+    parts = gpu.parts
+    small = ("benchmarks.attention", "batch=2", "rounds=1", "--json")
+    monkeypatch.setattr(gpu, "parts", lambda *given: parts(*given) | {"attention": small})
+    code, out, _ = command(monkeypatch, capsys, "gpu", *words)
+    result = json.loads(out)["parts"]
+    assert code == 0
+    assert result["train"]["end"] == "ended with 2"
+    assert "none" in (tmp_path / "out" / "train.txt").read_text()
+    assert result["attention"]["end"] == "ended with 0"
+    assert json.loads((tmp_path / "out" / "attention.txt").read_text())["ms"]
+    code, _, err = command(monkeypatch, capsys, "gpu", "data=d", "only=nonsense")
+    assert code == 2 and "choose from tests, optimizer" in err
