@@ -16,8 +16,6 @@ from hrm_ray.config.arch import ArchConfig
 from hrm_ray.config.halting import HaltingConfig
 from hrm_ray.models.recursive import Prediction
 
-NONE = torch.zeros(())
-
 
 class Control(NamedTuple):
     """What decides about halting at one training step besides the model; functions of (seed, step, global slot).
@@ -27,8 +25,8 @@ class Control(NamedTuple):
     halts early and the Q losses reach the Q head alone.
     """
 
-    min_halt_steps: Tensor = NONE
-    uniform: Tensor = NONE
+    min_halt_steps: Tensor | None = None
+    uniform: Tensor | None = None
     temperature: float | Tensor = 1.0
     epsilon: float | Tensor = 0.0
     penalty: float | Tensor = 0.0
@@ -37,8 +35,8 @@ class Control(NamedTuple):
     def rows(self, index: slice) -> "Control":
         """Those of the slots in `index`."""
         return self._replace(
-            min_halt_steps=self.min_halt_steps[index] if self.min_halt_steps.ndim else self.min_halt_steps,
-            uniform=self.uniform[index] if self.uniform.ndim else self.uniform,
+            min_halt_steps=None if self.min_halt_steps is None else self.min_halt_steps[index],
+            uniform=None if self.uniform is None else self.uniform[index],
         )
 
 
@@ -63,6 +61,7 @@ class Published(Fixed):
         self.looks_ahead = not no_ACT_continue
 
     def chooses(self, prediction: Prediction, steps_B: Tensor, control: Control) -> Tensor:
+        assert control.min_halt_steps is not None
         return self.is_done(prediction) & (steps_B >= control.min_halt_steps)
 
     def is_done(self, prediction: Prediction) -> Tensor:
@@ -79,6 +78,7 @@ class Drawn(Fixed):
     def chooses(self, prediction: Prediction, steps_B: Tensor, control: Control) -> Tensor:
         if control.is_warming_up:
             return super().chooses(prediction, steps_B, control)
+        assert control.uniform is not None
         advantage = prediction.q_halt.sigmoid() - prediction.q_continue.sigmoid()
         halts = (advantage / control.temperature).sigmoid()
         return control.uniform < (1 - control.epsilon) * halts + control.epsilon / 2

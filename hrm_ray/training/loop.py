@@ -46,7 +46,7 @@ class Progress:
 
     step: int
     last_step: int
-    phase: str  # "compile", "train" or "eval"
+    phase: str  # "compile", "record", "train" or "eval"
     setup: str  # what of the machine the first worker uses
     metrics: dict[str, float]
 
@@ -222,7 +222,8 @@ class Trainer:
         is_first_time, self._was_prepared = not self._was_prepared, True
         if not is_done and (is_first_time or self.setup.compile):
             self._compile(is_first_time)
-        if not is_done and (is_first_time or self.setup.cuda_graphs) and self.config.cuda_graphs:
+        has_steps = self.state.global_step < self.plan.last_step
+        if has_steps and (self.config.cuda_graphs if is_first_time else self.setup.cuda_graphs):
             self._record(is_first_time)
 
     def _compile(self, is_first_time: bool) -> None:
@@ -241,8 +242,12 @@ class Trainer:
 
     def _record(self, is_first_time: bool) -> None:
         """Record the steps as CUDA graphs, or say why that failed. For one worker."""
+        started = time.monotonic()
+        self._show("record")
+        # What would compile anew now would do so with other settings, or be recorded as it is.
+        stance = torch.compiler.set_stance("fail_on_recompile") if self.setup.compile else nullcontext()
         try:
-            with self._meter.excluded():
+            with self._meter.excluded(), stance:
                 self.stepper.record()
         except Exception as error:  # of any kind, as above
             self.setup = replace(self.setup, cuda_graphs=False)
@@ -250,7 +255,7 @@ class Trainer:
             return
         self.setup = replace(self.setup, cuda_graphs=True)
         if is_first_time:
-            self._note("recorded", "recorded the steps as CUDA graphs")
+            self._note("recorded", f"recorded CUDA graphs in {time.monotonic() - started:.0f} s")
 
     def _try_to_compile(self) -> str | None:
         """COMPILED, NOT_WANTED, or why it failed. Not collective."""
@@ -425,8 +430,10 @@ class Trainer:
                 f"{hint if config.on_nonfinite == 'stop' else ''}; the same command goes on from the last "
                 "checkpoint, run_name=NAME starts anew"
             )
+        # The memory of the old ones is wanted for the new: frames of `problem` and compiled modules refer to them.
         del self.stepper, self.state
-        gc.collect()  # their memory is wanted for the new ones, and compiled and recorded steps refer to themselves
+        problem.__traceback__ = None
+        gc.collect()
         self._begin()
         state = self.state
         # The batch that shows it and the one whose update may have caused it; where that did not help, twice as many.

@@ -43,10 +43,10 @@ class TrainState:
     model: ACT
     optimizer: AdamATan2
     averages: Tensors
-    carry: Carry | None  # None: before the first step
+    carry: Carry | None  # None: of a new run, until `begin`
     global_step: int
     train_s: float  # seconds trained so far, over all attempts
-    learner: QLearner | None = None  # from the first step on, if halting is learned by Q-learning
+    learner: QLearner | None = None  # if halting is learned by Q-learning, from `begin` on
     skipped_steps: frozenset[int] = frozenset()  # steps that are left out, after a loss that was not finite
     num_rollbacks: int = 0
 
@@ -66,12 +66,11 @@ class TrainState:
         averages = {n: p.detach().clone() for n, p in model.inner.named_parameters()} if config.ema else {}
         return cls(model, optimizer, averages, None, 0, 0.0)
 
-    def begin(self, batch: Batch, config: TrainConfig) -> Carry:
-        """The carry of the first step, whose puzzles are `batch`."""
+    def begin(self, batch: Batch, config: TrainConfig) -> None:
+        """Make the carry of the first step, whose puzzles are `batch`."""
         self.carry = self.model.initial_carry(batch)
         if config.halting.name == "q_learning":
             self.learner = QLearner(self.model.inner.q_head, len(batch.inputs), config.halting)
-        return self.carry
 
     @torch.no_grad()
     def update_averages(self, rate: float) -> None:

@@ -1,4 +1,8 @@
-"""What a CUDA graph keeps, without a GPU: operations are recorded with their memory and numbers, and done again."""
+"""What a CUDA graph keeps, without a GPU: operations are recorded with their memory and numbers, and done again.
+
+What it does not know: streams, memory that is used again, and copies between Python's memory and the GPU's but for
+those that fill a new tensor.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +30,7 @@ class Recorder(TorchDispatchMode):
             index is not None and index.dtype == torch.bool for index in args[1]
         )
         if func in WAITS or picks_by_mask:
-            raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
+            raise RuntimeError(f"called a synchronizing operation: {func}")
         results = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, results))
         return results
@@ -40,7 +44,7 @@ class Recorder(TorchDispatchMode):
                     place.copy_(value)
 
 
-def capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+def capture(function: Callable[[], Any], memory: Any) -> tuple[Callable[[], None], Any]:
     """In place of `cuda_graph.capture`."""
     function()
     with Recorder() as recorder:

@@ -5,6 +5,10 @@ Without a GPU, what a CUDA graph keeps is emulated (see `recorder`); the streams
 
 import itertools
 import json
+import math
+import weakref
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,8 +18,9 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
 from hrm_ray.training import cuda_graph
 from hrm_ray.training.checkpoint import finished
-from hrm_ray.training.cuda_graph import Recorded
+from hrm_ray.training.cuda_graph import Recordings
 from hrm_ray.training.loop import Hooks, Trainer
+from hrm_ray.training.step import Stepper
 from hrm_ray.training.trainer import run_folder
 from hrm_ray.training.world import World
 from tests.toy import TRM, toy_config, toy_dataset
@@ -43,8 +48,8 @@ def device(request, monkeypatch):
 
 
 def trainer_of(folder, device, **values) -> Trainer:
-    values = toy_config(folder / "data", folder / "runs", device=device, compile=False, **values)
-    parsed = TrainConfig(**values)
+    values = {"compile": False} | values
+    parsed = TrainConfig(**toy_config(folder / "data", folder / "runs", device=device, **values))
     return Trainer(parsed, run_folder(parsed), World(), Hooks())
 
 
@@ -53,26 +58,80 @@ def events(trainer: Trainer) -> dict[str, str]:
     return {entry["event"]: entry["message"] for entry in map(json.loads, lines)}
 
 
+def assert_ends_alike(device, run, other) -> None:
+    """The same bits in the last checkpoint; a GPU's kernels may add up in any order."""
+    ours, others = finished(run)[-1], finished(other)[-1]
+    assert ours.manifest.global_step == others.manifest.global_step > 10
+    assert ours.manifest.files.keys() == others.manifest.files.keys()
+    for name in ours.manifest.files:
+        tensors = others.tensors(name)
+        for key, tensor in ours.tensors(name).items():
+            near = torch.equal if device == "cpu" else partial(torch.allclose, rtol=1e-2, atol=1e-3)
+            assert near(tensor, tensors[key]), f"{name} {key}"
+
+
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_a_recorded_run_is_the_run(tmp_path, device, change):
     toy_dataset(tmp_path / "data", num_identifiers=5)
-    runs = {}
+    runs = []
     for cuda_graphs in (False, True):
         trainer = trainer_of(tmp_path, device, run_name=str(cuda_graphs), cuda_graphs=cuda_graphs, **change)
         trainer.train()
-        runs[cuda_graphs] = finished(trainer.run)[-1]
+        runs.append(trainer.run)
         assert ("recorded" in events(trainer)) == trainer.setup.cuda_graphs == cuda_graphs
-    eager, recorded = runs[False], runs[True]
-    assert eager.manifest.global_step == recorded.manifest.global_step > 10
-    assert eager.manifest.files.keys() == recorded.manifest.files.keys()
-    for name in eager.manifest.files:
-        others = recorded.tensors(name)
-        for key, tensor in eager.tensors(name).items():
-            # A GPU's kernels may add up in any order.
-            close = (
-                torch.equal if device == "cpu" else lambda a, b: torch.allclose(a, b, rtol=1e-2, atol=1e-3)
-            )
-            assert close(tensor, others[key]), f"{name} {key}"
+    assert_ends_alike(device, *runs)
+
+
+@cuda_only
+def test_a_compiled_and_recorded_run_is_the_compiled_run(tmp_path):
+    """And with more tokens a step than torch adds up in one pass in the embedding's gradient."""
+    toy_dataset(tmp_path / "data", num_identifiers=5, num_train=512)
+    runs = []
+    for cuda_graphs in (False, True):
+        values = {"run_name": str(cuda_graphs), "cuda_graphs": cuda_graphs, "compile": True}
+        trainer = trainer_of(tmp_path, "cuda", global_batch_size=256, epochs=8, **values)
+        trainer.train()
+        runs.append(trainer.run)
+        assert ("recorded" in events(trainer)) == cuda_graphs
+    assert_ends_alike("cuda", *runs)
+
+
+def test_a_recorded_run_goes_on_as_it_was(tmp_path, device):
+    """Stopped and continued, and rolled back with steps left out; recorded anew, and nothing of the old is kept."""
+    toy_dataset(tmp_path / "data", num_identifiers=5)
+    values = {"checkpoint_interval": 5, "on_nonfinite": "rollback", "ema": True}
+    whole = trainer_of(tmp_path, device, run_name="eager", **values)
+    spoil(whole, at=13)
+    whole.train()
+    recorded = {"run_name": "recorded", "cuda_graphs": True, **values}
+    trainer_of(tmp_path, device, **(recorded | {"max_steps": 8})).train()
+    parts = trainer_of(tmp_path, device, **recorded)
+    spoil(parts, at=13)
+    old, begin, alive = weakref.ref(parts.state.model), parts._begin, []
+
+    def begin_anew():
+        alive.append(old())
+        begin()
+
+    parts._begin = begin_anew
+    parts.train()
+    assert alive == [None]
+    assert parts.setup.cuda_graphs and parts.state.num_rollbacks == 1
+    assert parts.state.skipped_steps == whole.state.skipped_steps != frozenset()
+    assert_ends_alike(device, whole.run, parts.run)
+
+
+def spoil(trainer: Trainer, at: int) -> None:
+    """Make the loss of step `at` infinite, once."""
+    add, left = trainer._meter.add, [True]
+
+    def add_infinity(outcome, step):
+        if step == at and left:
+            left.clear()
+            outcome = replace(outcome, loss=outcome.loss * math.inf)
+        add(outcome, step)
+
+    trainer._meter.add = add_infinity
 
 
 def test_steps_are_replayed(tmp_path, device):
@@ -101,63 +160,83 @@ def test_recording_takes_no_step_and_leaves_nothing_behind(tmp_path, device):
     trainer._close()
 
 
-def reads_a_value(self, *args):
-    sums = learn(self, *args)
-    return sums._replace(loss=sums.loss * float(sums.loss.item() != 0))
+def reads_a_value(learn):
+    def reading(self, *args):
+        learned = learn(self, *args)
+        return learned._replace(loss=learned.loss * float(learned.loss.item() != 0))
+
+    return reading
 
 
-def counts_in_python(self, *args):
-    sums = learn(self, *args)
-    return sums._replace(loss=sums.loss * next(counter))
+def counts_in_python(learn):
+    counter = itertools.count(1)
 
+    def counting(self, *args):
+        learned = learn(self, *args)
+        return learned._replace(loss=learned.loss * next(counter))
 
-learn = None  # the stepper's own, see the test
-counter = itertools.count(1)
+    return counting
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"),
-    [
-        (reads_a_value, "not permitted when stream is capturing"),
-        (counts_in_python, "replayed, a step of 8 puzzles differs"),
-    ],
+    ("change", "said"),
+    [(reads_a_value, "synchronizing"), (counts_in_python, "replayed, a step of 8 puzzles differs")],
 )
-def test_what_cannot_be_recorded_costs_one_warning(tmp_path, device, monkeypatch, broken, said):
-    from hrm_ray.training.step import Stepper
-
-    monkeypatch.setitem(globals(), "learn", Stepper._learn)
+def test_what_cannot_be_recorded_costs_one_warning(tmp_path, device, monkeypatch, change, said):
     toy_dataset(tmp_path / "data", num_identifiers=5)
-    monkeypatch.setattr(Stepper, "_learn", broken)
+    monkeypatch.setattr(Stepper, "_learn", change(Stepper._learn))
     trainer = trainer_of(tmp_path, device, cuda_graphs=True, max_steps=3)
     trainer.train()
     assert said in events(trainer)["not_recorded"]
     assert not trainer.setup.cuda_graphs
+    assert trainer.state.global_step == 3
     assert all(parameter.grad is None for parameter in trainer.state.model.parameters())
 
 
+@pytest.mark.parametrize("place", [*range(10), "all"])
+def test_a_replay_of_old_arguments_is_refused(tmp_path, device, monkeypatch, place):
+    """Any one of what a slot keeps and is offered (hidden states, steps, halted, two puzzles), or all of it."""
+    toy_dataset(tmp_path / "data", num_identifiers=5)
+    record = Recordings.record
+
+    def record_and_forget(self, function, *args):
+        is_new = record(self, function, *args)
+        for kind, (replay, places, results) in self._programs.items():
+            kept = [t.clone() if place in (i, "all") else t for i, t in enumerate(places)]
+            self._programs[kind] = replay, kept, results
+        return is_new
+
+    monkeypatch.setattr(Recordings, "record", record_and_forget)
+    trainer = trainer_of(tmp_path, device)
+    with pytest.raises(RuntimeError, match="replayed, a step of 8 puzzles differs"):
+        trainer.stepper.record()
+    trainer._close()
+
+
 def test_only_what_is_alike_is_replayed(device):
-    """Another shape, dtype, number or structure is another call; each of those recorded is replayed."""
+    """Another shape, dtype, number or structure is another call; each is recorded once."""
     calls = []
 
     def function(x, number, pair):
         calls.append(x.shape)
         return x * number + (0 if pair is None else pair[0])
 
-    recorded = Recorded(function)
+    recordings = Recordings()
+    assert not recordings
     x = torch.arange(3.0, device=device)
-    recorded.record(x, 2.0, None)
-    recorded.record(x, 3.0, (x, None))
+    assert recordings.record(function, x, 2.0, None) and recordings.record(function, x, 3.0, (x, None))
     calls.clear()
-    first, second = recorded(x + 1, 2.0, None), recorded(x + 2, 2.0, None)
-    third = recorded(x, 3.0, (x + 1, None))
+    assert not recordings.record(function, x + 1, 2.0, None)
+    first, second = recordings.replay(x + 1, 2.0, None), recordings.replay(x + 2, 2.0, None)
+    third = recordings.replay(x, 3.0, (x + 1, None))
     assert calls == []
     assert torch.equal(first, (x + 1) * 2)  # also after later replays
     assert torch.equal(second, (x + 2) * 2)
     assert torch.equal(third, x * 3 + x + 1)
-    for args in ((x, 4.0, None), (x[:2], 2.0, None), (x.double(), 2.0, None), (x, 2.0, (x, None))):
-        calls.clear()
-        assert torch.equal(recorded(*args), function(*args))
-        assert len(calls) == 2
+    for args in ((x, 4.0, None), (x, 2, None), (x[:2], 2.0, None), (x.double(), 2.0, None), (x, 2.0, (x, 1))):
+        assert recordings.replay(*args) is None
+    with pytest.raises(RuntimeError, match="several devices"):
+        recordings.record(function, x, 1.0, (x.to("meta"), None))
 
 
 def test_graphs_are_for_a_gpu_and_one_worker():
