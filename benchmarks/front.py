@@ -13,6 +13,7 @@ from hrm_ray import machine
 from hrm_ray.errors import UserError
 
 DTYPES = ("auto", "float32", "bfloat16")
+WARM_UP_STEPS = 10  # of runs whose reports are read
 THREADS = os.cpu_count() or 1
 
 
@@ -30,8 +31,8 @@ def run(
         doc: what --help says.
         measure: called with every key of `known`, but for `threads`, which is set; returns what --json prints.
         tell: the same for people.
-        known: keys and their defaults, by which their type is known: a number, a bool, a str; a tuple lists what may be
-            chosen, the default first; a type stands where there is no default.
+        known: keys and their defaults, by which their type is known: an int from 1 on, a bool, a str; a tuple lists
+            what may be chosen, the default first; a type stands where there is no default.
         for_train: other words are for `hrm-ray train`, and handed to `measure` as `words`.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,7 +47,7 @@ def run(
         result = measure(**values, **({"words": rest} if for_train else {}))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     print(json.dumps(result) if args.json else tell(result))
 
 
@@ -67,7 +68,7 @@ def parse(
         else:
             raise UserError(f"{word}: not one of {', '.join(f'{key}=' for key in known)}; see --help")
     for key, value in values.items():
-        if isinstance(value, type):
+        if isinstance(value, type) or (value == "" and isinstance(known[key], type)):
             raise UserError(f"{key}= is missing; see --help")
     return values, rest
 
@@ -86,6 +87,14 @@ def _value(word: str, text: str, default: Any) -> Any:
             raise UserError(f"{word}: a whole number from 1 on")
         return int(text)
     return text
+
+
+def need_steps(steps: int) -> None:
+    """Refuse runs of so few steps that nothing is left after the warm-up for quartiles."""
+    if steps < 2 * WARM_UP_STEPS:
+        raise UserError(
+            f"steps={steps}: at least {2 * WARM_UP_STEPS}, of which {WARM_UP_STEPS} are to warm up"
+        )
 
 
 def dtype_of(name: str) -> torch.dtype:

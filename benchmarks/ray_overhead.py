@@ -23,18 +23,19 @@ from hrm_ray.data.recipe import load_recipe
 from hrm_ray.ray_session import ray_session
 from hrm_ray.training import trainer
 
-WARM_UP_STEPS = 10
-
 
 def step_times(config: TrainConfig) -> list[float]:
     """Seconds a step of every report after the warm-up, in a new run."""
     trainer.train(config, show_progress=False)
     lines = (Path(config.storage) / str(config.run_name) / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    return [r["time/step_s"] for r in records if "time/step_s" in r and r["global_step"] > WARM_UP_STEPS]
+    return [
+        r["time/step_s"] for r in records if "time/step_s" in r and r["global_step"] > front.WARM_UP_STEPS
+    ]
 
 
 def measure(rounds: int, steps: int) -> dict:
+    front.need_steps(steps)
     cpus = os.cpu_count() or 1
     torch.set_num_threads(cpus)
     times: dict[str, list[float]] = {"local": [], "ray": []}

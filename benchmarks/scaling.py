@@ -23,6 +23,8 @@ from hrm_ray.ray_session import ray_session
 
 
 def measure(rounds: int, steps: int, words: list[str]) -> dict:
+    front.need_steps(steps)
+    train_config(["data=unknown", *words])  # what is wrong with them is said before Ray is started
     times: dict[str, list[float]] = {"one": [], "two": [], "apart": []}
     with tempfile.TemporaryDirectory() as folder, ray_session():
         build(load_recipe("sudoku_4x4", {"num_train": 2000}), f"{folder}/data", show_progress=False)

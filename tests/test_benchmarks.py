@@ -37,6 +37,7 @@ def test_words_have_the_types_of_their_defaults():
     ("words", "said"),
     [
         ([], "data= is missing"),
+        (["data="], "data= is missing"),
         (["data=d", "kind=c"], "kind=c: choose from a, b"),
         (["data=d", "rounds=0"], "rounds=0: a whole number"),
         (["data=d", "rounds=1.5"], "rounds=1.5: a whole number"),
@@ -59,6 +60,7 @@ def test_a_wrong_word_is_one_line(words, said):
         ("evaluation", ["data=d"]),
         ("evaluation", ["data=/missing", "checkpoint=/missing"]),
         ("scaling", ["unknown=1"]),
+        ("scaling", ["steps=19"]),
         ("checkpoint", ["lr=high"]),
         ("startup", ["rounds=-1"]),
         ("ray_overhead", ["word"]),
