@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hrm_ray.api import Solver
+    from hrm_ray.data.format import Manifest
     from hrm_ray.data.recipe import Recipe
-    from hrm_ray.data.shards import Manifest
 
 TRACEBACK = "HRM_RAY_TRACEBACK"  # set it to see where an error came from
 
@@ -135,7 +135,7 @@ def data_info(args: argparse.Namespace) -> None:
 
 
 def data_verify(args: argparse.Namespace) -> int:
-    from hrm_ray.data.shards import verify
+    from hrm_ray.data.verify import verify
 
     problems = verify(args.dir)
     for problem in problems:
@@ -197,7 +197,8 @@ def evaluate(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from hrm_ray.api import load
-    from hrm_ray.data.shards import open_dataset, whole_file
+    from hrm_ray.data.files import whole_file
+    from hrm_ray.data.shards import open_dataset
 
     options: EvalOptions = options_of(args)
     total = open_dataset(options.data).split(options.split).num_examples

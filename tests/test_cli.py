@@ -11,8 +11,9 @@ import pytest
 from hrm_ray.cli import build_options, build_parser, main, options_of
 from hrm_ray.config.compose import train_config
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.data.shards import DatasetWriter, Manifest, balanced_cuts
+from hrm_ray.data.format import Manifest
 from hrm_ray.data.tasks.base import get_task
+from hrm_ray.data.writer import DatasetWriter, balanced_cuts
 from hrm_ray.training import trainer
 from tests.toy import ARCH, toy_config, toy_dataset
 

@@ -12,6 +12,7 @@ CORE = (
     "hrm_ray.data.recipe",
     "hrm_ray.data.sampler",
     "hrm_ray.data.shards",
+    "hrm_ray.data.writer",
     "hrm_ray.data.sources",
     "hrm_ray.data.tasks.sudoku",
     "hrm_ray.doctor",

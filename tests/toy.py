@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hrm_ray.data.shards import Dataset, DatasetWriter, Manifest, balanced_cuts, open_dataset
+from hrm_ray.data.format import Manifest
+from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.data.tasks.base import Tokens
+from hrm_ray.data.writer import DatasetWriter, balanced_cuts
 
 VOCAB_SIZE, SEQ_LEN = 6, 16
 

@@ -24,24 +24,17 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from hrm_ray.data.format import Manifest, SplitInfo, from_tokens, to_tokens
 from hrm_ray.data.keyed_random import row_keys
 from hrm_ray.data.recipe import GENERATOR, Recipe
 from hrm_ray.data.row_set import RowSet
-from hrm_ray.data.shards import (
-    MANIFEST,
-    DatasetWriter,
-    Manifest,
-    SplitInfo,
-    balanced_cuts,
-    from_tokens,
-    open_dataset,
-    to_tokens,
-    writable_folder,
-)
+from hrm_ray.data.shards import open_dataset
 from hrm_ray.data.sources import BadRows, Rows, Source, open_source
 from hrm_ray.data.tasks.base import get_task
 from hrm_ray.data.tasks.sudoku import Sudoku
+from hrm_ray.data.writer import DatasetWriter, balanced_cuts, writable_folder
 from hrm_ray.errors import UserError
+from hrm_ray.manifest import MANIFEST
 from hrm_ray.ray_session import ray_session
 
 # Purposes of random keys: the choice of test rows and that of training rows are independent.

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from hrm_ray.config.validate import Settings, validated
-from hrm_ray.data.shards import DatasetWriter, Manifest, SplitInfo, balanced_cuts
+from hrm_ray.data.format import Manifest, SplitInfo
 from hrm_ray.data.tasks.base import Task, Tokens
 from hrm_ray.data.tasks.sudoku import BOX_SHAPES, Sudoku
+from hrm_ray.data.writer import DatasetWriter, balanced_cuts
 from hrm_ray.errors import UserError
 
 SPLITS = ("train", "test")

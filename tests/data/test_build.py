@@ -13,8 +13,9 @@ import pytest
 from hrm_ray.data import pipeline
 from hrm_ray.data.pipeline import build
 from hrm_ray.data.recipe import Recipe, load_recipe
-from hrm_ray.data.shards import open_dataset, verify
+from hrm_ray.data.shards import open_dataset
 from hrm_ray.data.tasks.base import get_task
+from hrm_ray.data.verify import verify
 from hrm_ray.errors import UserError
 
 pytestmark = pytest.mark.ray

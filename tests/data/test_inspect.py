@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
+from hrm_ray.data.format import Manifest
 from hrm_ray.data.inspect import describe, show
-from hrm_ray.data.shards import DatasetWriter, Manifest
 from hrm_ray.data.tasks.base import get_task
+from hrm_ray.data.writer import DatasetWriter
 from hrm_ray.errors import UserError
 
 

@@ -13,9 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import fs as pafs
 
-from hrm_ray.data import shards
-from hrm_ray.data.shards import DatasetWriter, Manifest, balanced_cuts, open_dataset, verify
+from hrm_ray.data import fetch, files, shards
+from hrm_ray.data import format as data_format
+from hrm_ray.data.format import Manifest
+from hrm_ray.data.shards import open_dataset
 from hrm_ray.data.tasks.base import Tokens
+from hrm_ray.data.verify import verify
+from hrm_ray.data.writer import DatasetWriter, balanced_cuts
 from hrm_ray.errors import UserError
 
 VOCAB_SIZE, SEQ_LEN = 7, 5
@@ -148,7 +152,7 @@ def test_dropped_rows_close_up(tmp_path):
         tokens = np.ones((3, SEQ_LEN), np.uint8)
         split.add(tokens, tokens, np.zeros(3, np.int32), np.array([1, 4, 9]), np.array([0, 1, 5]))
         info = split.finish()
-        columns = [shards._read_batch(writer.root / shard.file, SEQ_LEN) for shard in info.shards]
+        columns = [shards.read_batch(writer.root / shard.file, SEQ_LEN) for shard in info.shards]
     assert [batch["puzzle"].to_pylist() for batch in columns] == [[0, 1], [2]]
     assert [batch["group"].to_pylist() for batch in columns] == [[0, 1], [2]]
     assert (info.num_examples, info.num_puzzles, info.num_groups) == (3, 3, 3)
@@ -227,7 +231,7 @@ def test_verify_finds_missing_and_extra_files_and_rows(small, tmp_path):
     assert any(first in problem for problem in swapped)
 
     def with_rows(copy, change):
-        batch = shards._read_batch(copy / first, SEQ_LEN)
+        batch = shards.read_batch(copy / first, SEQ_LEN)
         table = change(pa.Table.from_batches([batch]))
         rewrite(copy / first, table.combine_chunks().to_batches()[0])
         reseal(copy)
@@ -252,7 +256,7 @@ def reseal(root):
     for info in values["splits"].values():
         for shard in info["shards"]:
             file = root / shard["file"]
-            shard.update(bytes=file.stat().st_size, sha256=shards._sha256(file))
+            shard.update(bytes=file.stat().st_size, sha256=files.sha256(file))
     (root / "manifest.json").write_bytes(Manifest(**values).render())
 
 
@@ -268,11 +272,11 @@ def reseal(root):
 )
 def test_verify_checks_content(small, column, value, message):
     root, name = Path(small.path), small.manifest.splits["train"].shards[0].file
-    batch = shards._read_batch(root / name, SEQ_LEN)
+    batch = shards.read_batch(root / name, SEQ_LEN)
     if column in ("inputs", "labels"):
-        tokens = shards.to_tokens(batch[column]).copy()
+        tokens = data_format.to_tokens(batch[column]).copy()
         tokens[1, 2] = value
-        changed = shards.from_tokens(tokens)
+        changed = data_format.from_tokens(tokens)
     else:
         values = batch[column].to_numpy().copy()
         values[1] = value
@@ -349,7 +353,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, method):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     tokens = np.ones((2, SEQ_LEN), np.uint8)
-    monkeypatch.setattr(shards._HashingFile, method, full)
+    monkeypatch.setattr(files.HashingFile, method, full)
     with pytest.raises(UserError, match=f"{tmp_path}/data.*: No space left on device; .* another out"):
         write(tmp_path / "data", {"train": [[(1, tokens, tokens)]]})
     assert list(tmp_path.iterdir()) == []
@@ -409,7 +413,7 @@ def remote(small, tmp_path, monkeypatch):
     methods = set(pafs.FileSystemHandler.__abstractmethods__) - {"open_input_stream"}
     handler = type("Handler", (Counting,), {name: lambda self, *args: None for name in methods})()
     monkeypatch.setattr(
-        shards, "filesystem_of", lambda uri, what: (pafs.PyFileSystem(handler), uri.split("://")[1])
+        fetch, "filesystem_of", lambda uri, what: (pafs.PyFileSystem(handler), uri.split("://")[1])
     )
     return opened
 

@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from hrm_ray.data.shards import open_dataset, verify
+from hrm_ray.data.shards import open_dataset
 from hrm_ray.data.tasks.base import get_task
+from hrm_ray.data.verify import verify
 from hrm_ray.errors import UserError
 from hrm_ray.interop.dataset import import_npy
 

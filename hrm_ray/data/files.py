@@ -1,0 +1,78 @@
+"""Files of a dataset: written whole or not at all, with their SHA-256."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from hrm_ray.errors import UserError, first_line
+
+
+class HashingFile:
+    """A file that computes the SHA-256 of what is written to it."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("wb")
+        self._hash = hashlib.sha256()
+        self.size = 0
+        self.closed = False
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        self._file.write(data)
+        size = memoryview(data).nbytes
+        self.size += size
+        return size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self.closed = True
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write which is at `path` whole or not at all: written aside, flushed to disk, renamed at the end."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, whole or not at all."""
+    with whole_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def writing(folder: Path, otherwise: str = "pick another out") -> Iterator[None]:
+    """Turns what the disk says no to into a UserError that names `folder`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(f"cannot write to {folder}: {reason}; mend that, or {otherwise}") from None
+
+
+def sha256(path: Path) -> str:
+    """Of the content of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,210 @@
+"""Writing a dataset (see `format`) aside, in order, and moving it into place when it is whole."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from hrm_ray.data.files import HashingFile, write_durably, writing
+from hrm_ray.data.format import File, Manifest, Shard, SplitInfo, from_tokens, schema
+from hrm_ray.data.verify import verify
+from hrm_ray.errors import UserError
+from hrm_ray.manifest import MANIFEST
+
+
+def balanced_cuts(rows_per_group: np.ndarray, rows_per_shard: int) -> np.ndarray:
+    """Where to cut groups into shards of nearly equal rows, none cutting a group.
+
+    Args:
+        rows_per_group: integers [num_groups].
+        rows_per_shard: wished upper bound; exceeded by less than one group.
+
+    Returns:
+        int64[num_shards + 1], group numbers: shard k holds groups cuts[k]..cuts[k + 1]. No shard is empty.
+    """
+    ends = np.cumsum(rows_per_group, dtype=np.int64)
+    if not len(ends):
+        return np.zeros(1, np.int64)
+    num_shards = max(1, -(-int(ends[-1]) // rows_per_shard))
+    wished = ends[-1] * np.arange(1, num_shards, dtype=np.int64) // num_shards
+    cuts = np.searchsorted(ends, wished) + 1
+    return np.unique(np.concatenate([[0], np.minimum(cuts, len(ends)), [len(ends)]])).astype(np.int64)
+
+
+class SplitWriter:
+    """Collects the rows of a split, in order, into its shards; at most one shard is in memory.
+
+    Args:
+        root: the folder being built.
+        name: of the split.
+        cuts: see `balanced_cuts`; the numbers are those given as `groups` to `add`.
+    """
+
+    def __init__(self, root: Path, name: str, seq_len: int, cuts: np.ndarray):
+        self._root, self._name, self._seq_len = root, name, seq_len
+        self._cuts = cuts
+        self._pending: list[tuple[np.ndarray, ...]] = []
+        self._shard = 0  # index into cuts of the shard being collected
+        self._shards: list[Shard] = []
+        self._num_examples = self._num_puzzles = self._num_groups = 0
+        self._last = (-1, -1)  # puzzle and group as given, of the last row written
+        with writing(root):
+            (root / name).mkdir(parents=True)
+
+    def add(
+        self,
+        inputs: np.ndarray,
+        labels: np.ndarray,
+        identifiers: np.ndarray,
+        puzzles: np.ndarray,
+        groups: np.ndarray,
+    ) -> None:
+        """Append rows.
+
+        Args:
+            inputs, labels: uint8[n, seq_len].
+            identifiers: int32[n].
+            puzzles, groups: int64[n], ascending from call to call; gaps close (files count up without any).
+        """
+        start = 0
+        while start < len(groups):
+            stop = int(np.searchsorted(groups, self._cuts[self._shard + 1]))
+            if stop > start:
+                part = slice(start, stop)
+                self._pending.append(
+                    (inputs[part], labels[part], identifiers[part], puzzles[part], groups[part])
+                )
+            if stop < len(groups):
+                self._flush()
+                self._shard += 1
+            start = stop
+
+    def _flush(self) -> None:
+        if not self._pending:  # every row of these groups was dropped
+            return
+        inputs, labels, identifiers, puzzles, groups = map(np.concatenate, zip(*self._pending, strict=True))
+        self._pending.clear()
+        starts_puzzle = np.diff(puzzles, prepend=self._last[0]) != 0
+        starts_group = np.diff(groups, prepend=self._last[1]) != 0
+        columns = [
+            from_tokens(inputs),
+            from_tokens(labels),
+            pa.array(identifiers, pa.int32()),
+            pa.array(self._num_puzzles - 1 + np.cumsum(starts_puzzle), pa.int32()),
+            pa.array(self._num_groups - 1 + np.cumsum(starts_group), pa.int32()),
+        ]
+        self._last = (puzzles[-1], groups[-1])
+        self._num_examples += len(inputs)
+        self._num_puzzles += int(starts_puzzle.sum())
+        self._num_groups += int(starts_group.sum())
+
+        file = f"{self._name}/shard-{len(self._shards):05d}.arrow"
+        batch = pa.record_batch(columns, schema=schema(self._seq_len))
+        with writing(self._root):
+            sink = HashingFile(self._root / file)
+            with pa.PythonFile(sink, mode="w") as out, pa.ipc.new_file(out, batch.schema) as writer:
+                writer.write_batch(batch)
+        self._shards.append(Shard(file=file, rows=len(inputs), bytes=sink.size, sha256=sink.hexdigest()))
+
+    def finish(self) -> SplitInfo:
+        """Write what is left; returns the split's part of the manifest."""
+        self._flush()
+        return SplitInfo(
+            num_examples=self._num_examples,
+            num_puzzles=self._num_puzzles,
+            num_groups=self._num_groups,
+            mean_puzzle_examples=self._num_examples / max(1, self._num_puzzles),
+            shards=tuple(self._shards),
+        )
+
+
+class DatasetWriter:
+    """Builds a dataset aside, in OUT.building, and renames it to OUT when it is whole.
+
+    A context manager: left with an error, or without `finish`, it removes what it wrote. What a killed process
+    left behind is removed by the next build of the same OUT.
+
+    Raises:
+        UserError: OUT exists and may not be replaced, cannot be written, or another process is building it.
+    """
+
+    def __init__(self, out: str | Path, *, overwrite: bool = False):
+        self.out = writable_folder(out, overwrite=overwrite)
+        self.root = self.out.with_name(self.out.name + ".building")
+        self._overwrite = overwrite
+
+    def __enter__(self) -> "DatasetWriter":
+        with writing(self.out):
+            self.root.mkdir(parents=True, exist_ok=True)
+        # Dies with the process, unlike a file that says "in use".
+        self._lock = os.open(self.root, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise UserError(
+                f"another process is building {self.out}; wait for it, or pick another out"
+            ) from None
+        for leftover in self.root.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)  # nothing there after `finish`
+        os.close(self._lock)
+
+    def split(self, name: str, seq_len: int, cuts: np.ndarray) -> SplitWriter:
+        """Begin a split."""
+        return SplitWriter(self.root, name, seq_len, cuts)
+
+    def add_file(self, name: str, content: bytes) -> File:
+        """Write a file that belongs to no split."""
+        with writing(self.out):
+            write_durably(self.root / name, content)
+        return File(file=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+    def finish(self, manifest: Manifest) -> None:
+        """Write the manifest, read everything back, and move the folder into place.
+
+        Raises:
+            UserError: what is on the disk is not what was written.
+        """
+        with writing(self.out):
+            write_durably(self.root / MANIFEST, manifest.render())
+        if problems := verify(self.root):
+            raise UserError(f"what was written does not read back: {problems[0]} ({len(problems)} problems)")
+        writable_folder(self.out, overwrite=self._overwrite)  # somebody may have made it meanwhile
+        with writing(self.out):
+            if self.out.exists():
+                replaced = self.out.with_name(self.out.name + ".replaced")
+                shutil.rmtree(replaced, ignore_errors=True)
+                self.out.rename(replaced)
+                self.root.rename(self.out)
+                shutil.rmtree(replaced)
+            else:
+                self.root.rename(self.out)
+
+
+def writable_folder(out: str | Path, *, overwrite: bool) -> Path:
+    """`out` as a path where a dataset may be put.
+
+    Raises:
+        UserError: it is a URI, a file, a dataset without overwrite, or a folder of something else.
+    """
+    if "://" in str(out):
+        raise UserError(f"out={out}: datasets are built in a local folder; build there and copy the folder")
+    path = Path(out).resolve()
+    if path.is_dir() and any(path.iterdir()):
+        if not (path / MANIFEST).is_file():
+            raise UserError(f"out={out} is a folder with other things in it; pick another out")
+        if not overwrite:
+            raise UserError(
+                f"out={out} holds another dataset already; pick another out, or pass overwrite=true"
+            )
+    elif path.exists() and not path.is_dir():
+        raise UserError(f"out={out} is a file; pick another out")
+    return path
