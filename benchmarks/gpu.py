@@ -37,7 +37,7 @@ def parts(data: str, out: Path) -> dict[str, tuple[str, ...]]:
         "tests/training/test_step.py",
     )
     return {
-        "tests": ("pytest", "-q", "-p", "no:cacheprovider", *tests),
+        "tests": ("pytest", "-rs", "-p", "no:cacheprovider", *tests),
         "optimizer": ("benchmarks.optimizer", "--json"),
         "step-published": ("benchmarks.step", *PUBLISHED, "--json"),
         "step-quickstart": ("benchmarks.step", "local_batch_size=256", "--json"),
@@ -55,6 +55,8 @@ def measure(data: str, out: str, only: str, limit_s: int) -> dict:
     for name in chosen:
         if name not in known:
             raise UserError(f"only={name}: choose from {', '.join(known)}")
+        if (folder / f"{name}.txt").exists():
+            raise UserError(f"out={out} holds {name} of before; pick another out")
     folder.mkdir(parents=True, exist_ok=True)
     ends = {}
     for name in chosen:

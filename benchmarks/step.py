@@ -32,7 +32,7 @@ from hrm_ray.models.hrm_v1 import HRMConfig
 from hrm_ray.models.registry import build_model
 from hrm_ray.optim.adam_atan2 import AdamATan2
 from hrm_ray.training.checkpoint import DatasetInfo
-from hrm_ray.training.cuda_graph import Recordings
+from hrm_ray.training.cuda_graph import Recordings, is_the_same
 
 SMALL = {"hidden_size": 96, "num_heads": 3, "H_layers": 2, "L_layers": 2, "pos_encodings": "learned"}
 SMALL |= {"puzzle_emb_ndim": 0, "halt_max_steps": 8, "loss": {"loss_type": "softmax_cross_entropy"}}
@@ -122,6 +122,8 @@ def make_step(
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             parameter.grad = gradient
         recordings.record(learn, carry, batch, control)
+        if not is_the_same(recordings, learn, gradients, carry, batch, control):
+            raise RuntimeError("replayed, the step differs")
         torch._foreach_zero_(gradients)
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""Files of a dataset: written whole or not at all, with their SHA-256."""
+"""Files: written whole or not at all, hashed, and what the disk says no to."""
 
 import hashlib
 import os

@@ -4,13 +4,15 @@ Of a small model's step the GPU spends less time in the kernels than Python in l
 recorded is memory addresses and numbers: everything that may differ between two calls must be a tensor.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 NUM_WARMUPS = 3  # calls before a recording, in which libraries choose kernels and allocate what they keep
 
@@ -39,34 +41,44 @@ def capture(function: Callable[[], Any], memory: GraphMemory) -> tuple[Replay, A
     Raises:
         RuntimeError: it waits for the GPU, or does what else cannot be recorded.
     """
-    stream = memory.stream
+    stream, cause = memory.stream, None
     stream.wait_stream(torch.cuda.current_stream())
-    mode = torch.cuda.get_sync_debug_mode()
     # Also leaves the stream if the recording fails, which torch's own context does not do then.
     with torch.cuda.stream(stream):
-        function()
-        # Here, since a recording that fails in its middle leaves more behind.
-        torch.cuda.set_sync_debug_mode("error")
         try:
-            for _ in range(NUM_WARMUPS - 1):
-                function()
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-        graph = torch.cuda.CUDAGraph()
-        try:
+            function()
+            with (
+                _waiting_is_an_error()
+            ):  # here, since a recording that fails in its middle leaves more behind
+                for _ in range(NUM_WARMUPS - 1):
+                    function()
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=memory.pool, stream=stream):
-                results = function()
-        except RuntimeError as error:
-            raise _first(error) from None
+                try:
+                    results = function()
+                except Exception as error:
+                    cause = error  # what torch raises at the end of a broken recording does not say it
+                    raise
+        except Exception as error:
+            torch.cuda.synchronize()  # what is queued still writes to memory that is about to be freed
+            with suppress(Exception):  # where torch does not: else memory would never be given back again
+                torch._C._cuda_endAllocateToPool(stream.device_index, memory.pool)
+            raise (cause or error) from None
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay, results
 
 
-def _first(error: BaseException) -> BaseException:
-    """What was wrong before `error` came of it."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
+@contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    """Inside, an operation that waits for the GPU raises RuntimeError."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
 
 
 class Recordings:
@@ -114,6 +126,28 @@ class Recordings:
         replay()
         # Copies, since the next replay writes over them.
         return tree_map_only(Tensor, Tensor.clone, results)
+
+
+def is_the_same(
+    recordings: Recordings, function: Callable[..., Any], gradients: Sequence[Tensor], *args: Any
+) -> bool:
+    """Whether the replay of a call does what the call does; `gradients` are what it adds to, and are overwritten."""
+    outcomes = []
+    for call in (function, recordings.replay):
+        torch._foreach_zero_(list(gradients))
+        results = tree_leaves(call(*args))
+        outcomes.append([*results, *(gradient.clone() for gradient in gradients)])
+    return all(_is_like(a, b) for a, b in zip(*outcomes, strict=True) if isinstance(a, Tensor))
+
+
+def _is_like(a: Tensor, b: Tensor) -> bool:
+    """Equal up to the order of summation, which some kernels leave open, and what it tips."""
+    if not a.is_floating_point():
+        return int((a != b).sum()) <= max(1, a.numel() // 100)
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return False
+    a, b = (x.float().nan_to_num(0, 0, 0) for x in (a, b))
+    return bool((a - b).norm() <= 1e-2 * a.norm())
 
 
 def _tensors(leaves: list[Any]) -> list[Tensor]:

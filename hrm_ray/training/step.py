@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.sampler import Sampler, choice_draws, min_halt_steps, replay_draws
@@ -28,7 +28,7 @@ from hrm_ray.models.halting import Control
 from hrm_ray.models.layers import Linear
 from hrm_ray.models.losses import METRICS, LossType, act_loss, count_right
 from hrm_ray.optim.sign_sgd import sparse_sign_sgd
-from hrm_ray.training.cuda_graph import Recordings
+from hrm_ray.training.cuda_graph import Recordings, is_the_same
 from hrm_ray.training.evaluate import make_batch
 from hrm_ray.training.plan import Plan
 from hrm_ray.training.state import TrainState
@@ -83,7 +83,7 @@ class Learned(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Learned over this worker's slots: the loss (scalar) and the metrics (in the order of `METRICS`)."""
+    """Sums over this worker's slots: the loss (scalar) and the metrics (in the order of `METRICS`)."""
 
     loss: Tensor
     metrics: Tensor
@@ -163,11 +163,13 @@ class Stepper:
         state, step = self.state, self.state.global_step + 1
         supervision_step = (step - 1) * self.config.supervision_steps + 1
         batch, recordings = self.batch(supervision_step), Recordings()
-        parameters = list(state.model.parameters())
-        self._gradients = [torch.zeros_like(parameter) for parameter in parameters]
-        for parameter, gradient in zip(parameters, self._gradients, strict=True):
-            parameter.grad = gradient
         try:
+            self._learn(*next(self._calls(batch, self.control(step, supervision_step), supervision_step)))
+            for name, parameter in state.model.named_parameters():
+                if parameter.grad is None:  # zeros in its place would let the optimizer move it
+                    raise RuntimeError(f"{name} has no gradient")
+                parameter.grad = torch.zeros_like(parameter)  # and there it stays
+                self._gradients.append(parameter.grad)
             for at in (step, self.plan.last_step):  # after the warm-up of Q-learning it is another step
                 for args in self._calls(batch, self.control(at, supervision_step), supervision_step):
                     is_new = recordings.record(self._learn, *args)
@@ -185,20 +187,17 @@ class Stepper:
     def _replays_the_same(
         self, recordings: Recordings, carry: Carry, batch: Batch, control: Control, recall: Recall | None
     ) -> bool:
-        """Whether a replay of the call after this one, with other values everywhere, does what `_learn` does."""
+        """Whether a replay of the call after this one, with other puzzles and draws, does what `_learn` does.
+
+        In a new run draws and memories change nothing yet that could be seen.
+        """
         after = self._learn(carry, batch, control, recall).carry
         batch, control, recall = tree_map_only(Tensor, _other, (batch, control, recall))
         after = after._replace(
             halted=torch.arange(len(after.halted), device=self.device) % 2 == 0,
             batch=tree_map_only(Tensor, _other, batch),
         )
-        args = (after, batch, control, recall)
-        outcomes = []
-        for function in (self._learn, recordings.replay):
-            torch._foreach_zero_(self._gradients)
-            learned = function(*args)
-            outcomes.append([*tree_leaves(learned), *(gradient.clone() for gradient in self._gradients)])
-        return all(_is_like(a, b) for a, b in zip(*outcomes, strict=True) if isinstance(a, Tensor))
+        return is_the_same(recordings, self._learn, self._gradients, after, batch, control, recall)
 
     def _supervise(self, step: int, supervision_step: int, parts: list[Learned]) -> float:
         """One ACT step of every slot and its gradient; what comes of it is appended to `parts`.
@@ -345,11 +344,3 @@ def _other(tensor: Tensor) -> Tensor:
         return tensor + 1
     moved = tensor.roll(1, 0).roll(1, -1)
     return moved / 2 + 0.1 if tensor.is_floating_point() else moved
-
-
-def _is_like(a: Tensor, b: Tensor) -> bool:
-    """Equal up to the order of summation, which some kernels leave open, and what it tips."""
-    if not a.is_floating_point():
-        return bool((a != b).float().mean() <= 0.01)
-    a, b = a.float().nan_to_num(), b.float().nan_to_num()
-    return bool((a - b).norm() <= 1e-2 * a.norm())

@@ -50,7 +50,7 @@ class ProgressBar:
             shown["ex/s"] = f"{self._examples_per_step / metrics['time/step_s']:.0f}"
         if "eval/exact_accuracy" in metrics:
             shown["exact"] = f"{metrics['eval/exact_accuracy']:.1%}"
-        if self._bar.desc == "compile: " and progress.phase != "compile":
+        if self._bar.desc in ("compile: ", "record: ") and f"{progress.phase}: " != self._bar.desc:
             self._bar.unpause()  # what it took is no time of steps
         self._bar.set_description(progress.phase, refresh=False)
         self._bar.set_postfix(shown, refresh=False)

@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_leaves
 aten = torch.ops.aten
 # What makes a GPU and Python wait for each other: a value or a shape is read, or a new tensor is filled by Python.
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default}
-WAITS |= {aten.lift_fresh.default}
+WAITS |= {aten.lift_fresh.default, aten.equal.default, aten._unique2.default, aten.bincount.default}
+WAITS |= {aten.repeat_interleave.Tensor}
+BY_INDEX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
 class Recorder(TorchDispatchMode):
@@ -26,7 +28,7 @@ class Recorder(TorchDispatchMode):
         self.calls: list[tuple[Callable, tuple, dict, Any]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        picks_by_mask = func is aten.index.Tensor and any(
+        picks_by_mask = func in BY_INDEX and any(
             index is not None and index.dtype == torch.bool for index in args[1]
         )
         if func in WAITS or picks_by_mask:

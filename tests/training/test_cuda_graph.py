@@ -16,11 +16,13 @@ import torch
 from hrm_ray import machine
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
+from hrm_ray.models.losses import METRICS
 from hrm_ray.training import cuda_graph
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.cuda_graph import Recordings
 from hrm_ray.training.loop import Hooks, Trainer
-from hrm_ray.training.step import Stepper
+from hrm_ray.training.meter import Diverged, Meter
+from hrm_ray.training.step import Outcome, Stepper
 from hrm_ray.training.trainer import run_folder
 from hrm_ray.training.world import World
 from tests.toy import TRM, toy_config, toy_dataset
@@ -210,6 +212,29 @@ def test_a_replay_of_old_arguments_is_refused(tmp_path, device, monkeypatch, pla
     trainer = trainer_of(tmp_path, device)
     with pytest.raises(RuntimeError, match="replayed, a step of 8 puzzles differs"):
         trainer.stepper.record()
+    trainer._close()
+
+
+def test_counting_waits_for_nothing():
+    """What is summed between two reports; the steps themselves could not be recorded if they waited."""
+    outcome = Outcome(torch.tensor(3.0), torch.ones(len(METRICS)), 8, 0.0)
+    meter = Meter(torch.device("cpu"), slots_per_step=8, max_loss=1.0)
+    with recorder.Recorder() as operations:
+        meter.add(outcome, 5)
+        meter.add(replace(outcome, loss=outcome.loss * math.inf), 6)
+    assert operations.calls
+    with pytest.raises(Diverged, match="step 6"):
+        meter.check(World())
+
+
+def test_a_weight_without_gradient_is_refused(tmp_path, device):
+    """Eager, the optimizer leaves it alone; zeros as its gradient would let it decay."""
+    toy_dataset(tmp_path / "data", num_identifiers=5)
+    trainer = trainer_of(tmp_path, device)
+    trainer.state.model.inner.unused = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(RuntimeError, match=r"inner\.unused has no gradient"):
+        trainer.stepper.record()
+    assert all(parameter.grad is None for parameter in trainer.state.model.inner.L_level.parameters())
     trainer._close()
 
 

@@ -91,3 +91,24 @@ def test_micro_batches_make_the_step_of_the_whole_batch(tmp_path, halting):
         assert torch.equal(whole.learner.memory.exact, parts.learner.memory.exact)
     for trainer in trainers.values():
         trainer._close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("halting", ["act", "q_learning"])
+def test_no_step_waits_for_the_gpu(tmp_path, halting):
+    """Not for the loss, nor for what is counted: torch says so of whatever would. (On the CPU: test_cuda_graph.)"""
+    toy_dataset(tmp_path / "data", num_identifiers=5)
+    values = toy_config(
+        tmp_path / "data", tmp_path / "runs", device="cuda", halting={"name": halting}, ema=True
+    )
+    parsed = TrainConfig(**values, micro_batch_size=3)
+    trainer = Trainer(parsed, run_folder(parsed), World(), Hooks())
+    for step in range(1, 4):  # compiles kernels and allocates what stays
+        trainer._step(step)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(4, 8):
+            trainer._step(step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        trainer._close()
