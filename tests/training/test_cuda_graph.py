@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -19,7 +20,7 @@ from hrm_ray.errors import UserError
 from hrm_ray.models.losses import METRICS
 from hrm_ray.training import cuda_graph
 from hrm_ray.training.checkpoint import finished
-from hrm_ray.training.cuda_graph import Recordings
+from hrm_ray.training.cuda_graph import GraphMemory, Recordings
 from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.meter import Diverged, Meter
 from hrm_ray.training.step import Outcome, Stepper
@@ -236,6 +237,61 @@ def test_a_weight_without_gradient_is_refused(tmp_path, device):
         trainer.stepper.record()
     assert all(parameter.grad is None for parameter in trainer.state.model.inner.L_level.parameters())
     trainer._close()
+
+
+class NoGpu:
+    """Stands in for `torch.cuda`, and notes what is done; a recording in which something fails ends as torch's do."""
+
+    def __init__(self):
+        self.done, self.mode = [], "default"
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self.done.append(name) or self
+
+    def get_sync_debug_mode(self):
+        return self.mode
+
+    def set_sync_debug_mode(self, mode):
+        self.mode = mode
+        self.done.append(mode)
+
+    @contextmanager
+    def stream(self, stream):
+        try:
+            yield
+        finally:
+            self.done.append("left the stream")
+
+    @contextmanager
+    def graph(self, graph, pool, stream):
+        try:
+            yield
+        except Exception:
+            raise RuntimeError("operation failed due to a previous error during capture") from None
+
+
+@pytest.mark.parametrize(("fails_at", "waits_for_gpu"), [(None, False), (2, True), (4, True)])
+def test_a_failed_recording_says_why_and_leaves_nothing(monkeypatch, fails_at, waits_for_gpu):
+    """At a call before the recording (the second) or in it (the fourth); on a GPU: the test before."""
+    calls = itertools.count(1)
+    gpu = NoGpu()
+    monkeypatch.setattr(cuda_graph.torch, "cuda", gpu)
+
+    def function():
+        if next(calls) == fails_at:
+            raise ValueError("what was wrong")
+        return "results"
+
+    if fails_at is None:
+        replay, results = cuda_graph.capture(function, GraphMemory())
+        assert results == "results" and callable(replay)
+    else:
+        with pytest.raises(ValueError, match="what was wrong"):
+            cuda_graph.capture(function, GraphMemory())
+    assert next(calls) == (fails_at or 4) + 1
+    assert ("synchronize" in gpu.done) == waits_for_gpu
+    assert "left the stream" in gpu.done
+    assert gpu.mode == "default" and "error" in gpu.done
 
 
 def test_only_what_is_alike_is_replayed(device):
