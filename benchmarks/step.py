@@ -1,6 +1,7 @@
 """Milliseconds of a whole training step (forward, loss, backward, optimizers), ours against a plain one.
 
     python -m benchmarks.step --json                                        the small HRM of the quickstart
+    python -m benchmarks.step arch=sudoku_6x6 --json                        that of the 6x6 experiment
     python -m benchmarks.step arch=hrm_v1 local_batch_size=32 --json        the published 27M model, 81 cells
 
 The plain step stands in for the published code, not compiled, on the same machine, threads and model: weights cast at
@@ -36,7 +37,12 @@ from hrm_ray.training.cuda_graph import Recordings, is_the_same
 
 SMALL = {"hidden_size": 96, "num_heads": 3, "H_layers": 2, "L_layers": 2, "pos_encodings": "learned"}
 SMALL |= {"puzzle_emb_ndim": 0, "halt_max_steps": 8, "loss": {"loss_type": "softmax_cross_entropy"}}
-ARCHS = {"quickstart": (HRMConfig(**SMALL), 4), "hrm_v1": (HRMConfig(), 9)}  # architecture, Sudoku size
+SUDOKU_6X6 = SMALL | {"hidden_size": 128, "num_heads": 4}
+ARCHS = {  # architecture, Sudoku size
+    "quickstart": (HRMConfig(**SMALL), 4),
+    "sudoku_6x6": (HRMConfig(**SUDOKU_6X6), 6),
+    "hrm_v1": (HRMConfig(), 9),
+}
 
 
 own_rms_norm, own_cross_entropy = layers.rms_norm, losses.cross_entropy
