@@ -6,9 +6,11 @@ A mistake of the user's ends in one line on standard error and exit code 2, neve
 import argparse
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +164,29 @@ def data_import_npy(args: argparse.Namespace) -> None:
 # training and what comes after
 
 
+@contextmanager
+def _interrupts_end_the_process() -> Iterator[None]:
+    """Inside, SIGINT ends the process at once, until another handler is set.
+
+    Python's own would raise KeyboardInterrupt where it is at the moment; in an import that is often in code that takes
+    any exception for a sign that something is not installed, and the interrupt is lost.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def train(args: argparse.Namespace) -> int:
+    with _interrupts_end_the_process():  # nothing has begun yet that would have to be ended well
+        return _train(args)
+
+
+def _train(args: argparse.Namespace) -> int:
     from hrm_ray.config.compose import train_config
     from hrm_ray.training import trainer
 

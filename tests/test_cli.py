@@ -3,6 +3,9 @@
 import json
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -302,3 +305,34 @@ def test_solve_refuses_what_has_no_solution_and_remarks_on_several(sudoku_run, t
     assert "has several solutions" in printed.err and json.loads(printed.out)["puzzle"] == "1..............."
     assert main(["solve", str(sudoku_run), "12343412214343.."]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_an_interrupt_at_the_start_is_not_lost(tmp_path):
+    """Where an import, say, takes any exception for something that is not installed."""
+    code = """
+import os, signal, time
+from hrm_ray import cli
+from hrm_ray.training import trainer
+
+def announce(config):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    except BaseException:
+        pass
+    return "went on"
+
+trainer.announce = announce
+cli.main(["train", "data=DATA", "storage=DATA"])
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code.replace("DATA", str(tmp_path))], capture_output=True, text=True
+    )
+    assert run.returncode == -signal.SIGINT
+    assert "went on" not in run.stderr
+
+
+def test_train_leaves_the_handlers_as_they_were(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["train", f"data={tmp_path}"]) == 2
+    assert signal.getsignal(signal.SIGINT) is before
