@@ -168,8 +168,8 @@ def data_import_npy(args: argparse.Namespace) -> None:
 def _interrupts_end_the_process() -> Iterator[None]:
     """Inside, SIGINT ends the process at once, until another handler is set.
 
-    Python's own would raise KeyboardInterrupt where it is at the moment; in an import that is often in code that takes
-    any exception for a sign that something is not installed, and the interrupt is lost.
+    Else it may be lost: a script's background job is started with SIGINT ignored, and where it is not, Python raises
+    KeyboardInterrupt in the midst of imports, some of which take any exception for a sign that something is missing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -307,8 +307,10 @@ def test_solve_refuses_what_has_no_solution_and_remarks_on_several(sudoku_run, t
     assert capsys.readouterr().err == ""
 
 
-def test_an_interrupt_at_the_start_is_not_lost(tmp_path):
-    """Where an import, say, takes any exception for something that is not installed."""
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN])
+def test_an_interrupt_at_the_start_is_not_lost(tmp_path, handler):
+    """Where an import, say, takes any exception for something missing; or in a script's background job, which starts
+    with SIGINT ignored."""
     code = """
 import os, signal, time
 from hrm_ray import cli
@@ -317,7 +319,7 @@ from hrm_ray.training import trainer
 def announce(config):
     try:
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(60)
+        time.sleep(1)
     except BaseException:
         pass
     return "went on"
@@ -326,7 +328,10 @@ trainer.announce = announce
 cli.main(["train", "data=DATA", "storage=DATA"])
 """
     run = subprocess.run(
-        [sys.executable, "-c", code.replace("DATA", str(tmp_path))], capture_output=True, text=True
+        [sys.executable, "-c", code.replace("DATA", str(tmp_path))],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
     )
     assert run.returncode == -signal.SIGINT
     assert "went on" not in run.stderr
