@@ -53,10 +53,11 @@ class Sampler:
             return self._cached[1]
         num_groups = len(self._group_starts) - 1
         groups = np.argsort(_words(self._seed, _GROUP_ORDER, epoch, num_groups), kind="stable")
-        num_puzzles = np.diff(self._group_starts)[groups]
+        num_puzzles = self._group_starts[groups + 1] - self._group_starts[groups]
         draws = _words(self._seed, _PUZZLE_CHOICE, epoch, num_groups)
         puzzles = self._group_starts[groups] + (draws % num_puzzles.astype(np.uint64)).astype(np.int64)
-        starts, sizes = self._puzzle_starts[puzzles], np.diff(self._puzzle_starts)[puzzles]
+        starts = self._puzzle_starts[puzzles]
+        sizes = self._puzzle_starts[puzzles + 1] - starts
         within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         self._cached = (epoch, np.repeat(starts, sizes) + within)
         return self._cached[1]

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from hrm_ray.config.schema import TrainConfig
+from hrm_ray.data.prefetch import Prefetcher
 from hrm_ray.data.sampler import Sampler, choice_draws, min_halt_steps, replay_draws
 from hrm_ray.data.shards import Dataset
 from hrm_ray.models.act import ACT, Batch, Carry, send
@@ -105,6 +106,7 @@ class Stepper:
         self.manifest, self.split = dataset.manifest, dataset.split("train")
         self.sampler = Sampler(self.split, config.seed, config.global_batch_size, plan.num_examples)
         self.slots = world.slots(config.global_batch_size)
+        self._batches = Prefetcher(self._read)
         self.device = next(state.model.parameters()).device
         module: nn.Module = LossModule(state.model, config.arch.loss.loss_type)
         if world.size > 1:
@@ -298,10 +300,12 @@ class Stepper:
 
     def batch(self, supervision_step: int) -> Batch:
         """What this worker's slots are offered."""
+        return self._batches.get(supervision_step).to(self.device)
+
+    def _read(self, supervision_step: int) -> Batch:
         ids = self.sampler.ids(supervision_step)[self.slots]
         manifest = self.manifest
-        batch = make_batch(self.split, ids, manifest.ignore_label_id, manifest.blank_identifier_id)
-        return batch.to(self.device)
+        return make_batch(self.split, ids, manifest.ignore_label_id, manifest.blank_identifier_id)
 
     def control(self, step: int, supervision_step: int) -> Control:
         """What decides about halting; drawn from (seed, supervision step, global slot)."""
