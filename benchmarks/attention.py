@@ -3,18 +3,20 @@
     python -m benchmarks.attention --json                                       the published model's, 82 tokens
     python -m benchmarks.attention batch=128 heads=3 head_dim=32 tokens=16 threads=1
 
-In turns in this process; medians. `auto` is the one that training would take.
+In turns in this process; medians, on a GPU of what the kernels take. `auto` is the one that training would take.
 """
 
-import statistics
-import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from benchmarks import front
+from benchmarks.clock import in_turns, medians_ms
 from benchmarks.machine import facts
 from hrm_ray import machine
-from hrm_ray.models.attention import KERNELS, kernel, obstacle
+from hrm_ray.models.attention import KERNELS, AttentionKernel, kernel, obstacle
 
 
 def measure(batch: int, heads: int, head_dim: int, tokens: int, rounds: int, dtype: str) -> dict:
@@ -25,34 +27,26 @@ def measure(batch: int, heads: int, head_dim: int, tokens: int, rounds: int, dty
         for _ in range(3)
     ]
     gradient = torch.randn_like(qkv[0])
-    times: dict[tuple[str, str], list[float]] = {(n, w): [] for n in names for w in ("forward", "both")}
-
-    def clock(what: tuple[str, str], started: float) -> None:
-        if setup.device.type == "cuda":
-            torch.cuda.synchronize()
-        times[what].append(time.perf_counter() - started)
-
-    for _ in range(rounds + 2):
-        for name in names:
-            attend = kernel(name)
-            started = time.perf_counter()
-            with torch.no_grad():
-                attend(*qkv)
-            clock((name, "forward"), started)
-            started = time.perf_counter()
-            torch.autograd.grad(attend(*qkv), qkv, gradient)
-            clock((name, "both"), started)
-    ms = {what: round(statistics.median(values[2:]) * 1e3, 3) for what, values in times.items()}  # 2 warm up
+    calls: dict[str, Callable[[], object]] = {}
+    for name in names:
+        attend = kernel(name)
+        calls[f"{name} forward"] = torch.no_grad()(partial(attend, *qkv))
+        calls[f"{name} both"] = partial(_forward_and_backward, attend, qkv, gradient)
+    ms = medians_ms(in_turns(calls, rounds, kernels_only=True))
     return {
         "benchmark": "attention",
         "shape": {"batch": batch, "heads": heads, "tokens": tokens, "head_dim": head_dim},
         "dtype": str(setup.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "auto": setup.attention,
-        "ms": {name: {way: ms[name, way] for way in ("forward", "both")} for name in names},
+        "ms": {name: {way: round(ms[f"{name} {way}"], 3) for way in ("forward", "both")} for name in names},
         "rounds": rounds,
         **facts(),
     }
+
+
+def _forward_and_backward(attend: AttentionKernel, qkv: list[Tensor], gradient: Tensor) -> None:
+    torch.autograd.grad(attend(*qkv), qkv, gradient)
 
 
 def tell(result: dict) -> str:

@@ -2,15 +2,18 @@
 
 import os
 import platform
-import statistics
 import subprocess
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import hrm_ray
+from benchmarks.clock import in_turns, medians_ms
+
+# Dense bfloat16 operations a second by the makers' data sheets.
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
 
 
 def cpu_name() -> str:
@@ -40,15 +43,20 @@ def facts() -> dict[str, Any]:
 
 
 def product_rate(dtype: torch.dtype, rounds: int = 10) -> float:
-    """Operations a second of a matrix product [4096, 512] x [512, 3072]: what a model's layers can reach at best."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.randn(4096, 512, device=device, dtype=dtype)
+    """Operations a second of a matrix product of a model's layer, [rows, 512] x [512, 3072]: what it can reach at best.
+
+    4,096 rows on a CPU, as many as the tokens of 768 puzzles on a GPU, which fewer would not fill.
+    """
+    device, rows = ("cuda", 768 * 82) if torch.cuda.is_available() else ("cpu", 4096)
+    a = torch.randn(rows, 512, device=device, dtype=dtype)
     b = torch.randn(512, 3072, device=device, dtype=dtype)
-    times = []
-    for _ in range(rounds + 2):
-        started = time.perf_counter()
-        torch.mm(a, b)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return 2 * 4096 * 512 * 3072 / statistics.median(times[2:])
+    ms = medians_ms(in_turns({"product": partial(torch.mm, a, b)}, rounds, kernels_only=True))
+    return 2 * rows * 512 * 3072 / ms["product"] * 1e3
+
+
+def peak_tflops(dtype: torch.dtype) -> float | None:
+    """Of the GPU by its data sheet; None: not a known one, or not bfloat16."""
+    if dtype != torch.bfloat16 or not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)

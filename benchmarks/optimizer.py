@@ -4,11 +4,10 @@
     python -m benchmarks.optimizer rounds=20 threads=1
 
 Beside ours: torch's fused AdamW, which also has to move 28 bytes a parameter, the package adam-atan2-pytorch if it is
-installed, and a copy of as many bytes, which is the machine's limit. All in turns in this process; medians.
+installed, and a copy of as many bytes, which is the machine's limit. All in turns in this process; medians; on a GPU of
+what the kernels take.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from benchmarks import front
+from benchmarks.clock import in_turns, medians_ms
 from benchmarks.machine import facts
 from hrm_ray import machine
 from hrm_ray.errors import UserError
@@ -61,18 +61,7 @@ def contestants() -> dict[str, Callable[[], object]]:
 
 
 def measure(rounds: int) -> dict:
-    steps = contestants()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    on_gpu = machine.resolve().device.type == "cuda"
-    for i in range(rounds + 2):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if on_gpu:
-                torch.cuda.synchronize()
-            if i >= 2:  # warm-up
-                times[name].append(time.perf_counter() - started)
-    ms = {name: statistics.median(values) * 1e3 for name, values in times.items()}
+    ms = medians_ms(in_turns(contestants(), rounds, kernels_only=True))
     ours = resolve_backend("auto", machine.resolve().device)
     num_params = sum(p.numel() for p in parameters())
     return {

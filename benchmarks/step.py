@@ -1,6 +1,7 @@
 """Milliseconds of a whole training step (forward, loss, backward, optimizers), ours against a plain one.
 
     python -m benchmarks.step --json                                        the small HRM of the quickstart
+    python -m benchmarks.step arch=small --json                             one of width 128, 16 cells
     python -m benchmarks.step arch=sudoku_6x6 --json                        that of the 6x6 experiment
     python -m benchmarks.step arch=hrm_v1 local_batch_size=32 --json        the published 27M model, 81 cells
 
@@ -8,12 +9,10 @@ The plain step stands in for the published code, not compiled, on the same machi
 every use, the library's fused attention, the loss in float64, the optimizer one tensor after another. Ours is measured
 eager, compiled (not with `compile=false`), and on a GPU recorded as a CUDA graph besides; `ms_per_example` is what
 training does unless told otherwise: compiled, not recorded. All are measured in turns in this process; the figures to
-trust are the ratios and the medians. `share_of_products` is the share of the rate at
-which this machine does a large matrix product.
+trust are the ratios and the medians. `share_of_products` is the share of the rate at which this machine does a large
+matrix product, `share_of_peak` that of a known GPU's data sheet.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -21,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import front
-from benchmarks.machine import facts, product_rate
+from benchmarks.clock import in_turns, medians_ms
+from benchmarks.machine import facts, peak_tflops, product_rate
 from hrm_ray import machine
 from hrm_ray.errors import first_line
 from hrm_ray.models import act as act_module
@@ -37,10 +37,11 @@ from hrm_ray.training.cuda_graph import Recordings, is_the_same
 
 SMALL = {"hidden_size": 96, "num_heads": 3, "H_layers": 2, "L_layers": 2, "pos_encodings": "learned"}
 SMALL |= {"puzzle_emb_ndim": 0, "halt_max_steps": 8, "loss": {"loss_type": "softmax_cross_entropy"}}
-SUDOKU_6X6 = SMALL | {"hidden_size": 128, "num_heads": 4}
+WIDER = SMALL | {"hidden_size": 128, "num_heads": 4}
 ARCHS = {  # architecture, Sudoku size
     "quickstart": (HRMConfig(**SMALL), 4),
-    "sudoku_6x6": (HRMConfig(**SUDOKU_6X6), 6),
+    "small": (HRMConfig(**WIDER), 4),
+    "sudoku_6x6": (HRMConfig(**WIDER), 6),
     "hrm_v1": (HRMConfig(), 9),
 }
 
@@ -140,8 +141,6 @@ def make_step(
             torch._foreach_zero_(gradients)
         else:
             optimizer.zero_grad()
-        if setup.device.type == "cuda":
-            torch.cuda.synchronize()
 
     return step
 
@@ -183,32 +182,28 @@ def measure(arch: str, local_batch_size: int, rounds: int, dtype: str, compile: 
             steps[recorded] = make_step(recorded, config, size, batch_size, products_dtype)
         except Exception as error:  # of any kind; the others are measured all the same
             problem = first_line(error)
-    times: dict[str, list[float]] = {kind: [] for kind in steps}
-    for i in range(rounds + 2):
-        for kind, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if i >= 2:  # warm-up
-                times[kind].append(time.perf_counter() - started)
-    medians = {kind: statistics.median(values) / batch_size for kind, values in times.items()}
+    times = in_turns(steps, rounds)
+    medians = {kind: ms / batch_size for kind, ms in medians_ms(times).items()}
     ours = medians[kinds[0]]
-    rate, limit = flops_per_example(config, size * size) / ours, product_rate(products_dtype)
+    rate, limit = flops_per_example(config, size * size) / ours * 1e3, product_rate(products_dtype)
+    peak = peak_tflops(products_dtype)
     return {
         "benchmark": "step",
         "arch": arch,
         "local_batch_size": batch_size,
         "dtype": str(products_dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "ms_per_example": round(ours * 1e3, 3),
+        "ms_per_example": round(ours, 3),
         "compiled": compile,
-        "eager_ms_per_example": round(medians["eager"] * 1e3, 3),
-        "recorded_ms_per_example": round(medians[recorded] * 1e3, 3) if recorded in medians else None,
+        "eager_ms_per_example": round(medians["eager"], 3),
+        "recorded_ms_per_example": round(medians[recorded], 3) if recorded in medians else None,
         "recording_failed": problem,
-        "plain_ms_per_example": round(medians["plain"] * 1e3, 3),
+        "plain_ms_per_example": round(medians["plain"], 3),
         "speedup_over_plain": round(medians["plain"] / ours, 3),
         "tflops": round(rate / 1e12, 3),
         "product_tflops": round(limit / 1e12, 3),
         "share_of_products": round(rate / limit, 3),
+        "share_of_peak": round(rate / 1e12 / peak, 3) if peak else None,
         "spread_ms": [round(t * 1e3 / batch_size, 3) for t in (min(times[kinds[0]]), max(times[kinds[0]]))],
         "rounds": rounds,
         **facts(),
