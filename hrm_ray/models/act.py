@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hrm_ray.models.halting import Control, Fixed
+from hrm_ray.models.layers import cast_weights
 from hrm_ray.models.recursive import Prediction, RecursiveModel, State
 
 IGNORE = -100  # the label of a cell that is not scored
@@ -124,9 +125,13 @@ class ACT(nn.Module):
             batch: puzzles for the slots that have halted; the others ignore theirs.
             control: of this training step. None means evaluation: every slot runs `halt_max_steps`.
         """
+        cast_weights(self.inner, self.inner.dtype)  # they may be new
         state = self.inner.reset(carry.state, carry.halted)
         batch = batch.where(carry.halted, carry.batch)
-        state, prediction = self.inner(state, batch.inputs, batch.puzzle_identifiers)
+        e_BSD = self.inner.embed(batch.inputs, batch.puzzle_identifiers)
+        state = self.inner(state, e_BSD)
+        prediction = self.inner.predict(state.z_H)
+        state = State(state.z_H.detach(), state.z_L.detach())
         if control is not None and control.is_warming_up:
             prediction = Prediction(prediction.logits, *self.inner.q_values(state.z_H))
         with torch.no_grad():
@@ -138,7 +143,6 @@ class ACT(nn.Module):
             target = None
             if self.halting.looks_ahead:
                 # Q-learning without a replay memory or target network: the next step's values, from here, now.
-                _, following = self.inner(state, batch.inputs, batch.puzzle_identifiers, same_weights=True)
-                best_next = torch.maximum(following.q_halt, following.q_continue)
-                target = torch.where(is_last, following.q_halt, best_next).sigmoid()
+                q_halt, q_continue = self.inner.q_values(self.inner(state, e_BSD.detach()).z_H)
+                target = torch.where(is_last, q_halt, torch.maximum(q_halt, q_continue)).sigmoid()
         return Step(Carry(state, steps, halted, batch), prediction, target)

@@ -23,7 +23,6 @@ from hrm_ray.models.layers import (
     ReasoningModule,
     Rope,
     TokenEmbedding,
-    cast_weights,
     rope_tables,
     trunc_normal_,
 )
@@ -32,7 +31,7 @@ Q_HEAD_BIAS = -5.0  # "do not halt yet" until the Q head has learned something
 
 
 class State(NamedTuple):
-    """Hidden states of the two modules, each [B, S, D] in the compute dtype, detached."""
+    """Hidden states of the two modules, each [B, S, D] in the compute dtype."""
 
     z_H: Tensor
     z_L: Tensor
@@ -151,7 +150,7 @@ class RecursiveModel(nn.Module, ABC):
         )
 
     def embed(self, inputs_BC: Tensor, puzzle_identifiers_B: Tensor) -> Tensor:
-        """Input embedding [B, S, D]: puzzle tokens, then cells; scaled by sqrt(D)."""
+        """Input embedding [B, S, D] of integer tokens: puzzle tokens, then cells; scaled by sqrt(D)."""
         D = self.config.hidden_size
         e_BSD = F.embedding(inputs_BC, self.embed_tokens.embedding_weight)
         if self.config.puzzle_emb_ndim:
@@ -162,28 +161,20 @@ class RecursiveModel(nn.Module, ABC):
             e_BSD = math.sqrt(0.5) * (e_BSD + self.embed_pos.embedding_weight)
         return (math.sqrt(D) * e_BSD).to(self.dtype)
 
-    def forward(
-        self, state: State, inputs_BC: Tensor, puzzle_identifiers_B: Tensor, *, same_weights: bool = False
-    ) -> tuple[State, Prediction]:
-        """One ACT step.
-
-        Args:
-            state: of the step before, or fresh.
-            inputs_BC: tokens, int.
-            puzzle_identifiers_B: int.
-            same_weights: they are those of the call before, whose compute copies can be used again.
+    def forward(self, state: State, e_BSD: Tensor) -> State:
+        """One ACT step from `state` on the embedded puzzle, with the weights of the last `cast_weights`.
 
         Returns:
-            the new state (detached) and the prediction.
+            the new state; its z_H, which the heads read, carries the gradient.
         """
-        if not same_weights:
-            cast_weights(self, self.dtype)
         rope = (self.rope_cos, self.rope_sin) if self.config.pos_encodings == "rope" else None
-        e_BSD = self.embed(inputs_BC, puzzle_identifiers_B)
-        z_H, z_L = self.recur(state.z_H, state.z_L, e_BSD, rope)
+        return State(*self.recur(state.z_H, state.z_L, e_BSD, rope))
+
+    def predict(self, z_H: Tensor) -> Prediction:
+        """What the heads read from the state of the answer."""
         q_halt, q_continue = self.q_values(z_H)
         logits = self.lm_head(z_H[:, self.num_puzzle_tokens :]).to(q_halt.dtype)
-        return State(z_H.detach(), z_L.detach()), Prediction(logits, q_halt, q_continue)
+        return Prediction(logits, q_halt, q_continue)
 
     def q_values(self, z_H: Tensor) -> tuple[Tensor, Tensor]:
         """q_halt and q_continue [B], read from the first token in the precision of the weights."""

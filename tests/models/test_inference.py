@@ -9,7 +9,7 @@ from hrm_ray.errors import UserError
 from hrm_ray.models.act import ACT
 from hrm_ray.models.halting import Fixed
 from hrm_ray.models.inference import Answer, think, think_and_vote, thinking_for, vote
-from hrm_ray.models.recursive import Prediction
+from hrm_ray.models.recursive import Prediction, State
 from tests.golden_cases import FOLDER as GOLDEN
 from tests.golden_cases import batch_of, model_of
 
@@ -83,10 +83,18 @@ def test_a_copy_is_answered_in_its_own_labels_and_read_back():
     seen = []
 
     class Copies(torch.nn.Module):
-        def forward(self, state, inputs, identifiers):
+        dtype = torch.float32
+
+        def embed(self, inputs, identifiers):
             seen.append(inputs.clone())
+            return inputs
+
+        def forward(self, state, inputs):
+            return State(inputs, inputs)
+
+        def predict(self, inputs):
             zeros = torch.zeros(len(inputs))
-            return state, Prediction(torch.nn.functional.one_hot(inputs.long(), 6).float(), zeros, zeros)
+            return Prediction(torch.nn.functional.one_hot(inputs.long(), 6).float(), zeros, zeros)
 
     real, batch = model_and_batch()
     model = ACT(Copies(), 1, Fixed())
