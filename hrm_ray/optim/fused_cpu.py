@@ -47,11 +47,12 @@ def _update(p, g, m, v, alpha1, beta2, alpha2, m_scale, v_scale, step_size, kept
         m_i = m[i] + alpha1 * (g[i] - m[i])
         v_i = beta2 * v[i] + alpha2 * g[i] * g[i]
         m[i], v[i] = m_i, v_i
-        y, x = abs(m_i * m_scale), math.sqrt(v_i) * v_scale
-        is_steep = y > x
-        low, high = (x, y) if is_steep else (y, x)
+        y, x = m_i * m_scale, math.sqrt(v_i) * v_scale
+        # Either atan(y / x), or a right angle of the sign of y less atan(x / y).
+        is_steep = abs(y) > x
+        low, high = (-x, y) if is_steep else (y, x)
         # Equal are 0 and 0, where atan2 is 0, but also infinite ones, which have no quotient. NaN goes through.
-        r = low / high if low != high else (ONE if high > ZERO else ZERO)
+        r = low / high if abs(y) != x else math.copysign(ONE if x > ZERO else ZERO, y)
         s = r * r
         a = A8 * s + A7
         a = a * s + A6
@@ -60,9 +61,8 @@ def _update(p, g, m, v, alpha1, beta2, alpha2, m_scale, v_scale, step_size, kept
         a = a * s + A3
         a = a * s + A2
         a = a * s + A1
-        a = (a * s + A0) * r
-        a = HALF_PI - a if is_steep else a
-        p[i] = p[i] * kept - step_size * math.copysign(a, m_i)
+        a = (a * s + A0) * r + math.copysign(HALF_PI if is_steep else ZERO, y)
+        p[i] = p[i] * kept - step_size * a
 
 
 def update(
