@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 NUM_WARMUPS = 2
-# GPU clock cycles, some 5 ms, that a GPU idles before what is timed: long enough to launch all of it meanwhile.
-HEAD_START_CYCLES = 10_000_000
+# Clock cycles that a GPU sleeps before what is timed, to launch all of it meanwhile: at first some 5 ms, at most 10 s.
+HEAD_START_CYCLES, MAX_HEAD_START_CYCLES = 10_000_000, 20_000_000_000
 
 
 def in_turns(
@@ -18,7 +18,7 @@ def in_turns(
 
     Args:
         kernels_only: on a GPU without the time that launching takes, which a long run hides behind the kernels
-            before. Calls must not wait for the GPU.
+            before. Calls must not wait for the GPU, else RuntimeError.
     """
     on_gpu = torch.cuda.is_available()
     clock = _wall if not on_gpu else (_kernels if kernels_only else _finished)
@@ -53,9 +53,15 @@ def _finished(call: Callable[[], object]) -> float:
 
 def _kernels(call: Callable[[], object]) -> float:
     started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(HEAD_START_CYCLES)
-    started.record()
-    call()
-    ended.record()
-    torch.cuda.synchronize()
-    return started.elapsed_time(ended) / 1e3
+    cycles = HEAD_START_CYCLES
+    while cycles <= MAX_HEAD_START_CYCLES:
+        torch.cuda._sleep(cycles)
+        started.record()
+        call()
+        ended.record()
+        was_idle = not started.query()
+        torch.cuda.synchronize()
+        if was_idle:
+            return started.elapsed_time(ended) / 1e3
+        cycles *= 4
+    raise RuntimeError("what is timed waits for the GPU")

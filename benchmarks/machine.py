@@ -12,8 +12,14 @@ import torch
 import hrm_ray
 from benchmarks.clock import in_turns, medians_ms
 
-# Dense bfloat16 operations a second by the makers' data sheets.
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
+# Dense bfloat16 TFLOP/s by the makers' data sheets, of whole GPUs: others of a family, and slices, have less.
+PEAK_TFLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H200": 989,
+    "NVIDIA B200": 2250,
+}
 
 
 def cpu_name() -> str:
@@ -58,5 +64,4 @@ def peak_tflops(dtype: torch.dtype) -> float | None:
     """Of the GPU by its data sheet; None: not a known one, or not bfloat16."""
     if dtype != torch.bfloat16 or not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+    return PEAK_TFLOPS.get(torch.cuda.get_device_name())

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import front, gpu, step
+from benchmarks import clock, front, gpu, step
 from hrm_ray.errors import UserError
 from hrm_ray.training import cuda_graph
 from tests.training import recorder
@@ -87,6 +87,47 @@ def test_attention_measures(monkeypatch, capsys):
     code, out, _ = command(monkeypatch, capsys, "attention", *words, "--json")
     assert code == 0
     assert json.loads(out)["ms"].keys() >= {"sdpa", "matmul"}
+
+
+class FakeGPU:
+    """As far as `clock` sees one: it takes the time of `cycles_to_launch` cycles to launch what is timed."""
+
+    def __init__(self, cycles_to_launch: float):
+        self.cycles_to_launch, self.cycles = cycles_to_launch, 0
+
+    def sleep(self, cycles: int) -> None:
+        self.cycles = cycles
+
+    def record(self) -> None: ...
+
+    def query(self) -> bool:
+        """Whether it no longer sleeps when all is launched."""
+        return self.cycles < self.cycles_to_launch
+
+    def elapsed_time(self, other: object) -> float:
+        return self.cycles
+
+
+@pytest.fixture
+def time_on_gpu(monkeypatch):
+    def time(cycles_to_launch: float) -> float:
+        fake = FakeGPU(cycles_to_launch)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: fake)
+        monkeypatch.setattr(torch.cuda, "_sleep", fake.sleep, raising=False)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        return clock._kernels(lambda: None) * 1e3
+
+    return time
+
+
+@pytest.mark.parametrize("cycles", [1, 5 * clock.HEAD_START_CYCLES, 10**9])
+def test_a_gpu_sleeps_until_all_that_is_timed_is_launched(time_on_gpu, cycles):
+    assert time_on_gpu(cycles) >= cycles
+
+
+def test_what_waits_for_the_gpu_is_not_timed(time_on_gpu):
+    with pytest.raises(RuntimeError, match="waits for the GPU"):
+        time_on_gpu(float("inf"))
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("eager", 2), ("recorded", 0)])

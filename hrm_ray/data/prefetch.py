@@ -13,20 +13,25 @@ T = TypeVar("T")
 class Prefetcher(Generic[T]):
     """The values of `make` for keys that are mostly asked for in turn.
 
+    Its thread ends with it, unless `make` refers to it.
+
     Args:
-        make: the value of a key (a whole number); called in a thread of its own, once at a time.
+        make: the value of a key (a whole number), which nobody changes. Called in a thread of its own, once at a time;
+            not to launch anything on a GPU, where the step at hand may just be recorded.
+        last: no key after this one is made ahead.
     """
 
-    def __init__(self, make: Callable[[int], T]):
-        self._make = make
+    def __init__(self, make: Callable[[int], T], last: int):
+        self._make, self._last = make, last
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._ahead: tuple[int, Future[T]] | None = None
+        self._begun: dict[int, Future[T]] = {}  # what was asked for at last, and the next
 
     def get(self, key: int) -> T:
-        """The value of `key`; the next key's is begun. Raises what `make` raised for `key`."""
-        key_ahead, future = self._ahead or (None, None)
-        if future is None or key_ahead != key:
-            future = self._thread.submit(self._make, key)
-        value = future.result()
-        self._ahead = key + 1, self._thread.submit(self._make, key + 1)
-        return value
+        """The value of `key`, and begin that of the next. Raises what `make` raised for `key`; then ask again."""
+        wanted = [key, *([key + 1] if key < self._last else [])]
+        self._begun = {k: self._begun.get(k) or self._thread.submit(self._make, k) for k in wanted}
+        try:
+            return self._begun[key].result()
+        except Exception:
+            del self._begun[key]
+            raise

@@ -53,7 +53,8 @@ def capture(function: Callable[[], Any], memory: GraphMemory) -> tuple[Replay, A
                 for _ in range(NUM_WARMUPS - 1):
                     function()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=memory.pool, stream=stream):
+            # What other threads do on the GPU meanwhile does not end it.
+            with torch.cuda.graph(graph, pool=memory.pool, stream=stream, capture_error_mode="thread_local"):
                 try:
                     results = function()
                 except Exception as error:

@@ -103,10 +103,15 @@ class Stepper:
 
     def __init__(self, config: TrainConfig, plan: Plan, dataset: Dataset, world: World, state: TrainState):
         self.config, self.plan, self.world, self.state = config, plan, world, state
-        self.manifest, self.split = dataset.manifest, dataset.split("train")
-        self.sampler = Sampler(self.split, config.seed, config.global_batch_size, plan.num_examples)
+        self.sampler = Sampler(
+            dataset.split("train"), config.seed, config.global_batch_size, plan.num_examples
+        )
         self.slots = world.slots(config.global_batch_size)
-        self._batches = Prefetcher(self._read)
+        self._batches = Prefetcher(
+            # Not a method: the thread would keep this worker's model alive.
+            partial(_read, dataset, self.sampler, self.slots),
+            last=plan.last_step * config.supervision_steps,
+        )
         self.device = next(state.model.parameters()).device
         module: nn.Module = LossModule(state.model, config.arch.loss.loss_type)
         if world.size > 1:
@@ -302,11 +307,6 @@ class Stepper:
         """What this worker's slots are offered."""
         return self._batches.get(supervision_step).to(self.device)
 
-    def _read(self, supervision_step: int) -> Batch:
-        ids = self.sampler.ids(supervision_step)[self.slots]
-        manifest = self.manifest
-        return make_batch(self.split, ids, manifest.ignore_label_id, manifest.blank_identifier_id)
-
     def control(self, step: int, supervision_step: int) -> Control:
         """What decides about halting; drawn from (seed, supervision step, global slot)."""
         arch, key = self.config.arch, (self.config.seed, supervision_step, self.config.global_batch_size)
@@ -340,6 +340,11 @@ class Stepper:
     def _own(self, values: np.ndarray) -> Tensor:
         """This worker's part of an array with a row for every global slot."""
         return send(torch.from_numpy(np.ascontiguousarray(values[self.slots])), self.device)
+
+
+def _read(dataset: Dataset, sampler: Sampler, slots: slice, supervision_step: int) -> Batch:
+    ids, manifest = sampler.ids(supervision_step)[slots], dataset.manifest
+    return make_batch(dataset.split("train"), ids, manifest.ignore_label_id, manifest.blank_identifier_id)
 
 
 def _other(tensor: Tensor) -> Tensor:

@@ -263,7 +263,8 @@ class NoGpu:
             self.done.append("left the stream")
 
     @contextmanager
-    def graph(self, graph, pool, stream):
+    def graph(self, graph, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
         try:
             yield
         except Exception:
