@@ -1,5 +1,6 @@
 # make quickstart   see a model learn, in minutes, from a fresh clone
 # make test         the tests            make lint   style and types
+# make test-all     these and the long ones
 # make chaos        100 faults in real runs, and what came of them; CHAOS="--faults 10 --seed 1" for others
 # Options: PYTHON=python3.12, PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" (torch without CUDA)
 
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test chaos lint format clean
+.PHONY: help quickstart test test-all chaos lint format clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -40,6 +41,9 @@ quickstart: $(READY)
 
 test: $(READY) lint
 	@$(BIN)/python -m pytest
+
+test-all: $(READY) lint
+	@$(BIN)/python -m pytest -m ''
 
 chaos: $(READY)
 	@nice $(BIN)/python -m tests.faults.chaos $(CHAOS)

@@ -128,7 +128,7 @@ def reference(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: T
     for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         m.copy_(h.beta1 * m + (1 - h.beta1) * g)
         v.copy_(h.beta2 * v + (1 - h.beta2) * g * g)
-        p.copy_(p * h.kept - step_size * torch.atan2(m * m_scale, v.sqrt() * v_scale))
+        p.copy_(p.to(m.dtype) * h.kept - step_size * torch.atan2(m * m_scale, v.sqrt() * v_scale))
 
 
 @on_host
@@ -142,8 +142,13 @@ def foreach(params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Ten
     torch._foreach_mul_(denominators, v_scale / m_scale)  # atan2 depends on the ratio alone
     for denominator, m in zip(denominators, exp_avgs, strict=True):
         torch.atan2(m, denominator, out=denominator)
-    torch._foreach_mul_(params, h.kept)
-    torch._foreach_add_(params, denominators, alpha=-step_size)
+    # Narrow parameters are rounded once, or small steps and decays would be lost one by one.
+    wide = [p.to(m.dtype) for p, m in zip(params, exp_avgs, strict=True)]  # a wide one itself
+    torch._foreach_mul_(wide, h.kept)
+    torch._foreach_add_(wide, denominators, alpha=-step_size)
+    for p, w in zip(params, wide, strict=True):
+        if p is not w:
+            p.copy_(w)
 
 
 @on_host
@@ -209,7 +214,7 @@ def _why_not_cuda(device: torch.device) -> str | None:
 def _why_not_fused(device: torch.device) -> str | None:
     try:
         from hrm_ray.optim import fused_cpu  # noqa: F401
-    except (ImportError, RuntimeError) as error:  # no numba, or no folder that it can write to
+    except Exception as error:  # no numba, or whatever it raises where it cannot compile
         return first_line(error)
     return None
 
@@ -228,8 +233,9 @@ class AdamATan2(torch.optim.Optimizer):
         lr: learning rate, at least 0; a group's `lr` may be set before every step.
         betas: decay of the first and second moment, from 0 to below 1.
         weight_decay: decoupled, multiplied by `lr`; at least 0. For a CUDA graph it and `lr` have to be tensors on the
-            GPU, float32[], which are read at every replay.
-        bias_correction: "outside" (the published training) or "inside" (the paper). Not part of the state.
+            GPU, float32[], which are read at every replay, and a step is taken before; after `load_state_dict` record
+            anew.
+        bias_correction: "outside" (the published training) or "inside" (the paper).
         backend: "auto" or a name from `BACKENDS`: "fused" is for float32 on the CPU, "cuda" for float32 and bfloat16 on
             a GPU; what is not plain and contiguous is left to "foreach".
 
@@ -249,15 +255,12 @@ class AdamATan2(torch.optim.Optimizer):
         bias_correction: BiasCorrection = "outside",
         backend: str = "auto",
     ):
-        if bias_correction not in ("outside", "inside"):
-            raise UserError(f"bias_correction={bias_correction}: unknown; known: outside, inside")
         self._backend = backend
-        self._bias_correction: BiasCorrection = bias_correction
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        numbers = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+        super().__init__(params, numbers | {"bias_correction": bias_correction})
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_backend": self._backend, "_bias_correction": self._bias_correction}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), "_backend": self._backend}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See torch; checks the numbers, and that the backend can take the parameters."""
@@ -273,11 +276,32 @@ class AdamATan2(torch.optim.Optimizer):
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See torch; refuses the state of another optimizer or of other parameters, keeps moments in float32."""
-        for group in state_dict["param_groups"]:
+        """See torch; keeps moments in float32.
+
+        Raises:
+            UserError: the state of another optimizer, of other parameters, or of the other form of bias correction
+                (the published package's, which does not say it, is "outside").
+        """
+        if not {"param_groups", "state"} <= state_dict.keys():
+            raise UserError("not a state of AdamATan2: it lacks param_groups or state")
+        published = {"bias_correction": "outside"}
+        state_dict = state_dict | {
+            "param_groups": [published | group for group in state_dict["param_groups"]]
+        }
+        sizes, ours = (
+            [len(group["params"]) for group in groups]
+            for groups in (state_dict["param_groups"], self.param_groups)
+        )
+        if sizes != ours:
+            raise UserError(f"the state is of other parameters: groups of {sizes}, here they are of {ours}")
+        for group, own in zip(state_dict["param_groups"], self.param_groups, strict=True):
             foreign = sorted(FOREIGN & group.keys()) or sorted(self.defaults.keys() - group.keys())
             if foreign:
                 raise UserError(f"not a state of AdamATan2: its groups differ in {', '.join(foreign)}")
+            _check_group(group)
+            if group["bias_correction"] != own["bias_correction"]:
+                forms = f"{group['bias_correction']}, here it is {own['bias_correction']}"
+                raise UserError(f"the state was trained with bias_correction={forms}")
         for state in state_dict["state"].values():
             if set(state) != set(STATE):
                 raise UserError(f"not a state of AdamATan2: it holds {', '.join(sorted(state)) or 'nothing'}")
@@ -285,7 +309,7 @@ class AdamATan2(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         given = [
             (p, state_dict["state"][i])
-            for i, p in zip(saved, params, strict=False)
+            for i, p in zip(saved, params, strict=True)
             if i in state_dict["state"]
         ]
         for p, state in given:
@@ -317,18 +341,22 @@ class AdamATan2(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # All are looked at before the first one moves.
+        by_backend: list[dict[str, list[Slot]]] = []
         for group in self.param_groups:
             slots: dict[str, list[Slot]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
                     backend = self._backend_of(p)
                     slots[backend].append(self._slot(p, p.grad, backend))
+            by_backend.append(slots)
+        for group, slots in zip(self.param_groups, by_backend, strict=True):
             shared = Group(
                 lr=group["lr"],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
                 weight_decay=group["weight_decay"],
-                bias_correction=self._bias_correction,
+                bias_correction=group["bias_correction"],
                 # A GradScaler sets these where it steps, since `_step_supports_amp_scaling`.
                 grad_scale=getattr(self, "grad_scale", None),
                 found_inf=getattr(self, "found_inf", None),
@@ -341,14 +369,16 @@ class AdamATan2(torch.optim.Optimizer):
         """`p` with its state, which is made at the first step."""
         if grad.layout is not torch.strided:
             raise UserError(f"AdamATan2 takes dense gradients, that of a parameter {list(p.shape)} is sparse")
+        if is_recorded(p.device) and (backend != "cuda" or not self.state[p]):
+            need = "a step before it" if backend == "cuda" else "optimizer_backend=cuda"
+            raise UserError(
+                f"a CUDA graph of AdamATan2 needs {need}, for a parameter {list(p.shape)} {p.dtype}"
+            )
         if not self.state[p]:
             self.state[p].update(self._new_state(p))
         state = self.state[p]
-        if state["exp_avg"].device != p.device:
-            raise UserError(
-                f"a parameter {list(p.shape)} is on {p.device}, its moments on {state['exp_avg'].device}; "
-                "make the optimizer, or load its state, after the model is moved"
-            )
+        for name in ("exp_avg", "exp_avg_sq"):  # kernels take it on trust
+            _check_moment(p, state[name])
         state["step"] = state["step"].to(p.device if backend == "cuda" else "cpu")
         return Slot(p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
 
@@ -357,6 +387,26 @@ class AdamATan2(torch.optim.Optimizer):
         is_plain = p.is_contiguous() and type(p) in (Tensor, nn.Parameter)
         has_own_dtype = p.grad is None or p.grad.dtype == p.dtype
         return name if name == "reference" or (is_plain and has_own_dtype) else "foreach"
+
+
+def is_recorded(device: torch.device) -> bool:
+    """Whether what is launched on this device becomes part of a CUDA graph instead of running."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _check_moment(p: Tensor, moment: Tensor) -> None:
+    """UserError if a moment is not like those that are made for `p`."""
+    is_like = moment.device == p.device and moment.shape == p.shape
+    is_like = is_like and moment.dtype == torch.promote_types(p.dtype, torch.float32)
+    if not is_like or (p.is_contiguous() and not moment.is_contiguous()):
+        kinds = [f"{list(t.shape)} {t.dtype} on {t.device}" for t in (p, moment)]
+        raise UserError(
+            f"a parameter is {kinds[0]}, its moments are {kinds[1]}; "
+            "make the optimizer, or load its state, after the model is moved or changed"
+        )
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -368,3 +418,5 @@ def _check_group(group: dict[str, Any]) -> None:
     betas = group["betas"]
     if not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"betas={betas} have to be from 0 to below 1")
+    if group["bias_correction"] not in ("outside", "inside"):
+        raise UserError(f"bias_correction={group['bias_correction']}: unknown; known: outside, inside")

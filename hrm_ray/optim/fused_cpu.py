@@ -6,17 +6,21 @@ polynomial so that it can.
 """
 
 import math
+import os
+import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
+from hrm_ray.errors import first_line
 from hrm_ray.optim.adam_atan2 import Hyperparameters, Tensors
 
 # Numbers that one call updates: the same whatever the number of threads, so that every one comes out alike.
@@ -40,8 +44,7 @@ A0, A1, A2, A3, A4, A5, A6, A7, A8 = map(
 )
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
-def _update(p, g, m, v, alpha1, beta2, alpha2, m_scale, v_scale, step_size, kept):
+def _equations(p, g, m, v, alpha1, beta2, alpha2, m_scale, v_scale, step_size, kept):
     """All arrays float32[n], all numbers float32; p, m and v in place. alpha is 1 - beta."""
     for i in range(p.size):
         m_i = m[i] + alpha1 * (g[i] - m[i])
@@ -65,6 +68,27 @@ def _update(p, g, m, v, alpha1, beta2, alpha2, m_scale, v_scale, step_size, kept
         p[i] = p[i] * kept - step_size * a
 
 
+def _compiled() -> Callable[..., None]:
+    """`_equations` as machine code, which numba keeps on disk if it can.
+
+    Raises:
+        Exception: whatever numba raises where it cannot compile.
+    """
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    nothing: list[Any] = [np.empty(0, np.float32)] * 4 + [ZERO] * 7
+    try:
+        function = njit(cache=True, **options)(_equations)
+        function(*nothing)
+    except Exception as error:  # of any kind where what is kept is damaged
+        function = njit(**options)(_equations)
+        function(*nothing)
+        warnings.warn(f"AdamATan2 is compiled anew at every start: {first_line(error)}", stacklevel=2)
+    return function
+
+
+_update = _compiled()
+
+
 def update(
     params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, h: Hyperparameters
 ) -> None:
@@ -86,7 +110,8 @@ def update(
     helpers = [_helpers(num_helpers).submit(work) for _ in range(num_helpers)]
     work()  # this thread too: it would wake late if it waited for others
     for helper in helpers:
-        helper.result()
+        if not helper.cancel():  # one that has not begun is not needed
+            helper.result()
 
 
 def _chunks(*lists: Tensors) -> Iterator[tuple[np.ndarray, ...]]:
@@ -104,3 +129,6 @@ def _flat(tensor: Tensor) -> np.ndarray:
 @lru_cache(maxsize=1)
 def _helpers(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="AdamATan2")
+
+
+os.register_at_fork(after_in_child=_helpers.cache_clear)  # a child has none of these threads

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hrm_ray.errors import UserError
 from hrm_ray.optim import nvrtc
-from hrm_ray.optim.adam_atan2 import CUDA_DTYPES, Group, Slot
+from hrm_ray.optim.adam_atan2 import CUDA_DTYPES, Group, Slot, is_recorded
 
 # As in kernels.cu.
 THREADS, CHUNK = 256, 4096
@@ -128,10 +128,10 @@ def _on(device: torch.device, value: float | Tensor | None) -> Tensor | None:
     """A number as float32[] on the GPU; one that is there already is used as it is."""
     if value is None:
         return None
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.device.type == device.type:
         return value.to(device, torch.float32)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_recorded(device):
         raise UserError(
             f"a CUDA graph would keep lr and weight_decay as they are now ({value}); make them tensors on {device}"
         )
-    return torch.full((), value, dtype=torch.float32, device=device)
+    return torch.full((), float(value), dtype=torch.float32, device=device)

@@ -84,24 +84,26 @@ def cached_code(source: str, arch: str, defines: Sequence[str] = ()) -> bytes:
     """
     version = [int(number) for number in _nvrtc().nvrtcVersion()[1:]]
     key = hashlib.sha256(repr((source, _options(arch, defines), version)).encode()).hexdigest()[:32]
+    with suppress(OSError, UserError):
+        content = _path(key).read_bytes()
+        digest, code = content[:DIGEST_SIZE], content[DIGEST_SIZE:]
+        if hashlib.sha256(code).digest() == digest:
+            return code
+    code = compile_source(source, arch, defines)
     try:
-        path = cache_dir() / "kernels" / f"{key}.cubin"
-        with suppress(FileNotFoundError):
-            content = path.read_bytes()
-            digest, code = content[:DIGEST_SIZE], content[DIGEST_SIZE:]
-            if hashlib.sha256(code).digest() == digest:
-                return code
-        code = compile_source(source, arch, defines)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, hashlib.sha256(code).digest() + code)
-        return code
+        _write(_path(key), hashlib.sha256(code).digest() + code)
     except (OSError, UserError) as error:
         warnings.warn(f"kernels are compiled anew at every start: {error}", stacklevel=2)
-        return compile_source(source, arch, defines)
+    return code
+
+
+def _path(key: str) -> Path:
+    return cache_dir() / "kernels" / f"{key}.cubin"
 
 
 def _write(path: Path, content: bytes) -> None:
     """Whole or not there, whoever else writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as aside:

@@ -25,19 +25,25 @@ def sparse_sign_sgd(
     Args:
         table: [rows, size] float32, the same on every worker before and after.
         identifiers: [n] int, the rows looked up by the whole global batch, with repetitions.
-        gradients: [n, size] float32.
+        gradients: [n, size] float32. A row's are added up in the order of the batch.
         lr: learning rate.
         weight_decay: decoupled, multiplied by `lr`.
         backend: as of `AdamATan2`; where it is "cuda", one kernel does it all.
+
+    Raises:
+        ValueError: the shapes do not belong together.
     """
+    if identifiers.ndim != 1 or gradients.shape != (len(identifiers), table.shape[1]):
+        shapes = ", ".join(str(list(t.shape)) for t in (table, identifiers, gradients))
+        raise ValueError(f"table, identifiers and gradients have the shapes {shapes}")
     is_fit = table.is_contiguous() and table.dtype == gradients.dtype == torch.float32
     is_fit = is_fit and table.device == identifiers.device == gradients.device
     if is_fit and table.device.type == "cuda" and resolve_backend(backend, table.device) == "cuda":
         fused_cuda.sparse_sign_sgd(table, identifiers, gradients.contiguous(), lr, weight_decay)
         increment_version(table)
         return
-    rows, position = identifiers.unique(return_inverse=True)
-    # As a product, because index_add_ on a GPU adds in an order that changes, and a sign near zero with it.
-    is_of_row = position == torch.arange(len(rows), device=table.device)[:, None]
-    summed = is_of_row.to(gradients.dtype) @ gradients
+    rows, position, counts = identifiers.unique(return_inverse=True, return_counts=True)
+    # Not index_add_, which on a GPU adds in an order that changes, and a sign near zero with it.
+    in_turn = gradients[position.argsort(stable=True)]
+    summed = torch.segment_reduce(in_turn, "sum", lengths=counts, unsafe=True)
     table[rows] = table[rows] * (1 - lr * weight_decay) - lr * summed.sign()

@@ -17,13 +17,14 @@ from tests.faults.compare import Reference
 from tests.faults.faults import KINDS, NodesFault, Outcome
 from tests.faults.runs import Setting
 
+ONE_FAULT = ("checkpoint-bit-flipped",)  # and the whole cluster lost
 # One of each way to die; the others differ in when.
-KINDS_TO_TEST = (
+EACH_FAULT = (
     "worker-killed-in-step",
     "worker-killed-in-evaluation",
     "worker-killed-in-checkpoint",
     "driver-sigterm",
-    "checkpoint-bit-flipped",  # and the whole cluster lost
+    *ONE_FAULT,
 )
 NUM_OF_NODES = sum(issubclass(kind, NodesFault) for kind in KINDS.values())
 
@@ -47,19 +48,23 @@ def chaos_of_nodes() -> Iterator[subprocess.Popen]:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(900)  # two minutes on two cores with nothing else to do
-def test_a_run_hit_by_faults_ends_like_the_undisturbed_run(site, chaos_of_nodes):
-    faults = deque(KINDS[name]() for name in KINDS_TO_TEST)
-    setting = Setting(num_workers=2, max_steps=300)
+@pytest.mark.timeout(900)  # two minutes on two fast cores with nothing else to do, ten on slow ones
+@pytest.mark.parametrize(
+    ("kinds", "max_steps"), [(ONE_FAULT, 180), pytest.param(EACH_FAULT, 300, marks=pytest.mark.long)]
+)
+def test_a_run_hit_by_faults_ends_like_the_undisturbed_run(site, kinds, max_steps):
+    faults = deque(KINDS[name]() for name in kinds)
+    setting = Setting(num_workers=2, max_steps=max_steps)
     outcomes = list(chaos.disturb(site, setting, faults, random.Random(0)))
     print(chaos.table(outcomes))
     assert not [problem for outcome in outcomes for problem in outcome.problems]
-    assert [outcome.kind for outcome in outcomes] == list(KINDS_TO_TEST)
+    assert [outcome.kind for outcome in outcomes] == list(kinds)
     # The last checkpoint and what came while the next was written, the damaged one and what came after it.
     assert all(outcome.repeated_steps <= 3 * setting.checkpoint_interval for outcome in outcomes)
 
 
 @pytest.mark.ray
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_run_whose_nodes_come_and_go_ends_like_the_undisturbed_run(chaos_of_nodes):
     said, _ = chaos_of_nodes.communicate()

@@ -1,15 +1,20 @@
 """Every backend against the equations in float64, and the two forms' first steps."""
 
 import math
+import multiprocessing
 import sys
+import warnings
 from copy import deepcopy
 from functools import partial
 from itertools import permutations
 
+import numba
+import numpy as np
 import pytest
 import torch
 
 from hrm_ray.errors import UserError
+from hrm_ray.optim import adam_atan2, fused_cpu
 from hrm_ray.optim.adam_atan2 import AdamATan2, resolve_backend
 from hrm_ray.optim.fused_cpu import CHUNK
 
@@ -349,3 +354,107 @@ def test_parameters_that_began_later_count_their_own_steps():
     AdamATan2([alone], lr=1.0, weight_decay=0).step()
     assert torch.equal(late, alone)
     assert optimizer.state[early]["step"] == 3
+
+
+def stepped(*params, **settings):
+    optimizer = AdamATan2([torch.nn.Parameter(p) for p in params], **settings)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "changed", [torch.ones(20), torch.ones(10, dtype=torch.float64), torch.ones(1, 10), torch.ones(4)]
+)
+def test_a_parameter_that_is_another_than_its_moments(backend, changed):
+    """Else a kernel would write where nothing of it lies."""
+    if backend == "fused" and changed.dtype != torch.float32:
+        pytest.skip("refused before")
+    optimizer = stepped(torch.ones(10), backend=backend)
+    (p,) = optimizer.param_groups[0]["params"]
+    p.data, p.grad = changed, None
+    p.grad = torch.ones_like(changed)
+    with pytest.raises(UserError, match=r"its moments are \[10\] torch.float32 on cpu; make the optimizer"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["reference", "foreach"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_parameters_are_rounded_once(backend, dtype):
+    """Neither the decay nor the update alone is half the distance to the next number, but both are."""
+    almost_half = 0.6 * torch.finfo(dtype).eps / 4  # below 1 numbers are half as far apart
+    optimizer = stepped(torch.ones(3, dtype=dtype), lr=almost_half, weight_decay=1.0, backend=backend)
+    (p,) = optimizer.param_groups[0]["params"]
+    assert torch.equal(p.detach().double(), torch.full((3,), 1 - torch.finfo(dtype).eps / 2).double())
+
+
+def test_state_of_the_other_form_of_bias_correction():
+    inside = stepped(torch.ones(3), bias_correction="inside").state_dict()
+    with pytest.raises(UserError, match="trained with bias_correction=inside, here it is outside"):
+        stepped(torch.ones(3)).load_state_dict(inside)
+    stepped(torch.ones(3), bias_correction="inside").load_state_dict(inside)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: state.pop("param_groups"), "it lacks param_groups or state"),
+        (lambda state: state["param_groups"].append(state["param_groups"][0]), r"groups of \[1, 1\], here"),
+        (lambda state: state["param_groups"][0].update(lr=math.nan), "lr=nan has to be at least 0"),
+    ],
+)
+def test_a_state_that_is_broken(change, said):
+    state = a_state()
+    change(state)
+    with pytest.raises(UserError, match=said):
+        AdamATan2([torch.nn.Parameter(torch.ones(5, 3))]).load_state_dict(state)
+
+
+def test_nothing_moves_if_one_gradient_cannot_be_taken():
+    p, table = torch.nn.Parameter(torch.ones(3)), torch.nn.Embedding(4, 3, sparse=True)
+    p.grad = torch.ones(3)
+    table(torch.tensor([1])).sum().backward()
+    optimizer = AdamATan2([{"params": [p]}, {"params": table.parameters()}])
+    with pytest.raises(UserError, match="is sparse"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(3))
+
+
+def test_only_the_kernel_is_recorded(monkeypatch):
+    """What else runs on a GPU takes numbers from the host, which a CUDA graph would keep as they are."""
+    optimizer = stepped(torch.ones(3))
+    monkeypatch.setattr(adam_atan2, "is_recorded", lambda device: True)
+    with pytest.raises(UserError, match="a CUDA graph of AdamATan2 needs optimizer_backend=cuda"):
+        optimizer.step()
+
+
+def test_a_forked_process_goes_on():
+    """It has none of the threads of the one before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        optimizer = stepped(torch.ones(CHUNK + 1), backend="fused")
+        child = multiprocessing.get_context("fork").Process(target=optimizer.step)
+        child.start()
+        child.join(60)
+        child.kill()
+        assert child.exitcode == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_numba_kept_is_damaged(monkeypatch, tmp_path):
+    monkeypatch.setattr(numba.core.config, "CACHE_DIR", str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused_cpu._compiled()
+        fused_cpu._compiled()
+    (index,) = tmp_path.rglob("*.nbi")
+    index.write_bytes(index.read_bytes()[:-9])
+    with pytest.warns(UserWarning, match="AdamATan2 is compiled anew at every start: "):
+        update = fused_cpu._compiled()
+    p, g, m, v = (np.ones(3, np.float32) for _ in range(4))
+    update(p, g, m, v, *(np.float32(0.5) for _ in range(7)))
+    assert np.all(p < 1)

@@ -111,6 +111,7 @@ class DyingBackend(ray_backend.Backend):
         super().on_start(worker_group, backend_config)
 
 
+@pytest.mark.long
 def test_a_worker_killed_while_the_workers_join_leaves_nothing_reserved(
     config, ray_cluster, tmp_path, monkeypatch
 ):
@@ -137,6 +138,7 @@ class Leaks(DiesWhileJoining):
         return LeakyBackend
 
 
+@pytest.mark.long
 def test_where_no_worker_comes_though_there_is_room_ray_is_joined_anew(config, tmp_path):
     """Whatever it is that Ray waits for. In a process of its own, whose Ray is private."""
     program = """

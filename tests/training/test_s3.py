@@ -145,6 +145,7 @@ def test_whichever_write_fails_the_same_command_goes_on(tmp_path, s3, monkeypatc
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_two_ray_workers_stop_and_go_on(config, s3, ray_cluster):
     scaling = {"mode": "ray", "num_workers": 2, "cpus_per_worker": 1}
     values = {**config, "storage": s3("runs"), "scaling": scaling}
