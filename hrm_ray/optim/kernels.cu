@@ -20,11 +20,11 @@ __device__ void assign(bfloat16& to, float x) {
     }
 }
 
-constexpr int WIDTH = 8;  // numbers that a thread moves at once: in 16-byte accesses, two of float, one of bfloat16
 constexpr int THREADS = 256;
-constexpr int CHUNK = THREADS * WIDTH * 2;  // numbers that a block updates
+constexpr int CHUNK = 4096;  // numbers that a block updates
 
-template <typename T>
+// Numbers that are read and written at once, in 16-byte accesses.
+template <typename T, int WIDTH>
 struct alignas(16) Pack {
     T at[WIDTH];
 };
@@ -95,17 +95,20 @@ __device__ void update(const Tensors& tensors, const Group& group) {
     const long long start = (blockIdx.x - t.first_block) * CHUNK;
     const long long end = start + CHUNK < t.size ? start + CHUNK : t.size;
     const bool aligned = ((size_t)p | (size_t)g | (size_t)m | (size_t)v) % 16 == 0;
+    // One access of parameters a thread, so that those of neighbours are neighbours.
+    constexpr int WIDTH = 16 / sizeof(T);
+    static_assert(CHUNK % (THREADS * WIDTH) == 0, "threads begin at multiples of 16 bytes");
 #pragma unroll 2
     for (long long at = start + threadIdx.x * WIDTH; at < end; at += THREADS * WIDTH) {
         if (aligned && at + WIDTH <= end) {
-            Pack<T> p_s = *(Pack<T>*)(p + at);
-            const Pack<T> g_s = *(const Pack<T>*)(g + at);
-            Pack<float> m_s = *(Pack<float>*)(m + at), v_s = *(Pack<float>*)(v + at);
+            Pack<T, WIDTH> p_s = *(Pack<T, WIDTH>*)(p + at);
+            const Pack<T, WIDTH> g_s = *(const Pack<T, WIDTH>*)(g + at);
+            Pack<float, WIDTH> m_s = *(Pack<float, WIDTH>*)(m + at), v_s = *(Pack<float, WIDTH>*)(v + at);
 #pragma unroll
             for (int k = 0; k < WIDTH; ++k) move(p_s.at[k], g_s.at[k], m_s.at[k], v_s.at[k]);
-            *(Pack<T>*)(p + at) = p_s;
-            *(Pack<float>*)(m + at) = m_s;
-            *(Pack<float>*)(v + at) = v_s;
+            *(Pack<T, WIDTH>*)(p + at) = p_s;
+            *(Pack<float, WIDTH>*)(m + at) = m_s;
+            *(Pack<float, WIDTH>*)(v + at) = v_s;
         } else {
             for (long long k = at; k < at + WIDTH && k < end; ++k) move(p[k], g[k], m[k], v[k]);
         }
