@@ -14,7 +14,6 @@ from torch import Tensor
 
 from benchmarks import front
 from benchmarks.clock import in_turns, medians_ms
-from benchmarks.machine import facts
 from hrm_ray import machine
 from hrm_ray.models.attention import KERNELS, AttentionKernel, kernel, obstacle
 
@@ -41,7 +40,6 @@ def measure(batch: int, heads: int, head_dim: int, tokens: int, rounds: int, dty
         "auto": setup.attention,
         "ms": {name: {way: round(ms[f"{name} {way}"], 3) for way in ("forward", "both")} for name in names},
         "rounds": rounds,
-        **facts(),
     }
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from benchmarks import front
-from benchmarks.machine import facts
 from hrm_ray.config.compose import train_config
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.training.checkpoint import finished
@@ -112,7 +111,6 @@ def measure(checkpoints: int, words: list[str]) -> dict:
         "percent_at_50": round(cost_s / (50 * quiet_s) * 100, 2),
         "checkpoints": checkpoints,
         "global_batch_size": config.global_batch_size,
-        **facts(),
     }
 
 

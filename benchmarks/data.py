@@ -1,7 +1,8 @@
 """How fast puzzles are augmented, and what building the published 1,000 x 1,001 set takes.
 
     python -m benchmarks.data --json                                    augmentation alone
-    python -m benchmarks.data source=FOLDER --json                      and a build from FOLDER/{train,test}.csv
+    python -m benchmarks.data source=FOLDER --json                      and builds from FOLDER/{train,test}.csv
+    python -m benchmarks.data repeats=9                                 of the augmentation; builds: half as many
 
 Augmentation: one core, no input or output; a puzzle is a question with its answer. The build is the command
 `hrm-ray data build recipe=sudoku_9x9` in a process of its own, from the start of Python to verified shards, Ray's
@@ -9,20 +10,20 @@ start and end included. Its memory is sampled over all processes it starts: `pss
 once, so it is what the machine gives; `rss`, which counts such pages once a process, says more than is used.
 """
 
-import argparse
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import psutil
 
-from benchmarks.machine import facts
+from benchmarks import front
 from hrm_ray.data.tasks.sudoku import Sudoku
+from hrm_ray.errors import UserError
 
 NUM_PUZZLES, NUM_AUG = 200, 1000
 SAMPLE_EVERY_S = 0.2
@@ -87,27 +88,29 @@ def _watched(command: list[str]) -> dict:
         peaks |= now  # the larger of each
         time.sleep(SAMPLE_EVERY_S)
     if process.returncode:
-        raise SystemExit(f"the build failed with exit code {process.returncode}")
+        raise UserError(f"the build failed with exit code {process.returncode}")
     return {"wall_s": time.perf_counter() - started, **peaks}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def measure(source: str, repeats: int) -> dict:
+    for name in ("train.csv", "test.csv"):
+        if source and not (Path(source) / name).exists():
+            raise UserError(f"source={source}: there is no {name} in it")
+    result = {"benchmark": "data", "augmentation_9x9": augmentation(repeats)}
+    if source:
+        result["build_1000x1001"] = building(source, max(1, repeats // 2))
+    return result
+
+
+def tell(result: dict) -> str:
+    parts = [name for name in ("augmentation_9x9", "build_1000x1001") if name in result]
+    return "\n".join(
+        "\n".join([name, *(f"  {key}: {value}" for key, value in result[name].items())]) for name in parts
     )
-    parser.add_argument("source", nargs="?", help="source=FOLDER with train.csv and test.csv")
-    parser.add_argument("--repeats", type=int, default=5, help="of the augmentation; builds: half as many")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    args = parser.parse_args()
-    results = {"machine": facts(), "augmentation_9x9": augmentation(args.repeats)}
-    if args.source:
-        source = args.source.removeprefix("source=")
-        results["build_1000x1001"] = building(source, max(1, args.repeats // 2))
-    if args.json:
-        print(json.dumps(results))
-        return
-    for name, figures in results.items():
-        print(name, *(f"  {key}: {value}" for key, value in figures.items()), sep="\n")
+
+
+def main() -> None:
+    front.run(__doc__, measure, tell, {"source": "", "repeats": 5})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import torch
 
 import hrm_ray
 from benchmarks import front
-from benchmarks.machine import facts
 from hrm_ray.data.shards import open_dataset
 
 
@@ -41,7 +40,6 @@ def measure(checkpoint: str, data: str, batch: int, votes: int, rounds: int) -> 
         "threads": torch.get_num_threads(),
         "setup": solver.setup.describe(),
         "rounds": rounds,
-        **facts(),
     }
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import facts
 from hrm_ray import machine
 from hrm_ray.errors import UserError
 
 DTYPES = ("auto", "float32", "bfloat16")
 WARM_UP_STEPS = 10  # of runs whose reports are read
-THREADS = os.cpu_count() or 1
+THREADS = len(os.sched_getaffinity(0))
 
 
 def run(
@@ -24,13 +25,13 @@ def run(
     known: Mapping[str, Any],
     *,
     for_train: bool = False,
-) -> None:
-    """Measure what the command line says, and print it.
+) -> dict:
+    """Measure what the command line says, print it and return what --json prints: the result and the `facts` before.
 
     Args:
         doc: what --help says.
-        measure: called with every key of `known`, but for `threads`, which is set; returns what --json prints.
-        tell: the same for people.
+        measure: called with every key of `known`, but for `threads`, which is set; returns a result.
+        tell: what is printed for people, of the result and the facts.
         known: keys and their defaults, by which their type is known: an int from 1 on, a bool, a str; a tuple lists
             what may be chosen, the default first; a type stands where there is no default.
         for_train: other words are for `hrm-ray train`, and handed to `measure` as `words`.
@@ -43,12 +44,14 @@ def run(
     try:
         values, rest = parse(args.words, known, for_train)
         if "threads" in values:
-            torch.set_num_threads(values.pop("threads"))
-        result = measure(**values, **({"words": rest} if for_train else {}))
+            torch.set_num_threads(_threads(values.pop("threads")))
+        about = facts()
+        result = measure(**values, **({"words": rest} if for_train else {})) | about
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     print(json.dumps(result) if args.json else tell(result))
+    return result
 
 
 def parse(
@@ -87,6 +90,12 @@ def _value(word: str, text: str, default: Any) -> Any:
             raise UserError(f"{word}: a whole number from 1 on")
         return int(text)
     return text
+
+
+def _threads(count: int) -> int:
+    if count > THREADS:
+        raise UserError(f"threads={count}: there are {THREADS} cores for it")
+    return count
 
 
 def need_steps(steps: int) -> None:

@@ -4,8 +4,9 @@
     python -m benchmarks.gpu data=data/sudoku-4x4 out=r only=tests,optimizer
 
 Each part is a command of its own that may fail or take too long without ending the others; what it printed is in
-OUT/PART.txt, and a line says how it ended. The data set is made before, `hrm-ray data build recipe=sudoku_4x4`. On a
-machine without a GPU the same commands run on the CPU, which shows that they work and no more.
+OUT/PART.txt, and a line says how it ended; the exit code is 1 if one failed. The data set is made before, `hrm-ray
+data build recipe=sudoku_4x4`. On a machine without a GPU the same commands run on the CPU, which shows that they work
+and no more.
 """
 
 import subprocess
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 
 from benchmarks import front
-from benchmarks.machine import facts
+from hrm_ray.data.shards import open_dataset
 from hrm_ray.errors import UserError
 
 PUBLISHED = ("arch=hrm_v1", "local_batch_size=768")
@@ -57,6 +58,8 @@ def measure(data: str, out: str, only: str, limit_s: int) -> dict:
             raise UserError(f"only={name}: choose from {', '.join(known)}")
         if (folder / f"{name}.txt").exists():
             raise UserError(f"out={out} holds {name} of before; pick another out")
+    if any(name.startswith("train") for name in chosen):
+        open_dataset(data)  # UserError before anything is measured
     folder.mkdir(parents=True, exist_ok=True)
     ends = {}
     for name in chosen:
@@ -79,16 +82,21 @@ def measure(data: str, out: str, only: str, limit_s: int) -> dict:
             file=sys.stderr,
             flush=True,
         )
-    return {"benchmark": "gpu", "parts": ends, **facts()}
+    return {"benchmark": "gpu", "parts": ends}
+
+
+def failures(result: dict) -> list[str]:
+    return [name for name, part in result["parts"].items() if part["end"] != "ended with 0"]
 
 
 def tell(result: dict) -> str:
-    failed = [name for name, part in result["parts"].items() if part["end"] != "ended with 0"]
+    failed = failures(result)
     return f"on {result['gpu'] or 'no GPU'}: " + (f"failed: {', '.join(failed)}" if failed else "all ran")
 
 
 def main() -> None:
-    front.run(__doc__, measure, tell, {"data": str, "out": "gpu-results", "only": "", "limit_s": 240})
+    known = {"data": str, "out": "gpu-results", "only": "", "limit_s": 240}
+    sys.exit(bool(failures(front.run(__doc__, measure, tell, known))))
 
 
 if __name__ == "__main__":

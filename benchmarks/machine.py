@@ -3,14 +3,14 @@
 import os
 import platform
 import subprocess
-from functools import partial
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import hrm_ray
-from benchmarks.clock import in_turns, medians_ms
 
 # Dense bfloat16 TFLOP/s by the makers' data sheets, of whole GPUs: others of a family, and slices, have less.
 PEAK_TFLOPS = {
@@ -32,12 +32,9 @@ def cpu_name() -> str:
 
 
 def facts() -> dict[str, Any]:
-    """Commit, versions, hardware, load at the start."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    """Commit (with "-dirty" if files differ from it), versions, hardware; load at the time of the call."""
     return {
-        "commit": commit,
+        "commit": _commit(),
         "hrm_ray": hrm_ray.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -48,16 +45,33 @@ def facts() -> dict[str, Any]:
     }
 
 
-def product_rate(dtype: torch.dtype, rounds: int = 10) -> float:
-    """Operations a second of a matrix product of a model's layer, [rows, 512] x [512, 3072]: what it can reach at best.
+def _commit() -> str | None:
+    """None where git does not know."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    with suppress(OSError):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        return done.stdout.strip() or None
+    return None
 
-    4,096 rows on a CPU, as many as the tokens of 768 puzzles on a GPU, which fewer would not fill.
+
+def products(dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """Matrix products of a model's layer, [rows, 512] x [512, 3072]: what a step can reach at best.
+
+    4,096 rows on a CPU; on a GPU as many as the tokens of 768 puzzles, which fewer would not fill, and ten times over,
+    which hides the launching.
+
+    Returns:
+        what does them, and its number of operations.
     """
-    device, rows = ("cuda", 768 * 82) if torch.cuda.is_available() else ("cpu", 4096)
+    device, rows, times = ("cuda", 768 * 82, 10) if torch.cuda.is_available() else ("cpu", 4096, 1)
     a = torch.randn(rows, 512, device=device, dtype=dtype)
     b = torch.randn(512, 3072, device=device, dtype=dtype)
-    ms = medians_ms(in_turns({"product": partial(torch.mm, a, b)}, rounds, kernels_only=True))
-    return 2 * rows * 512 * 3072 / ms["product"] * 1e3
+
+    def multiply() -> None:
+        for _ in range(times):
+            torch.mm(a, b)
+
+    return multiply, times * 2 * rows * 512 * 3072
 
 
 def peak_tflops(dtype: torch.dtype) -> float | None:

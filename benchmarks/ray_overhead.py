@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from benchmarks import front
-from benchmarks.machine import facts
 from hrm_ray.config.compose import train_config
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.pipeline import build
@@ -67,7 +66,6 @@ def measure(rounds: int, steps: int) -> dict:
         "rounds": rounds,
         "steps": steps,
         "threads": cpus,
-        **facts(),
     }
 
 

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 from benchmarks import front
-from benchmarks.machine import facts
 from hrm_ray.data.pipeline import build
 from hrm_ray.data.recipe import load_recipe
 from hrm_ray.ray_session import ray_session
@@ -55,7 +54,6 @@ def measure(rounds: int) -> dict:
         "seconds": {what: round(statistics.median(values), 2) for what, values in times.items()},
         "slowest": {what: round(max(values), 2) for what, values in times.items()},
         "rounds": rounds,
-        **facts(),
     }
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import clock, front, gpu, step
+from benchmarks import clock, front, gpu, machine, step
 from hrm_ray.errors import UserError
 from hrm_ray.training import cuda_graph
 from tests.training import recorder
@@ -64,6 +64,9 @@ def test_a_wrong_word_is_one_line(words, said):
         ("checkpoint", ["lr=high"]),
         ("startup", ["rounds=-1"]),
         ("ray_overhead", ["word"]),
+        ("data", ["repeats=0"]),
+        ("data", ["source=/missing", "repeats=1"]),
+        ("step", ["threads=1000000"]),
     ],
 )
 def test_a_mistake_is_no_traceback(monkeypatch, capsys, name, words):
@@ -148,17 +151,45 @@ def test_a_recorded_step_is_replayed(monkeypatch, kind, expected):
 
 
 def test_what_a_gpu_is_to_tell_is_told_here_too(monkeypatch, capsys, tmp_path):
-    """One part that fails (there is no such data) and one that runs; neither ends the other."""
-    words = [f"data={tmp_path}/none", f"out={tmp_path}/out", "only=train,attention", "--json"]
+    """One part that fails and one that runs; neither ends the other."""
+    words = [f"data={tmp_path}/none", f"out={tmp_path}/out", "only=step-published,attention", "--json"]
     parts = gpu.parts
     small = ("benchmarks.attention", "batch=2", "rounds=1", "--json")
-    monkeypatch.setattr(gpu, "parts", lambda *given: parts(*given) | {"attention": small})
+    failing = ("benchmarks.step", "arch=none")
+    monkeypatch.setattr(
+        gpu, "parts", lambda *given: parts(*given) | {"attention": small, "step-published": failing}
+    )
     code, out, _ = command(monkeypatch, capsys, "gpu", *words)
     result = json.loads(out)["parts"]
-    assert code == 0
-    assert result["train"]["end"] == "ended with 2"
-    assert "none" in (tmp_path / "out" / "train.txt").read_text()
+    assert code == 1
+    assert result["step-published"]["end"] == "ended with 2"
+    assert "arch=none" in (tmp_path / "out" / "step-published.txt").read_text()
     assert result["attention"]["end"] == "ended with 0"
     assert json.loads((tmp_path / "out" / "attention.txt").read_text())["ms"]
     code, _, err = command(monkeypatch, capsys, "gpu", "data=d", "only=nonsense")
     assert code == 2 and "choose from tests, optimizer" in err
+    code, _, err = command(monkeypatch, capsys, "gpu", f"data={tmp_path}/none", f"out={tmp_path}/new")
+    assert code == 2 and err.startswith("error: ") and "none" in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_measured_is_told_with_where(monkeypatch, capsys, tmp_path):
+    """Also where git is not, and in another folder."""
+    words = ["batch=2", "tokens=5", "rounds=1", "dtype=float32", "--json"]
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = command(monkeypatch, capsys, "attention", *words)
+    assert code == 0 and json.loads(out)["commit"] == machine.facts()["commit"]
+    monkeypatch.setenv("PATH", "")
+    code, out, _ = command(monkeypatch, capsys, "attention", *words)
+    assert code == 0 and json.loads(out)["commit"] is None
+
+
+@pytest.mark.parametrize(("kind", "times"), [("eager", 1), ("plain", 2)])
+def test_the_plain_step_reads_ahead_in_full(monkeypatch, kind, times):
+    """As the published code does."""
+    config, size = step.ARCHS["quickstart"]
+    take = step.make_step(kind, config, size, 2, torch.float32)
+    embedded, embed = [], step.RecursiveModel.embed
+    monkeypatch.setattr(step.RecursiveModel, "embed", lambda *args: embedded.append(args) or embed(*args))
+    take()
+    assert len(embedded) == times
