@@ -210,14 +210,14 @@ class Stepper:
         """One ACT step of every slot and its gradient; what comes of it is appended to `parts`.
 
         Returns:
-            seconds spent on data.
+            seconds spent on data, draws included.
         """
         started = time.perf_counter()
         batch = self.batch(supervision_step)
         control = self.control(step, supervision_step)
+        calls = list(self._calls(batch, control, supervision_step))
         data_wait_s = time.perf_counter() - started
         state, num_before = self.state, len(parts)
-        calls = list(self._calls(batch, control, supervision_step))
         is_end = supervision_step % self.config.supervision_steps == 0
         for i, args in enumerate(calls):
             is_last = is_end and i == len(calls) - 1
