@@ -10,12 +10,14 @@ import torch
 from hrm_ray import __version__, machine
 from hrm_ray.models.attention import KERNELS, obstacle
 
+# The longest sequence of the shipped Sudoku experiments; the published model's has a puzzle token besides.
+TOKENS = {"4x4": 16, "6x6": 36, "9x9": 82}
 PACKAGES = ("torch", "ray", "pyarrow", "numpy", "optuna", "wandb", "flash-attn")
 
 
 def report() -> str:
     """A table for people; never fails for something that is missing."""
-    setup = machine.resolve(num_tokens=81)
+    setup = machine.resolve(num_tokens=TOKENS["9x9"])
     rows = [
         ("hrm-ray", __version__),
         ("python", platform.python_version()),
@@ -39,11 +41,16 @@ def _version(package: str) -> str:
 
 
 def _attention(setup: machine.Setup) -> str:
-    """Every kernel, and what keeps it from running; first the one that is used for 9x9 puzzles."""
-    others = [name for name in KERNELS if name != setup.attention]
-    problems = {name: obstacle(name, setup.device, setup.dtype, 64) for name in others}
-    said = [f"{name} {problem}" if problem else f"{name} can run" for name, problem in problems.items()]
-    return f"{setup.attention} is used; {', '.join(said)}"
+    """Which kernel is used for which puzzles, and what keeps the others from running."""
+    used: dict[str, list[str]] = {}
+    for size, num_tokens in TOKENS.items():
+        used.setdefault(machine.resolve(num_tokens=num_tokens).attention, []).append(size)
+    said = [f"{name} is used for {', '.join(sizes)}" for name, sizes in used.items()]
+    for name in KERNELS:
+        if name not in used:
+            problem = obstacle(name, setup.device, setup.dtype, 64)
+            said.append(f"{name} {problem or 'can run'}")
+    return "; ".join(said)
 
 
 def _gpus() -> str:

@@ -5,12 +5,14 @@ a silent change. Needs torch alone.
 """
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
 
-from hrm_ray.errors import UserError
+from hrm_ray.errors import UserError, first_line
 from hrm_ray.models.attention import resolve_attention
 from hrm_ray.optim.adam_atan2 import resolve_backend
 
@@ -70,6 +72,35 @@ def compiles(
     return is_long and compiler(device) is not None
 
 
+def _place(device: str, local_rank: int) -> torch.device:
+    """This worker's device; a GPU that does not work is left alone with a warning, if `device` is "auto"."""
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "device=cuda: torch sees no GPU here; use device=auto or install a CUDA build of torch"
+        )
+    place = torch.device("cuda", local_rank % torch.cuda.device_count())
+    problem = _gpu_problem(place)
+    if problem is None:
+        return place
+    if device == "cuda":
+        raise UserError(f"device=cuda: {problem}; use device=cpu or another build of torch")
+    warnings.warn(f"trains on the CPU: {problem}", stacklevel=3)
+    return torch.device("cpu")
+
+
+@lru_cache
+def _gpu_problem(place: torch.device) -> str | None:
+    """Why a GPU cannot compute; None if it can. Such as one that is too old, for which this torch has no kernels."""
+    try:
+        torch.ones(1, device=place).add_(1).item()
+    except (RuntimeError, AssertionError) as error:
+        name = torch.cuda.get_device_name(place)
+        return f"{name} does not work with torch {torch.__version__}: {first_line(error)}"
+    return None
+
+
 def resolve(
     *,
     device: str = "auto",
@@ -90,22 +121,16 @@ def resolve(
         local_rank: this worker's number on its node; picks its GPU.
 
     Raises:
-        UserError: a device or kernel that is not here.
+        UserError: a device or kernel that is not here, or that cannot run here.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device=cuda: torch sees no GPU here; use device=auto or install a CUDA build of torch"
-        )
-    on_gpu = device == "cuda"
+    place = _place(device, local_rank)
+    on_gpu = place.type == "cuda"
     if cuda_graphs and not on_gpu:
         raise UserError("cuda_graphs=true needs a GPU, and this runs on the CPU; leave it out")
     if forward_dtype == "auto":
-        fast = torch.cuda.is_bf16_supported() if on_gpu else cpu_has_fast_bfloat16()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_has_fast_bfloat16()
         forward_dtype = "bfloat16" if fast else "float32"
     dtype = getattr(torch, forward_dtype)
-    place = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     if optimizer_backend != "auto":
         resolve_backend(optimizer_backend, place)
     return Setup(

@@ -38,3 +38,32 @@ def test_an_override_that_cannot_work_is_an_error(monkeypatch, choice, said):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=said):
         machine.resolve(**choice)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that says it has a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(machine, "cpu_has_fast_bfloat16", lambda: True)
+
+
+def test_a_gpu_that_cannot_compute(gpu, monkeypatch):
+    """The one here is made up, so torch fails on it as it would where it has no kernels for one."""
+    machine._gpu_problem.cache_clear()
+    with pytest.warns(UserWarning, match=r"trains on the CPU: Some GPU does not work with torch 2.*: "):
+        assert machine.resolve().device.type == "cpu"
+    with pytest.raises(
+        UserError, match=r"device=cuda: Some GPU does not work with torch .*; use device=cpu or"
+    ):
+        machine.resolve(device="cuda")
+    machine._gpu_problem.cache_clear()
+
+
+def test_bfloat16_that_a_gpu_only_emulates_is_not_taken(gpu, monkeypatch):
+    monkeypatch.setattr(machine, "_gpu_problem", lambda place: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    setup = machine.resolve()
+    assert (setup.device, setup.dtype) == (torch.device("cuda", 0), torch.float32)

@@ -12,6 +12,7 @@ Shapes: B batch, N heads, S tokens, K width of a head. No mask, scores scaled by
 
 import importlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,20 @@ def obstacle(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
         importlib.import_module(package).flash_attn_func  # noqa: B018 - whether it is there
     except Exception as error:  # of any kind: a library built for another torch has many ways to fail
         return f"cannot import {package}: {first_line(error)}"
+    return _failure(name, device, dtype, head_dim)
+
+
+@lru_cache
+def _failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What a call forwards and backwards fails with; a package may have no kernels for this GPU."""
+    try:
+        qkv = [
+            torch.ones(1, 1, 8, head_dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
+        ]
+        (gradient, *_) = torch.autograd.grad(kernel(name)(*qkv).float().sum(), qkv)
+        gradient.sum().item()  # waits for it
+    except Exception as error:  # of any kind
+        return f"fails on {device}: {first_line(error)}"
     return None
 
 

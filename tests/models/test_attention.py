@@ -1,6 +1,7 @@
 """The kernels of attention against exact arithmetic, and which of them is taken where."""
 
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from hrm_ray.errors import UserError
+from hrm_ray.models import attention
 from hrm_ray.models.attention import FLASH_PACKAGES, KERNELS, kernel, obstacle, preferred, resolve_attention
 
+FAILURE = attention._failure
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 DEVICES = [CPU, *([GPU] if torch.cuda.is_available() else [])]
 # Of the largest number: two units of bfloat16's last place, and 32 of float32's, whose sums of 131 products round as
@@ -48,6 +51,7 @@ def test_every_kernel_that_is_here_is_exact_to_its_dtype(device, name, num_token
 def hopper(monkeypatch):
     """A machine that says it has a Hopper GPU, and whatever packages a test puts there."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "_failure", lambda *kind: None)  # there is none to try them on
 
     def install(package: str, attend) -> None:
         monkeypatch.setitem(sys.modules, package, attend and SimpleNamespace(flash_attn_func=attend))
@@ -90,6 +94,24 @@ def test_the_best_that_is_there_is_taken(hopper, monkeypatch):
     assert choose(CPU, dtype=torch.float32, num_tokens=16) == "matmul"
     assert choose(CPU, num_tokens=901) == choose(CPU, dtype=torch.float32) == "sdpa"
     assert choose(CPU, dtype=torch.float64, num_tokens=16) == "sdpa"
+
+
+def test_a_package_without_kernels_for_this_gpu_is_not_taken(hopper, monkeypatch):
+    def attend(*qkv):
+        raise RuntimeError("no kernel image is available")
+
+    hopper("flash_attn", attend)
+    monkeypatch.setattr(attention, "_failure", FAILURE)
+    FAILURE.cache_clear()
+    on_cpu = partial(FAILURE, "flash2", CPU, torch.bfloat16)
+    assert on_cpu(64) == "fails on cpu: no kernel image is available"
+    hopper("flash_attn", in_their_layout)
+    assert on_cpu(32) is None  # forwards and backwards
+    monkeypatch.setattr(attention, "_failure", lambda *kind: on_cpu(64))
+    assert choose() == "sdpa"
+    with pytest.raises(UserError, match="attention=flash2 fails on cpu: no kernel image is available; use"):
+        choose(wanted="flash2")
+    FAILURE.cache_clear()
 
 
 def test_the_last_choice_runs_anywhere():
