@@ -4,6 +4,7 @@ Every choice is `auto` by default and can be overridden; an override that cannot
 a silent change. Needs torch alone.
 """
 
+import ctypes
 import importlib.util
 import warnings
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from hrm_ray.optim.adam_atan2 import resolve_backend
 # Work of a run, in operations by the rule of `compiles`, from which on compiling pays on a CPU: it takes up to a minute
 # and then saves a quarter of the time, and this is four to eight minutes on two cores (docs/performance.md).
 COMPILE_MIN_OPERATIONS = 3e13
+
+# Of glibc, see mallopt(3), by its numbers: less than 2 GiB of free memory is not given back (M_TRIM_THRESHOLD, -1), new
+# memory is asked for by 64 MiB (M_TOP_PAD, -2), and large blocks come from it like others (M_MMAP_MAX, -4).
+MALLOC_PARAMETERS = {-1: 2**31 - 1, -2: 2**26, -4: 0}
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,19 @@ def compiles(
         return wanted
     is_long = device.type != "cpu" or 6 * num_params * num_tokens >= COMPILE_MIN_OPERATIONS
     return is_long and compiler(device) is not None
+
+
+def keep_memory() -> None:
+    """Let this process keep what tensors on the CPU give back for those to come; without glibc nothing happens.
+
+    Every step frees its activations. By default glibc hands them back to the system, from which the next step has them
+    page by page, each filled with zeros at first use (docs/performance.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    for parameter, value in MALLOC_PARAMETERS.items():
+        mallopt(parameter, value)
 
 
 def _place(device: str, local_rank: int) -> torch.device:

@@ -1,5 +1,9 @@
 """The one device decision."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -67,3 +71,22 @@ def test_bfloat16_that_a_gpu_only_emulates_is_not_taken(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     setup = machine.resolve()
     assert (setup.device, setup.dtype) == (torch.device("cuda", 0), torch.float32)
+
+
+ALLOCATES_AGAIN = """
+import resource, torch
+from hrm_ray import machine
+machine.keep_memory()
+def faults(num_mib):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(num_mib, 2**18)  # freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(128), faults(64))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="nothing is done there")
+def test_freed_memory_is_kept():
+    done = subprocess.run([sys.executable, "-c", ALLOCATES_AGAIN], capture_output=True, text=True, check=True)
+    first, again = map(int, done.stdout.split())
+    assert again < first / 10

@@ -104,6 +104,8 @@ class Trainer:
             cuda_graphs=config.cuda_graphs,
             local_rank=world.local_rank,
         )
+        if self.setup.device.type == "cpu":
+            machine.keep_memory()
         self._stop_reason: str | None = None
         self._was_prepared = False  # what came of it is in `setup`
         self._records: Records | None = None
