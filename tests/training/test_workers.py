@@ -60,7 +60,8 @@ def _refused_worker(rank: int, size: int, meeting_point: str, config: dict) -> N
 
 def start(worker, size: int, config: dict) -> None:
     """Run `worker` in `size` processes, to their end."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hrm_ray.training.trainer"])  # torch is imported once for all of them
     with tempfile.TemporaryDirectory() as folder:
         meeting_point = os.path.join(folder, "rendezvous")  # noqa: PTH118
         processes = [
