@@ -312,7 +312,8 @@ def _disagreeing_worker(rank: int, meeting_point: str, config: dict, told: str) 
 
 def test_a_worker_whose_weights_differ_is_named_and_nothing_of_it_is_saved(config):
     config |= {"checksum_interval": 4, "checkpoint_interval": 3, "eval_interval": None}
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hrm_ray.training.trainer"])  # torch is imported once for all of them
     with tempfile.TemporaryDirectory() as folder:
         arguments = (f"{folder}/rendezvous", config, folder)
         workers = [context.Process(target=_disagreeing_worker, args=(r, *arguments)) for r in range(3)]
