@@ -1,11 +1,9 @@
 """Faults that are not crashes: losses that are not finite, full disks, hangs, workers that disagree; planned ends."""
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
-import tempfile
 import textwrap
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,6 +22,7 @@ from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.plan import out_of_patience
 from hrm_ray.training.world import World
 from tests.toy import ARCH, toy_config, toy_dataset
+from tests.training.test_workers import start
 
 
 @pytest.fixture
@@ -287,11 +286,11 @@ def test_a_process_that_hangs_is_ended_and_says_where(config):
 # Workers that disagree
 
 
-def _disagreeing_worker(rank: int, meeting_point: str, config: dict, told: str) -> None:
+def _disagreeing_worker(rank: int, size: int, meeting_point: str, config: dict, told: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=3)
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=size)
     parsed = TrainConfig(**config)
-    made = Trainer(parsed, trainer.run_folder(parsed), World(rank, 3, rank), Hooks())
+    made = Trainer(parsed, trainer.run_folder(parsed), World(rank, size, rank), Hooks())
 
     step = made._step
 
@@ -305,24 +304,15 @@ def _disagreeing_worker(rank: int, meeting_point: str, config: dict, told: str) 
     try:
         made.train()
     except WorkersDisagree as error:
-        Path(told, str(rank)).write_text(str(error))
+        (told / str(rank)).write_text(str(error))
     dist.barrier()
     os._exit(0)
 
 
-def test_a_worker_whose_weights_differ_is_named_and_nothing_of_it_is_saved(config):
+def test_a_worker_whose_weights_differ_is_named_and_nothing_of_it_is_saved(config, tmp_path):
     config |= {"checksum_interval": 4, "checkpoint_interval": 3, "eval_interval": None}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hrm_ray.training.trainer"])  # torch is imported once for all of them
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (f"{folder}/rendezvous", config, folder)
-        workers = [context.Process(target=_disagreeing_worker, args=(r, *arguments)) for r in range(3)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(120)
-            assert worker.exitcode == 0
-        said = {Path(folder, str(rank)).read_text() for rank in range(3)}
+    start(_disagreeing_worker, 3, config, tmp_path)
+    said = {(tmp_path / str(rank)).read_text() for rank in range(3)}
     assert said == {"the weights of ranks 1 differ from the others' after step 8"}
     assert [c.manifest.global_step for c in finished(trainer.run_folder(TrainConfig(**config)))] == [3, 6]
 

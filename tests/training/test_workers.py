@@ -58,14 +58,14 @@ def _refused_worker(rank: int, size: int, meeting_point: str, config: dict) -> N
     os._exit(0)
 
 
-def start(worker, size: int, config: dict) -> None:
-    """Run `worker` in `size` processes, to their end."""
+def start(worker, size: int, *arguments) -> None:
+    """Run `worker(rank, size, meeting_point, *arguments)` in `size` processes, to their end."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hrm_ray.training.trainer"])  # torch is imported once for all of them
     with tempfile.TemporaryDirectory() as folder:
         meeting_point = os.path.join(folder, "rendezvous")  # noqa: PTH118
         processes = [
-            context.Process(target=worker, args=(r, size, meeting_point, config)) for r in range(size)
+            context.Process(target=worker, args=(r, size, meeting_point, *arguments)) for r in range(size)
         ]
         for process in processes:
             process.start()
