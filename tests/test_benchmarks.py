@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import clock, front, gpu, machine, step
 from hrm_ray.errors import UserError
+from hrm_ray.models.layers import rope_tables
 from hrm_ray.training import cuda_graph
 from tests.training import recorder
 
@@ -193,3 +194,17 @@ def test_the_plain_step_reads_ahead_in_full(monkeypatch, kind, times):
     monkeypatch.setattr(step.RecursiveModel, "embed", lambda *args: embedded.append(args) or embed(*args))
     take()
     assert len(embedded) == times
+
+
+def test_the_plain_step_rotates_as_published_and_alike(monkeypatch):
+    """By other operations, to the same bits."""
+    config = step.HRMConfig(**{**step.SMALL, "pos_encodings": "rope"})
+    seen, rotate = [], step.plain_apply_rope
+
+    def watched(x, cos, sin):
+        seen.append(torch.equal(rotate(x, cos, sin), step.own_apply_rope(x, *rope_tables(16, 32))))
+        return rotate(x, cos, sin)
+
+    monkeypatch.setattr(step, "plain_apply_rope", watched)
+    step.make_step("plain", config, 4, 2, torch.float32)()
+    assert seen and all(seen)

@@ -8,7 +8,7 @@ import torch
 from hrm_ray.models.act import ACT, Batch, Step
 from hrm_ray.models.halting import Control, Drawn, Published
 from hrm_ray.models.hrm_v1 import HRM, HRMConfig
-from hrm_ray.models.layers import Linear, swiglu_width, trunc_normal_
+from hrm_ray.models.layers import Linear, apply_rope, rope_tables, swiglu_width, trunc_normal_
 from hrm_ray.models.losses import act_loss
 from hrm_ray.models.recursive import Prediction
 
@@ -37,6 +37,20 @@ def test_published_sudoku_model_has_its_published_size():
 
 def test_swiglu_width_is_rounded_up_to_256():
     assert [swiglu_width(d, 4) for d in (32, 96, 128, 512)] == [256, 256, 512, 1536]
+
+
+@pytest.mark.parametrize("head_dim", [2, 6, 64])
+def test_positions_rotate_pairs_half_a_head_apart(head_dim):
+    """As complex numbers: times e ** (i * position * theta ** (-2 * pair / K))."""
+    x = torch.randn(2, 3, 5, head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    real, imaginary = x.chunk(2, dim=-1)
+    angles = torch.arange(5)[:, None] * 10_000.0 ** (-2 * torch.arange(head_dim // 2) / head_dim)
+    rotated = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angles), angles)
+    expected = torch.cat((rotated.real, rotated.imag), dim=-1)
+    torch.testing.assert_close(apply_rope(x, *rope_tables(5, head_dim)), expected, rtol=0, atol=1e-5)
+    narrow = apply_rope(x.bfloat16(), *rope_tables(5, head_dim))
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.double(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_truncated_normal_has_the_wished_deviation_and_no_tail():
