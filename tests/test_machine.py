@@ -90,3 +90,10 @@ def test_freed_memory_is_kept():
     done = subprocess.run([sys.executable, "-c", ALLOCATES_AGAIN], capture_output=True, text=True, check=True)
     first, again = map(int, done.stdout.split())
     assert again < first / 10
+
+
+def test_without_glibc_nothing_is_done(monkeypatch):
+    asked = []
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: asked.append(name) or object())
+    machine.keep_memory()
+    assert asked == [None]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from hrm_ray import machine
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.training.checkpoint import finished, newest_whole
@@ -40,6 +41,13 @@ def assert_same_state(a: Trainer, b: Trainer) -> None:
 def config(tmp_path):
     toy_dataset(tmp_path / "data", num_identifiers=5, puzzles_per_group=3)
     return toy_config(tmp_path / "data", tmp_path / "runs", ema=True)
+
+
+def test_a_run_on_a_cpu_keeps_freed_memory(config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(machine, "keep_memory", lambda: asked.append(True))
+    run({**config, "max_steps": 1})
+    assert asked == [True]
 
 
 # The loop asks whether to stop after every step, and before every batch of the evaluations after steps 8, 16, 20.
