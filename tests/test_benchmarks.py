@@ -196,15 +196,25 @@ def test_the_plain_step_reads_ahead_in_full(monkeypatch, kind, times):
     assert len(embedded) == times
 
 
-def test_the_plain_step_rotates_as_published_and_alike(monkeypatch):
-    """By other operations, to the same bits."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plain_step_rotates_as_published_and_alike(monkeypatch, dtype):
+    """By other operations, to the same bits, with the gradients."""
     config = step.HRMConfig(**{**step.SMALL, "pos_encodings": "rope"})
     seen, rotate = [], step.plain_apply_rope
 
+    def rotated(x, rotation, cos, sin):
+        x = x.detach().clone().requires_grad_()
+        y = rotation(x, cos, sin)
+        y.backward(torch.ones_like(y).cumsum(-1))
+        return y.detach(), x.grad
+
     def watched(x, cos, sin):
-        seen.append(torch.equal(rotate(x, cos, sin), step.own_apply_rope(x, *rope_tables(16, 32))))
+        with torch.enable_grad():
+            plain = rotated(x, rotate, cos, sin)
+            ours = rotated(x, step.own_apply_rope, *rope_tables(16, 32))
+        seen.append(all(map(torch.equal, plain, ours)))
         return rotate(x, cos, sin)
 
     monkeypatch.setattr(step, "plain_apply_rope", watched)
-    step.make_step("plain", config, 4, 2, torch.float32)()
+    step.make_step("plain", config, 4, 2, dtype)()
     assert seen and all(seen)

@@ -86,9 +86,10 @@ def rope_tables(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
 
 def apply_rope(x_BNSK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate queries or keys by `rope_tables`; computed in their dtype (float32), returned in that of `x`."""
+    x = x_BNSK.to(cos.dtype)  # once, so that the gradients of both terms are added before they are rounded
     # The halves change places by a flip: the compiler makes vector code of it, and none of two parts put together.
-    other_half = x_BNSK.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return (x_BNSK * cos + other_half * sin).to(x_BNSK.dtype)
+    other_half = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return (x * cos + other_half * sin).to(x_BNSK.dtype)
 
 
 Rope = tuple[Tensor, Tensor] | None  # what `rope_tables` gives, or no rotation

@@ -40,17 +40,22 @@ def test_swiglu_width_is_rounded_up_to_256():
 
 
 @pytest.mark.parametrize("head_dim", [2, 6, 64])
-def test_positions_rotate_pairs_half_a_head_apart(head_dim):
-    """As complex numbers: times e ** (i * position * theta ** (-2 * pair / K))."""
-    x = torch.randn(2, 3, 5, head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    real, imaginary = x.chunk(2, dim=-1)
-    angles = torch.arange(5)[:, None] * 10_000.0 ** (-2 * torch.arange(head_dim // 2) / head_dim)
-    rotated = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angles), angles)
-    expected = torch.cat((rotated.real, rotated.imag), dim=-1)
-    torch.testing.assert_close(apply_rope(x, *rope_tables(5, head_dim)), expected, rtol=0, atol=1e-5)
-    narrow = apply_rope(x.bfloat16(), *rope_tables(5, head_dim))
-    assert narrow.dtype == torch.bfloat16
-    torch.testing.assert_close(narrow.double(), expected, rtol=2e-2, atol=2e-2)
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-5), (torch.bfloat16, 2**-8)])
+def test_positions_rotate_pairs_half_a_head_apart(head_dim, dtype, error):
+    """As complex numbers: times e ** (i * position * theta ** (-2 * pair / K)), the gradients back by as much; rounded
+    once, by half of the last of bfloat16's 8 bits."""
+    generator = torch.Generator().manual_seed(0)
+    x, gradient = torch.randn(2, 2, 3, 50, head_dim, dtype=torch.float64, generator=generator).to(dtype)
+    angles = torch.arange(50)[:, None] * 10_000.0 ** (-2 * torch.arange(head_dim // 2) / head_dim)
+    unit = torch.polar(torch.ones_like(angles), angles)
+    x.requires_grad_()
+    y = apply_rope(x, *rope_tables(50, head_dim))
+    y.backward(gradient)
+    for ours, turned, by in ((y, x, unit), (x.grad, gradient, unit.conj())):
+        rotated = torch.complex(*turned.detach().double().chunk(2, dim=-1)) * by
+        expected = torch.cat((rotated.real, rotated.imag), dim=-1)
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.detach().double(), expected, rtol=error, atol=1e-5)
 
 
 def test_truncated_normal_has_the_wished_deviation_and_no_tail():
