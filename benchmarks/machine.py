@@ -54,7 +54,7 @@ def _commit() -> str | None:
     return None
 
 
-def products(dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+def a_product(dtype: torch.dtype) -> tuple[Callable[[], object], int]:
     """Matrix products of a model's layer, [rows, 512] x [512, 3072]: what a step can reach at best.
 
     4,096 rows on a CPU; on a GPU as many as the tokens of 768 puzzles, which fewer would not fill, and ten times over,

@@ -13,9 +13,14 @@ compiled (not with `compile=false`), and on a GPU recorded as a CUDA graph besid
 does unless told otherwise: compiled, not recorded. All are measured in turns in this process; the figures to trust are
 the ratios and the medians. `share_of_products` is the share of the rate at which this machine does a large
 matrix product, in turns with the steps, `share_of_peak` that of a known GPU's data sheet.
+
+For CPUs: `keep_memory=false` takes kept memory from all steps. With `products=false` none multiplies matrices (the
+results are what lies in memory), which leaves the time of what is between the products.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +28,9 @@ from torch import Tensor
 
 from benchmarks import front
 from benchmarks.clock import in_turns, medians_ms
-from benchmarks.machine import peak_tflops, products
+from benchmarks.machine import a_product, peak_tflops
 from hrm_ray import machine
-from hrm_ray.errors import first_line
+from hrm_ray.errors import UserError, first_line
 from hrm_ray.models import act as act_module
 from hrm_ray.models import layers, losses
 from hrm_ray.models.act import Batch, Carry
@@ -202,30 +207,71 @@ def flops_per_example(arch: HRMConfig, seq_len: int) -> float:
     return 2 * forward + backward  # the second forward pass is the target of q_continue
 
 
-def measure(arch: str, local_batch_size: int, rounds: int, dtype: str, compile: bool) -> dict:
-    machine.keep_memory()  # as in training
+@contextmanager
+def without_products() -> Iterator[None]:
+    """Inside, matrix products on the CPU leave their results unwritten."""
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return a.new_empty(*a.shape[:-1], b.shape[-1])
+
+    def product_into(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+        return out
+
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning only once")  # that kernels are overridden
+            for name in ("mm", "bmm"):
+                library.impl(name, product, "CPU", allow_override=True)
+                library.impl(f"{name}.out", product_into, "CPU", allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
+def measure(
+    arch: str,
+    local_batch_size: int,
+    rounds: int,
+    dtype: str,
+    compile: bool,
+    products: bool,
+    keep_memory: bool,
+) -> dict:
+    on_cpu = not torch.cuda.is_available()
+    if not (products or on_cpu):
+        raise UserError("products=false is for CPUs; CUDA_VISIBLE_DEVICES= before the command hides the GPU")
+    if keep_memory and on_cpu:
+        machine.keep_memory()
     config, size = ARCHS[arch]
-    batch_size, products_dtype = local_batch_size, front.dtype_of(dtype)
+    batch_size, precision = local_batch_size, front.dtype_of(dtype)
     kinds = [*(["compiled"] if compile else []), "eager", "plain"]
-    steps = {kind: make_step(kind, config, size, batch_size, products_dtype) for kind in kinds}
+    steps = {kind: make_step(kind, config, size, batch_size, precision) for kind in kinds}
     recorded, problem = ("compiled, recorded" if compile else "recorded"), None
     if torch.cuda.is_available():
         try:
-            steps[recorded] = make_step(recorded, config, size, batch_size, products_dtype)
+            steps[recorded] = make_step(recorded, config, size, batch_size, precision)
         except Exception as error:  # of any kind; the others are measured all the same
             problem = first_line(error)
-    multiply, operations = products(products_dtype)
-    times = in_turns({**steps, "products": multiply}, rounds)
+    multiply, operations = a_product(precision)
+    with nullcontext() if products else without_products():
+        times = in_turns({**steps, "product": multiply}, rounds)
     ms = medians_ms(times)
     medians = {kind: ms[kind] / batch_size for kind in steps}
     ours = medians[kinds[0]]
-    rate, limit = flops_per_example(config, size * size) / ours * 1e3, operations / ms["products"] * 1e3
-    peak = peak_tflops(products_dtype)
+    rate, limit = flops_per_example(config, size * size) / ours * 1e3, operations / ms["product"] * 1e3
+    peak = peak_tflops(precision)
+    rates = {
+        "tflops": round(rate / 1e12, 3),
+        "product_tflops": round(limit / 1e12, 3),
+        "share_of_products": round(rate / limit, 3),
+        "share_of_peak": round(rate / 1e12 / peak, 3) if peak else None,
+    }
     return {
         "benchmark": "step",
         "arch": arch,
         "local_batch_size": batch_size,
-        "dtype": str(products_dtype).removeprefix("torch."),
+        "dtype": str(precision).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "ms_per_example": round(ours, 3),
         "compiled": compile,
@@ -234,10 +280,9 @@ def measure(arch: str, local_batch_size: int, rounds: int, dtype: str, compile: 
         "recording_failed": problem,
         "plain_ms_per_example": round(medians["plain"], 3),
         "speedup_over_plain": round(medians["plain"] / ours, 3),
-        "tflops": round(rate / 1e12, 3),
-        "product_tflops": round(limit / 1e12, 3),
-        "share_of_products": round(rate / limit, 3),
-        "share_of_peak": round(rate / 1e12 / peak, 3) if peak else None,
+        "products": products,
+        "keep_memory": keep_memory,
+        **(rates if products else dict.fromkeys(rates)),
         "spread_ms": [round(t * 1e3 / batch_size, 3) for t in (min(times[kinds[0]]), max(times[kinds[0]]))],
         "rounds": rounds,
     }
@@ -245,9 +290,12 @@ def measure(arch: str, local_batch_size: int, rounds: int, dtype: str, compile: 
 
 def tell(result: dict) -> str:
     recorded = result["recorded_ms_per_example"]
+    rate = "without products"
+    if result["products"]:
+        rate = f"{result['tflops']} TFLOP/s, {result['share_of_products']:.0%} of a product's"
     return (
-        f"{result['arch']}: {result['ms_per_example']} ms an example ({result['tflops']} TFLOP/s, "
-        f"{result['share_of_products']:.0%} of a product's), eager {result['eager_ms_per_example']}, "
+        f"{result['arch']}: {result['ms_per_example']} ms an example ({rate}), "
+        f"eager {result['eager_ms_per_example']}, "
         f"{f'recorded {recorded}, ' if recorded else ''}plain {result['plain_ms_per_example']}: "
         f"{result['speedup_over_plain']}x"
     )
@@ -255,7 +303,8 @@ def tell(result: dict) -> str:
 
 def main() -> None:
     known = {"arch": tuple(ARCHS), "local_batch_size": 128, "rounds": 8, "dtype": front.DTYPES}
-    front.run(__doc__, measure, tell, known | {"threads": front.THREADS, "compile": True})
+    switches = {"compile": True, "products": True, "keep_memory": True}
+    front.run(__doc__, measure, tell, known | {"threads": front.THREADS, **switches})
 
 
 if __name__ == "__main__":

@@ -86,6 +86,25 @@ def test_step_measures(monkeypatch, capsys):
     assert out.startswith("quickstart: ")
 
 
+def test_without_products_nothing_is_multiplied():
+    a, b, out = torch.ones(2, 3), torch.ones(3, 4), torch.full((2, 4), 7.0)
+    with step.without_products():
+        assert torch.mm(a, b).shape == (2, 4)
+        assert torch.mm(a, b, out=out).equal(torch.full((2, 4), 7.0))
+        assert torch.bmm(a[None], b[None]).shape == (1, 2, 4)
+    assert torch.mm(a, b).equal(torch.full((2, 4), 3.0))
+
+
+@pytest.mark.parametrize(("words", "kept"), [([], [True]), (["keep_memory=false"], [])])
+def test_step_without_products_is_no_share_of_them(monkeypatch, capsys, words, kept):
+    asked = []
+    monkeypatch.setattr(step.machine, "keep_memory", lambda: asked.append(True))
+    words = ["local_batch_size=2", "rounds=1", "compile=false", "products=false", *words]
+    code, out, _ = command(monkeypatch, capsys, "step", *words)
+    assert code == 0 and "(without products), eager" in out
+    assert asked == kept
+
+
 def test_attention_measures(monkeypatch, capsys):
     words = ["batch=2", "tokens=5", "rounds=1", "dtype=float32"]
     code, out, _ = command(monkeypatch, capsys, "attention", *words, "--json")
