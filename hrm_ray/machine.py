@@ -6,6 +6,7 @@ a silent change. Needs torch alone.
 
 import ctypes
 import importlib.util
+import os
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,9 +22,9 @@ from hrm_ray.optim.adam_atan2 import resolve_backend
 # and then saves a quarter of the time, and this is four to eight minutes on two cores (docs/performance.md).
 COMPILE_MIN_OPERATIONS = 3e13
 
-# Of glibc, see mallopt(3), by its numbers: less than 2 GiB of free memory is not given back (M_TRIM_THRESHOLD, -1), new
-# memory is asked for by 64 MiB (M_TOP_PAD, -2), and large blocks come from it like others (M_MMAP_MAX, -4).
-MALLOC_PARAMETERS = {-1: 2**31 - 1, -2: 2**26, -4: 0}
+# Of glibc, see mallopt(3), by their numbers: free memory is never given back (M_TRIM_THRESHOLD, -1), and large blocks
+# come from it like others (M_MMAP_MAX, -4).
+MALLOC_PARAMETERS = {-1: -1, -4: 0}
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,15 @@ def compiles(
 
 
 def keep_memory() -> None:
-    """Let this process keep what tensors on the CPU give back for those to come; without glibc nothing happens.
+    """Let this process keep what tensors on the CPU give back for those to come, until it ends.
 
-    Every step frees its activations. By default glibc hands them back to the system, from which the next step has them
-    page by page, each filled with zeros at first use (docs/performance.md).
+    Every step frees its activations. By default glibc hands many of them back to the system, from which the next step
+    has them page by page, each filled with zeros at first use (docs/performance.md). Nothing happens without glibc,
+    nor where the user tunes it (MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_MAX_ in the environment, or GLIBC_TUNABLES).
     """
+    tuned = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"} & os.environ.keys()
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    if mallopt is None or tuned:
         return
     for parameter, value in MALLOC_PARAMETERS.items():
         mallopt(parameter, value)

@@ -1,7 +1,9 @@
 """A run that was stopped and continued is the undisturbed run, bit for bit."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -43,10 +45,17 @@ def config(tmp_path):
     return toy_config(tmp_path / "data", tmp_path / "runs", ema=True)
 
 
-def test_a_run_on_a_cpu_keeps_freed_memory(config, monkeypatch):
+def test_a_run_on_a_cpu_keeps_freed_memory_and_no_other(config, monkeypatch):
     asked = []
     monkeypatch.setattr(machine, "keep_memory", lambda: asked.append(True))
     run({**config, "max_steps": 1})
+    assert asked == [True]
+    begin = Mock(side_effect=UserError("there is no such device"))
+    elsewhere = replace(machine.resolve(), device=torch.device("cuda"))
+    monkeypatch.setattr(machine, "resolve", lambda **_: elsewhere)
+    monkeypatch.setattr(Trainer, "_begin", begin)
+    with pytest.raises(UserError, match="no such device"):
+        run({**config, "run_name": "elsewhere"})
     assert asked == [True]
 
 
