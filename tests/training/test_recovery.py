@@ -22,7 +22,7 @@ from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.plan import out_of_patience
 from hrm_ray.training.world import World
 from tests.toy import ARCH, toy_config, toy_dataset
-from tests.training.test_workers import start
+from tests.training.processes import start
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """Two workers do what one does on the same global batch: gloo processes, no Ray."""
 
 import json
-import multiprocessing
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.trainer import run_folder
 from hrm_ray.training.world import World
 from tests.toy import TRM, toy_config, toy_dataset
+from tests.training.processes import start
 
 
 def _worker(rank: int, size: int, meeting_point: str, config: dict) -> None:
@@ -56,22 +55,6 @@ def _refused_worker(rank: int, size: int, meeting_point: str, config: dict) -> N
     except UserError as error:
         Path(f"{config['storage']}-{rank}.txt").write_text(str(error))
     os._exit(0)
-
-
-def start(worker, size: int, *arguments) -> None:
-    """Run `worker(rank, size, meeting_point, *arguments)` in `size` processes, to their end."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hrm_ray.training.trainer"])  # torch is imported once for all of them
-    with tempfile.TemporaryDirectory() as folder:
-        meeting_point = os.path.join(folder, "rendezvous")  # noqa: PTH118
-        processes = [
-            context.Process(target=worker, args=(r, size, meeting_point, *arguments)) for r in range(size)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-            assert process.exitcode == 0
 
 
 def run(size: int, config: dict):
