@@ -99,9 +99,9 @@ def on_host(update: Callable[[Tensors, Tensors, Tensors, Tensors, Hyperparameter
     def run(slots: Sequence[Slot], group: Group) -> None:
         if group.found_inf is not None and group.found_inf.item():
             return
+        torch._foreach_add_([slot.step for slot in slots], 1)
         at_step: dict[int, list[Slot]] = defaultdict(list)
         for slot in slots:
-            slot.step.add_(1)
             at_step[int(slot.step)].append(slot)
         for step, members in at_step.items():
             params, grads, exp_avgs, exp_avg_sqs, _ = map(list, zip(*members, strict=True))
