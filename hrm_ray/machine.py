@@ -19,7 +19,8 @@ from hrm_ray.models.attention import resolve_attention
 from hrm_ray.optim.adam_atan2 import resolve_backend
 
 # Work of a run, in operations by the rule of `compiles`, from which on compiling pays on a CPU: it takes up to a minute
-# and then saves a quarter of the time, and this is four to eight minutes on two cores (docs/performance.md).
+# and then saves a sixth of the time, less where products are nearly all of it; this is four to eight minutes on two
+# newer cores, up to fourteen on two older ones (docs/performance.md).
 COMPILE_MIN_OPERATIONS = 3e13
 
 # Of glibc, see mallopt(3), by their numbers: free memory is never given back (M_TRIM_THRESHOLD, -1), and large blocks
