@@ -12,7 +12,9 @@ keeps of freed memory (`machine.keep_memory`) is a gain of ours that the plain s
 compiled (not with `compile=false`), and on a GPU recorded as a CUDA graph besides; `ms_per_example` is what training
 does unless told otherwise: compiled, not recorded. All are measured in turns in this process; the figures to trust are
 the ratios and the medians. `share_of_products` is the share of the rate at which this machine does a large
-matrix product, in turns with the steps, `share_of_peak` that of a known GPU's data sheet.
+matrix product, in turns with the steps, `share_of_peak` that of a known GPU's data sheet. The dtype is what training
+takes on this machine, for the plain step too; with `plain_dtype=bfloat16` that one takes what the published code takes
+everywhere.
 
 For CPUs: `keep_memory=false` takes kept memory from all steps. With `products=false` none multiplies matrices (the
 results are what lies in memory), which leaves the time of what is between the products.
@@ -234,6 +236,7 @@ def measure(
     local_batch_size: int,
     rounds: int,
     dtype: str,
+    plain_dtype: str,
     compile: bool,
     products: bool,
     keep_memory: bool,
@@ -245,8 +248,10 @@ def measure(
         machine.keep_memory()
     config, size = ARCHS[arch]
     batch_size, precision = local_batch_size, front.dtype_of(dtype)
-    kinds = [*(["compiled"] if compile else []), "eager", "plain"]
+    plain_precision = precision if plain_dtype == "auto" else front.dtype_of(plain_dtype)
+    kinds = [*(["compiled"] if compile else []), "eager"]
     steps = {kind: make_step(kind, config, size, batch_size, precision) for kind in kinds}
+    steps["plain"] = make_step("plain", config, size, batch_size, plain_precision)
     recorded, problem = ("compiled, recorded" if compile else "recorded"), None
     if torch.cuda.is_available():
         try:
@@ -279,6 +284,7 @@ def measure(
         "recorded_ms_per_example": round(medians[recorded], 3) if recorded in medians else None,
         "recording_failed": problem,
         "plain_ms_per_example": round(medians["plain"], 3),
+        "plain_dtype": str(plain_precision).removeprefix("torch."),
         "speedup_over_plain": round(medians["plain"] / ours, 3),
         "products": products,
         "keep_memory": keep_memory,
@@ -290,19 +296,21 @@ def measure(
 
 def tell(result: dict) -> str:
     recorded = result["recorded_ms_per_example"]
+    plain_dtype = f" ({result['plain_dtype']})" if result["plain_dtype"] != result["dtype"] else ""
     rate = "without products"
     if result["products"]:
         rate = f"{result['tflops']} TFLOP/s, {result['share_of_products']:.0%} of a product's"
     return (
-        f"{result['arch']}: {result['ms_per_example']} ms an example ({rate}), "
+        f"{result['arch']}, {result['dtype']}: {result['ms_per_example']} ms an example ({rate}), "
         f"eager {result['eager_ms_per_example']}, "
-        f"{f'recorded {recorded}, ' if recorded else ''}plain {result['plain_ms_per_example']}: "
+        f"{f'recorded {recorded}, ' if recorded else ''}plain{plain_dtype} {result['plain_ms_per_example']}: "
         f"{result['speedup_over_plain']}x"
     )
 
 
 def main() -> None:
-    known = {"arch": tuple(ARCHS), "local_batch_size": 128, "rounds": 8, "dtype": front.DTYPES}
+    known = {"arch": tuple(ARCHS), "local_batch_size": 128, "rounds": 8}
+    known |= {"dtype": front.DTYPES, "plain_dtype": front.DTYPES}
     switches = {"compile": True, "products": True, "keep_memory": True}
     front.run(__doc__, measure, tell, known | {"threads": front.THREADS, **switches})
 

@@ -82,8 +82,10 @@ def test_step_measures(monkeypatch, capsys):
     result = json.loads(out)
     assert code == 0
     assert result["ms_per_example"] > 0 and result["tflops"] > 0
+    assert result["plain_dtype"] == result["dtype"]
+    words += ["dtype=float32", "plain_dtype=bfloat16"]
     code, out, _ = command(monkeypatch, capsys, "step", *words)
-    assert out.startswith("quickstart: ")
+    assert out.startswith("quickstart, float32: ") and ", plain (bfloat16) " in out
 
 
 def test_without_products_nothing_is_multiplied():

@@ -25,6 +25,21 @@ def test_cpu_decisions(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("capabilities", "fast"),
+    [
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_tile": True, "amx_bf16": True}, True),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_tile": False, "amx_bf16": False}, False),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_tile": False, "amx_bf16": False}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False, "amx_tile": False, "amx_bf16": False}, False),
+        ({"architecture": "arm64", "bf16": True}, False),  # unmeasured
+    ],
+)
+def test_which_cpus_multiply_bfloat16_fast(monkeypatch, capabilities, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert machine.cpu_has_fast_bfloat16() is fast
+
+
+@pytest.mark.parametrize(
     ("choice", "said"),
     [
         ({"device": "cuda"}, "device=cuda: torch sees no GPU here"),
