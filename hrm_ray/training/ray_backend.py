@@ -1,4 +1,8 @@
-"""The process group of Ray Train's workers, without a leak.
+"""Where Ray Train 2.60 is changed: its driver, and the process group of its workers.
+
+`TorchTrainer.fit` waits in the calling thread. In the main one it replaces the handler of SIGINT, and nothing can be
+told meanwhile; another still waits when the session is ended, and its next call then starts a new Ray, or ends the
+whole process if it comes while the core shuts down. So here waiting is left to the caller.
 
 If a worker dies while the group is formed, Ray 2.60 starts anew but keeps what the dead start had reserved
 (`WorkerGroup._start` cleans up only what is not yet marked as started): where the workers take the whole cluster, it
@@ -8,9 +12,39 @@ then waits for itself for ever. Here the reservation is given back.
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
+from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
-from ray.train.torch import TorchConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.execution.controller import TrainController
+
+
+@dataclass
+class Started:
+    """What `fit` takes for a result."""
+
+    controller: ActorHandle
+    error: None = None
+
+
+class NonblockingTrainer(TorchTrainer):
+    """`TorchTrainer` that does not wait."""
+
+    def start(self) -> ActorHandle:
+        """The controller, on this node: `run` trains, then `get_result` has the result. It ends with its handles."""
+        return self.fit().controller  # type: ignore[attr-defined]
+
+    def _initialize_and_run_controller(self, **parameters: Any) -> Started:
+        self._parameters = parameters  # the controller fetches one of them from here
+        node = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+        environment = {"env_vars": {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}}
+        controller: Any = ray.remote(num_cpus=0, label_selector=node, runtime_env=environment)(
+            TrainController
+        )
+        return Started(controller.remote(**parameters))
 
 
 class Backend(_TorchBackend):

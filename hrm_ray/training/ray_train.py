@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import RunFailed, UserError
@@ -24,6 +24,11 @@ from hrm_ray.training.loop import Hooks, Progress, Trainer
 from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import Driver
 from hrm_ray.training.world import World
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+    from hrm_ray.training import ray_backend
 
 POLL_S = 0.25  # how often the driver and the first worker look at each other's messages
 LOOK_AHEAD_S = 2.0  # how often the driver looks whether the workers will be restarted
@@ -89,41 +94,37 @@ def train_on_ray(config: TrainConfig, run: Storage, driver: Driver) -> dict[str,
 
 def _fit(config: TrainConfig, run: Storage, driver: Driver, is_ours: bool) -> dict[str, Any]:
     """Train in the present session of Ray; `is_ours` if it ends with this command."""
+    import ray
+
     channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
     cpus, use_gpu = _resources(config)
-    trainer = _ray_trainer(config, run, channel, cpus, use_gpu)
-    outcome: dict[str, Any] = {}
-
-    def fit() -> None:
-        try:
-            outcome["summary"] = trainer.fit().return_value
-        except BaseException as error:  # handed to the main thread
-            outcome["error"] = error
-
-    # In a thread of its own, so that signals reach our handler and not Ray's, which kills the workers.
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
+    controller = _ray_trainer(config, run, channel, cpus, use_gpu).start()
+    training: ObjectRef = controller.run.remote()
     patience_s = config.watchdog_s + COMING_S if is_ours and config.watchdog_s is not None else None
-    summary = _accompany(thread, channel, driver, LookAhead(config, cpus, use_gpu), is_ours, patience_s)
+    summary = _accompany(training, channel, driver, LookAhead(config, cpus, use_gpu), is_ours, patience_s)
     if summary is not None:
         return summary
-    if "error" in outcome:
+    try:
+        ray.get(training)
+        result = ray.get(controller.get_result.remote())
+        if result.error:
+            raise result.error
+    except Exception as error:
         raise RunFailed(
-            f"Ray Train gave up: {_first_cause(outcome['error'])}; "
-            "the same command goes on from the last checkpoint"
-        ) from outcome["error"]
-    return outcome["summary"]
+            f"Ray Train gave up: {_first_cause(error)}; the same command goes on from the last checkpoint"
+        ) from error
+    return result.return_value
 
 
 def _accompany(
-    thread: threading.Thread,
+    training: "ObjectRef",
     channel: Channel,
     driver: Driver,
     look_ahead: "LookAhead",
     is_ours: bool,
     patience_s: float | None,
 ) -> dict[str, Any] | None:
-    """Tell the driver of what the workers say and them of what is wanted, until `thread` ends.
+    """Tell the driver of what the workers say and them of what is wanted, until `training` ends.
 
     Args:
         is_ours: nothing of Ray's session is wanted after the run, so its end is not waited for. On a joined cluster it
@@ -131,17 +132,20 @@ def _accompany(
         patience_s: how long there may be no worker while the living nodes could hold them; None: for ever.
 
     Returns:
-        the summary, if the run has ended before `thread`, or was stopped while it had no workers; else None.
+        the summary, if the run has ended before `training`, or was stopped while it had no workers; else None.
 
     Raises:
         UserError, RunFailed: what a worker failed of.
         NobodyCame: there was none for longer.
     """
+    import ray
+
     heard: set[str] = set()
     told_to_stop = False
     beat, heard_at = None, time.monotonic()
-    while thread.is_alive():
-        thread.join(POLL_S)
+    has_ended = False
+    while not has_ended:
+        has_ended = bool(ray.wait([training], timeout=POLL_S)[0])
         summary = channel.get("summary")  # before the events, of which the last comes first
         for name, entry in channel.added("events").items():
             if name not in heard:
@@ -156,7 +160,7 @@ def _accompany(
         if progress is not None:
             driver.progress(Progress(**progress))
         if summary is not None:
-            thread.join(0 if is_ours else LINGER_S)
+            ray.wait([training], timeout=0 if is_ours else LINGER_S)
             return summary
         reason = driver.stop.reason()
         if reason is not None and not told_to_stop:
@@ -261,9 +265,10 @@ def _draining_nodes() -> dict[str, float]:
     return {node: ms / 1000 for node, ms in (ray._private.state.state.get_draining_nodes() or {}).items()}
 
 
-def _ray_trainer(config: TrainConfig, run: Storage, channel: Channel, cpus: int, use_gpu: bool):
+def _ray_trainer(
+    config: TrainConfig, run: Storage, channel: Channel, cpus: int, use_gpu: bool
+) -> "ray_backend.NonblockingTrainer":
     import ray.train
-    from ray.train.torch import TorchTrainer
 
     from hrm_ray.training import ray_backend
 
@@ -273,7 +278,7 @@ def _ray_trainer(config: TrainConfig, run: Storage, channel: Channel, cpus: int,
     if not use_gpu:  # Ray hides no GPU from a worker that asked for none
         values["device"] = "cpu"
     run.create()  # if that cannot be, it is said here and not by a worker
-    return TorchTrainer(
+    return ray_backend.NonblockingTrainer(
         _worker,  # type: ignore[arg-type]  # what it returns becomes Result.return_value
         train_loop_config={
             "config": values,

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 import yaml
 from ray.train.torch.config import _TorchBackend
 
+from hrm_ray import ray_session
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.training import ray_backend, ray_train, trainer
@@ -86,6 +89,21 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(config, ray_cluster):
     assert pids, "the worker was never killed"
     assert last(killed).manifest.files == last(whole).manifest.files
     assert [_untimed(r) for r in _records(killed)] == [_untimed(r) for r in _records(whole)]
+
+
+def test_when_the_session_of_a_run_ends_nothing_in_the_process_uses_it(config, ray_cluster, monkeypatch):
+    """A call that comes while Ray shuts down ends the process, one after it starts a new Ray."""
+    ours, found = set(threading.enumerate()), []
+
+    @contextmanager
+    def session():
+        yield True
+        found.extend(set(threading.enumerate()) - ours)
+
+    monkeypatch.setattr(ray_session, "ray_session", session)
+    trainer.train(TrainConfig(**config | {"scaling": on_ray(1)}), show_progress=False)
+    assert last(TrainConfig(**config)).manifest.global_step == 20
+    assert not found
 
 
 @dataclass
