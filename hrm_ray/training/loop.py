@@ -94,16 +94,9 @@ class Trainer:
         self.config, self.run, self.world, self.hooks = config, run, world, hooks
         self.dataset = open_checked(config.data_path, world)
         self.plan = Plan.of(config, self.dataset.split("train"))
-        self.setup = machine.resolve(
-            device=config.device,
-            forward_dtype=config.forward_dtype,
-            attention=config.attention,
-            optimizer_backend=config.optimizer_backend,
-            num_tokens=config.arch.num_tokens(self.dataset.manifest.seq_len),
-            head_dim=config.arch.hidden_size // config.arch.num_heads,
-            cuda_graphs=config.cuda_graphs,
-            local_rank=world.local_rank,
-        )
+        self.setup = self._resolve(config.forward_dtype)
+        if len(set(world.gather_objects(self.setup.dtype))) > 1:  # "auto" on unlike machines
+            self.setup = self._resolve("float32")
         if self.setup.device.type == "cpu":
             machine.keep_memory()
         self._stop_reason: str | None = None
@@ -124,6 +117,20 @@ class Trainer:
         except BaseException as error:
             self._close()
             raise _as_full_disk(error, run) from None
+
+    def _resolve(self, forward_dtype: str) -> machine.Setup:
+        """What of this worker's machine is used."""
+        config = self.config
+        return machine.resolve(
+            device=config.device,
+            forward_dtype=forward_dtype,
+            attention=config.attention,
+            optimizer_backend=config.optimizer_backend,
+            num_tokens=config.arch.num_tokens(self.dataset.manifest.seq_len),
+            head_dim=config.arch.hidden_size // config.arch.num_heads,
+            cuda_graphs=config.cuda_graphs,
+            local_rank=self.world.local_rank,
+        )
 
     def _begin(self) -> None:
         """Make the state of the newest whole checkpoint, or of a new run. Collective."""

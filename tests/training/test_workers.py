@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hrm_ray import machine
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
 from hrm_ray.training.checkpoint import finished
@@ -44,6 +45,18 @@ def _worker_without_compiler(rank: int, size: int, meeting_point: str, config: d
         torch._inductor.config.cpp.cxx = ("/no/such/compiler",)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{config['storage']}-cache"  # in which nothing is compiled
     _worker(rank, size, meeting_point, config)
+
+
+def _worker_by_speed(
+    rank: int, size: int, meeting_point: str, config: dict, fast: list[int], dtype: torch.dtype
+) -> None:
+    """Only the machines of the ranks `fast` are fast at bfloat16."""
+    machine.cpu_has_fast_bfloat16 = lambda: rank in fast
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=size)
+    parsed = TrainConfig(**config)
+    trainer = Trainer(parsed, run_folder(parsed), World(rank, size, rank), Hooks())
+    assert trainer.setup.dtype == dtype
+    os._exit(0)
 
 
 def _refused_worker(rank: int, size: int, meeting_point: str, config: dict) -> None:
@@ -107,6 +120,11 @@ def test_two_workers_equal_one(config, change, micro_batch_size):
     exact |= {name for name in whole if name.startswith("replay.") and name != "replay.states"}
     for name in exact:
         assert torch.equal(torch.cat([half[name] for half in halves]), whole[name]), name
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [([0], torch.float32), ([0, 1], torch.bfloat16)])
+def test_workers_on_unlike_machines_take_the_same_dtype(config, fast, dtype):
+    start(_worker_by_speed, 2, config | {"forward_dtype": "auto"}, fast, dtype)
 
 
 @pytest.mark.parametrize(
