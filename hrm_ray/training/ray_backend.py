@@ -21,6 +21,8 @@ from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
 
+from hrm_ray.errors import RunFailed
+
 
 @dataclass
 class Started:
@@ -31,14 +33,22 @@ class Started:
 
 
 class NonblockingTrainer(TorchTrainer):
-    """`TorchTrainer` that does not wait."""
+    """`TorchTrainer` that does not wait. To be kept while it trains: the controller fetches from it."""
 
     def start(self) -> ActorHandle:
-        """The controller, on this node: `run` trains, then `get_result` has the result. It ends with its handles."""
+        """The controller, on this node: `run` trains, then `get_result` has the result.
+
+        It ends when its handles are gone and what it was called for is done.
+
+        Raises:
+            RunFailed: Ray is another version, of another build.
+        """
+        if not hasattr(TorchTrainer, NonblockingTrainer._initialize_and_run_controller.__name__):
+            raise RunFailed(f"ray {ray.__version__} starts runs in another way than ray 2.60; install that")
         return self.fit().controller  # type: ignore[attr-defined]
 
     def _initialize_and_run_controller(self, **parameters: Any) -> Started:
-        self._parameters = parameters  # the controller fetches one of them from here
+        self._parameters = parameters
         node = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         environment = {"env_vars": {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}}
         controller: Any = ray.remote(num_cpus=0, label_selector=node, runtime_env=environment)(

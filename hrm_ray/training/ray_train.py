@@ -38,7 +38,7 @@ RESIZE_INTERVAL_S = 30.0  # how often Ray looks for room for more workers
 START_TIMEOUT_S = 15.0  # how long it waits for lost ones to come back before it starts fewer
 BEAT_S = 5.0  # how often the first worker says that it is there
 COMING_S = 60.0  # beyond `watchdog_s`, how long there may be none
-LINGER_S = 3.0  # how long Ray may take to end a run on a joined cluster before nobody waits for it
+LINGER_S = 3.0  # how long Ray may take to end a run in a session of the caller's before nobody waits for it
 SHUTDOWN_TIMEOUT_S = "5"  # and for workers that hang to leave their process group, before it kills them
 
 
@@ -98,22 +98,34 @@ def _fit(config: TrainConfig, run: Storage, driver: Driver, is_ours: bool) -> di
 
     channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
     cpus, use_gpu = _resources(config)
-    controller = _ray_trainer(config, run, channel, cpus, use_gpu).start()
-    training: ObjectRef = controller.run.remote()
+    trainer = _ray_trainer(config, run, channel, cpus, use_gpu)
+    with _ray_may_give_up():
+        controller = trainer.start()
+        training: ObjectRef = controller.run.remote()
     patience_s = config.watchdog_s + COMING_S if is_ours and config.watchdog_s is not None else None
-    summary = _accompany(training, channel, driver, LookAhead(config, cpus, use_gpu), is_ours, patience_s)
+    look_ahead = LookAhead(config, cpus, use_gpu)
+    summary = _accompany(training, channel, driver, look_ahead, is_ours, patience_s)
     if summary is not None:
         return summary
-    try:
+    with _ray_may_give_up():
         ray.get(training)
         result = ray.get(controller.get_result.remote())
         if result.error:
             raise result.error
+    return result.return_value
+
+
+@contextmanager
+def _ray_may_give_up() -> Iterator[None]:
+    """Inside, what Ray raises becomes a RunFailed."""
+    try:
+        yield
+    except UserError:
+        raise
     except Exception as error:
         raise RunFailed(
             f"Ray Train gave up: {_first_cause(error)}; the same command goes on from the last checkpoint"
         ) from error
-    return result.return_value
 
 
 def _accompany(
@@ -127,8 +139,9 @@ def _accompany(
     """Tell the driver of what the workers say and them of what is wanted, until `training` ends.
 
     Args:
-        is_ours: nothing of Ray's session is wanted after the run, so its end is not waited for. On a joined cluster it
-            is for `LINGER_S`: without a dashboard Ray 2.60 takes 12 s, to stop an actor that would clean up after it.
+        is_ours: nothing of Ray's session is wanted after the run, so its end is not waited for. In a session of the
+            caller's it is for `LINGER_S`: without a dashboard Ray 2.60 takes 12 s, to stop an actor that would clean
+            up after it.
         patience_s: how long there may be no worker while the living nodes could hold them; None: for ever.
 
     Returns:
@@ -160,7 +173,8 @@ def _accompany(
         if progress is not None:
             driver.progress(Progress(**progress))
         if summary is not None:
-            ray.wait([training], timeout=0 if is_ours else LINGER_S)
+            if not is_ours:
+                ray.wait([training], timeout=LINGER_S)
             return summary
         reason = driver.stop.reason()
         if reason is not None and not told_to_stop:

@@ -62,6 +62,31 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_retries(config, ray_clus
         trainer.train(bad, show_progress=False)
 
 
+class KillOnce(trainer.Driver):
+    """Kills the only worker after step 7, once."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.pids = []
+
+    def progress(self, progress):
+        if not self.pids and progress.step >= 7:
+            self.pids.append(_kill_train_worker())
+
+
+def test_a_killed_worker_that_is_not_to_be_replaced_ends_the_run_in_one_line(config, ray_cluster):
+    config |= {"scaling": on_ray(1), "max_steps": 400, "epochs": 200, "failure": {"max_failures": 0}}
+    lost = TrainConfig(**config)
+    with pytest.raises(RunFailed, match=r"Ray Train gave up: .*; the same command goes on from the last"):
+        ray_train.train_on_ray(lost, trainer.run_folder(lost), KillOnce(lost))
+
+
+def test_what_ray_does_not_understand_is_said_in_one_line(config, ray_cluster, monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_CALLBACKS", "no.such.Callback")
+    with pytest.raises(RunFailed, match=r"Ray Train gave up: .*no\.such\.Callback"):
+        trainer.train(TrainConfig(**config | {"scaling": on_ray(1)}), show_progress=False)
+
+
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(config, ray_cluster):
     """SIGKILL to a worker in the middle: the run ends like the undisturbed one, bit for bit."""
     scaling = on_ray(1)
@@ -78,15 +103,9 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(config, ray_cluster):
         "log_interval": 4,
     }
     killed = TrainConfig(**config)
-    pids = []
-
-    class KillOnce(trainer.Driver):
-        def progress(self, progress):
-            if not pids and progress.step >= 7:
-                pids.append(_kill_train_worker())
-
-    ray_train.train_on_ray(killed, trainer.run_folder(killed), KillOnce(killed))
-    assert pids, "the worker was never killed"
+    driver = KillOnce(killed)
+    ray_train.train_on_ray(killed, trainer.run_folder(killed), driver)
+    assert driver.pids, "the worker was never killed"
     assert last(killed).manifest.files == last(whole).manifest.files
     assert [_untimed(r) for r in _records(killed)] == [_untimed(r) for r in _records(whole)]
 

@@ -56,6 +56,7 @@ def _worker_by_speed(
     parsed = TrainConfig(**config)
     trainer = Trainer(parsed, run_folder(parsed), World(rank, size, rank), Hooks())
     assert trainer.setup.dtype == dtype
+    dist.barrier()
     os._exit(0)
 
 
