@@ -26,6 +26,11 @@ COMPILE_MIN_OPERATIONS = 3e13
 # Of glibc, see mallopt(3), by their numbers: free memory is never given back (M_TRIM_THRESHOLD, -1), and large blocks
 # come from it like others (M_MMAP_MAX, -4).
 MALLOC_PARAMETERS = {-1: -1, -4: 0}
+# By which a user says what is to be kept.
+MALLOC_VARIABLES = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_"}
+# For processes whose first thread is not the one that trains. By default others have memory of their own, in pieces of
+# 64 MiB, which are given back whatever the parameters say, as are larger blocks.
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 
 
 @dataclass(frozen=True)
@@ -84,19 +89,22 @@ def compiles(
     return is_long and compiler(device) is not None
 
 
-def keep_memory() -> None:
+def keep_memory() -> bool:
     """Let this process keep what tensors on the CPU give back for those to come, until it ends.
 
     Every step frees its activations. By default glibc hands many of them back to the system, from which the next step
     has them page by page, each filled with zeros at first use (docs/performance.md). Nothing happens without glibc,
-    nor where the user tunes it (MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_MAX_ in the environment, or GLIBC_TUNABLES).
+    nor where the user tunes it (`MALLOC_VARIABLES`, or glibc.malloc in GLIBC_TUNABLES), and little in another
+    thread than the first, unless the process was started with `ONE_ARENA`.
+
+    Returns:
+        whether the memory is kept.
     """
-    tuned = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"} & os.environ.keys()
+    is_tuned = MALLOC_VARIABLES & os.environ.keys() or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or tuned:
-        return
-    for parameter, value in MALLOC_PARAMETERS.items():
-        mallopt(parameter, value)
+    if mallopt is None or is_tuned:
+        return False
+    return all(mallopt(parameter, value) for parameter, value in MALLOC_PARAMETERS.items())
 
 
 def _place(device: str, local_rank: int) -> torch.device:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import RunFailed, UserError
+from hrm_ray.machine import ONE_ARENA
 from hrm_ray.remote import StorageError
 from hrm_ray.training.loop import Hooks, Progress, Trainer
 from hrm_ray.training.storage import Storage
@@ -204,6 +205,10 @@ def _ray_settings(config: TrainConfig) -> dict[str, str]:
         settings["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.watchdog_s)
     if config.scaling.is_elastic:
         settings["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(START_TIMEOUT_S)
+    return _where_not_set(settings)
+
+
+def _where_not_set(settings: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in settings.items() if name not in os.environ}
 
 
@@ -312,6 +317,8 @@ def _ray_trainer(
             name=f"attempt-{uuid.uuid4().hex[:8]}",
             storage_path=str(run / "ray"),
             failure_config=ray.train.FailureConfig(max_failures=config.failure.max_failures),
+            # Ray lets them train in another thread than the first.
+            worker_runtime_env={"env_vars": {} if use_gpu else _where_not_set(ONE_ARENA)},  # type: ignore[call-arg]
         ),
     )
 

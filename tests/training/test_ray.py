@@ -71,7 +71,10 @@ class KillOnce(trainer.Driver):
 
     def progress(self, progress):
         if not self.pids and progress.step >= 7:
-            self.pids.append(_kill_train_worker())
+            worker = _train_worker()
+            assert worker.environ()["MALLOC_ARENA_MAX"] == "1"  # it can keep memory; on a CPU
+            worker.kill()
+            self.pids.append(worker.pid)
 
 
 def test_a_killed_worker_that_is_not_to_be_replaced_ends_the_run_in_one_line(config, ray_cluster):
@@ -197,11 +200,10 @@ def test_where_no_worker_comes_though_there_is_room_ray_is_joined_anew(config, t
     assert last(TrainConfig(**config)).manifest.global_step == 20
 
 
-def _kill_train_worker() -> int:
+def _train_worker() -> psutil.Process:
     ours = psutil.Process().children(recursive=True)
     (worker,) = (p for p in ours if "RayTrainWorker" in "".join(p.cmdline()))
-    worker.kill()
-    return worker.pid
+    return worker
 
 
 def _records(config: TrainConfig) -> list[dict]:
