@@ -99,7 +99,8 @@ def update(
     """
     numbers = [np.float32(x) for x in (1 - h.beta1, h.beta2, 1 - h.beta2, *h.scales, h.kept)]
     # Cut while others compute: together it takes as long as a twentieth of the published model's update.
-    chunks, cut = _chunks(params, [g.contiguous() for g in grads], exp_avgs, exp_avg_sqs), Lock()
+    grads = [g.resolve_neg().contiguous() for g in grads]  # now, so that nothing has moved if one cannot be read
+    chunks, cut = _chunks(params, grads, exp_avgs, exp_avg_sqs), Lock()
 
     def work() -> None:
         while True:
@@ -111,10 +112,12 @@ def update(
 
     num_helpers = torch.get_num_threads() - 1 if sum(p.numel() for p in params) > CHUNK else 0
     helpers = [_helpers(num_helpers).submit(work) for _ in range(num_helpers)]
-    work()  # this thread too: it would wake late if it waited for others
-    for helper in helpers:
-        if not helper.cancel():  # one that has not begun is not needed
-            helper.result()
+    try:
+        work()  # this thread too: it would wake late if it waited for others
+    finally:  # even if it is interrupted, nothing moves after this
+        for helper in helpers:
+            if not helper.cancel():  # one that has not begun is not needed
+                helper.result()
 
 
 def _chunks(*lists: Tensors) -> Iterator[tuple[np.ndarray, ...]]:

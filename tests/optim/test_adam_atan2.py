@@ -128,6 +128,16 @@ def test_gradients_of_a_scaler():
     assert torch.equal(*params)
 
 
+def test_a_gradient_that_is_negated_only_when_it_is_read():
+    """As that of the imaginary part of a conjugate is; numpy cannot have it as it is."""
+    lazy, plain = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    lazy.grad, plain.grad = torch._neg_view(torch.ones(3)), -torch.ones(3)
+    for p in (lazy, plain):
+        AdamATan2([p], lr=0.1, backend="fused").step()
+    assert torch.equal(lazy, plain)
+    assert (lazy > 1).all()
+
+
 def test_not_for_complex_or_sparse():
     with pytest.raises(UserError, match=r"not torch\.complex64"):
         AdamATan2([torch.nn.Parameter(torch.ones(1, dtype=torch.complex64))])
