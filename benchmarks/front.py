@@ -15,6 +15,7 @@ from hrm_ray.errors import UserError
 
 DTYPES = ("auto", "float32", "bfloat16")
 WARM_UP_STEPS = 10  # of runs whose reports are read
+MOST = 10**9
 THREADS = len(os.sched_getaffinity(0))
 
 
@@ -86,8 +87,8 @@ def _value(word: str, text: str, default: Any) -> Any:
             raise UserError(f"{word}: true or false")
         return text == "true"
     if isinstance(default, int):
-        if not text.isdecimal() or int(text) < 1:
-            raise UserError(f"{word}: a whole number from 1 on")
+        if not (text.isdecimal() and 1 <= int(text) <= MOST):
+            raise UserError(f"{word}: a whole number from 1 to {MOST}")
         return int(text)
     return text
 

@@ -5,19 +5,22 @@
     python -m benchmarks.step arch=sudoku_6x6 --json                        that of the 6x6 experiment
     python -m benchmarks.step arch=hrm_v1 local_batch_size=32 --json        the published 27M model, 81 cells
 
-The plain step stands in for the published code, not compiled, on the same machine, threads and model: weights cast at
+The plain step stands in for the published code on the same machine, threads and model: weights cast at
 every use, the library's fused attention, the loss in float64, the step ahead from the embedding to the logits, and an
-optimizer of torch's multi-tensor operations (`foreach`), since the published one has no CPU code. What the process
-keeps of freed memory (`machine.keep_memory`) is a gain of ours that the plain step has too. Ours is measured eager,
-compiled (not with `compile=false`), and on a GPU recorded as a CUDA graph besides; `ms_per_example` is what training
-does unless told otherwise: compiled, not recorded. All are measured in turns in this process; the figures to trust are
+optimizer of torch's multi-tensor operations (`foreach`), since the published one has no CPU code. It is eager;
+`compile_plain=true` measures it compiled besides, as the published code is by default: whole, loss included, for fixed
+shapes. What the process keeps of freed memory (`machine.keep_memory`) is a gain of ours that the plain step has too.
+Ours is measured eager, compiled (not with `compile=false`), and on a GPU recorded as a CUDA graph besides;
+`ms_per_example` is what a long run does unless told otherwise: compiled, not recorded. (Runs of minutes on a CPU are
+not, see `machine.compiles`.) All are measured in turns in this process; the figures to trust are
 the ratios and the medians. `share_of_products` is the share of the rate at which this machine does a large
 matrix product, in turns with the steps, `share_of_peak` that of a known GPU's data sheet. The dtype is what training
-takes on this machine, for the plain step too; with `plain_dtype=bfloat16` that one takes what the published code takes
-everywhere.
+takes on this machine, for the plain step the same; with `plain_dtype=bfloat16` that one takes what the published code
+takes everywhere.
 
 For CPUs: `keep_memory=false` takes kept memory from all steps. With `products=false` none multiplies matrices (the
-results are what lies in memory), which leaves the time of what is between the products.
+results are what lies in memory), which leaves the time of what is between the products; attention is then two products
+in every step, since those inside the library's kernel cannot be left out.
 """
 
 import warnings
@@ -36,7 +39,7 @@ from hrm_ray.errors import UserError, first_line
 from hrm_ray.models import act as act_module
 from hrm_ray.models import layers, losses
 from hrm_ray.models.act import Batch, Carry
-from hrm_ray.models.compiled import compile_recursion
+from hrm_ray.models.compiled import compile_recursion, reason
 from hrm_ray.models.halting import Control
 from hrm_ray.models.hrm_v1 import HRMConfig
 from hrm_ray.models.recursive import RecursiveModel
@@ -95,9 +98,14 @@ def plain_cross_entropy(logits: Tensor, labels: Tensor, loss_type: losses.LossTy
 
 
 def make_step(
-    kind: str, arch: HRMConfig, size: int, batch_size: int, dtype: torch.dtype
+    kind: str, arch: HRMConfig, size: int, batch_size: int, dtype: torch.dtype, attention: str | None = None
 ) -> Callable[[], None]:
-    """A function that trains one step; kind is "plain", "eager", "compiled", or "recorded" or "compiled, recorded"."""
+    """A function that trains one step.
+
+    Args:
+        kind: "plain", "plain, compiled", "eager", "compiled", "recorded" or "compiled, recorded".
+        attention: in place of what such a step takes.
+    """
     torch.manual_seed(0)
     seq_len, vocab_size = size * size, size + 2
     auto = machine.resolve(
@@ -105,11 +113,11 @@ def make_step(
         num_tokens=arch.num_tokens(seq_len),
         head_dim=arch.hidden_size // arch.num_heads,
     )
-    plain = kind == "plain"
+    plain = "plain" in kind
     setup = machine.Setup(
         device=auto.device,
         dtype=dtype,
-        attention="sdpa" if plain else auto.attention,
+        attention=attention or ("sdpa" if plain else auto.attention),
         optimizer_backend="foreach" if plain else auto.optimizer_backend,
     )
     info = DatasetInfo(
@@ -133,15 +141,22 @@ def make_step(
     carry = model.initial_carry(batch)
     if plain:
         read_ahead_in_full(model.inner, batch)
-    if "compiled" in kind:
-        compile_recursion(model, carry, batch, control, [batch_size])
+    if "compiled" in kind and not plain:
+        with compiling("compile"):
+            compile_recursion(model, carry, batch, control, [batch_size])
+
+    def forward(carry: Carry, batch: Batch, control: Control) -> tuple[Carry, Tensor]:
+        out = model(carry, batch, control)
+        return out.carry, losses.act_loss(out, arch.loss.loss_type)[0]
+
+    if kind == "plain, compiled":
+        forward = torch.compile(forward, dynamic=False)
 
     def learn(carry: Carry, batch: Batch, control: Control) -> tuple[Carry, tuple[Tensor, Tensor] | None]:
         with Swapped(plain):
-            out = model(carry, batch, control)
-            loss, _ = losses.act_loss(out, arch.loss.loss_type)
+            carry, loss = forward(carry, batch, control)
             (loss / batch_size).backward()
-        return out.carry, model.inner.puzzle_emb.take_gradients() if arch.puzzle_emb_ndim else None
+        return carry, model.inner.puzzle_emb.take_gradients() if arch.puzzle_emb_ndim else None
 
     recordings = Recordings()
     gradients = [torch.zeros_like(parameter) for parameter in model.parameters()]
@@ -165,7 +180,19 @@ def make_step(
         else:
             optimizer.zero_grad()
 
+    if kind == "plain, compiled":
+        with compiling("compile_plain"):
+            step()
     return step
+
+
+@contextmanager
+def compiling(key: str) -> Iterator[None]:
+    """Inside, what a compiler says becomes a UserError about `key`."""
+    try:
+        yield
+    except Exception as error:  # of any kind: a compiler has many ways to fail
+        raise UserError(f"{key}=true fails: {reason(error)}; use {key}=false") from error
 
 
 def read_ahead_in_full(inner: RecursiveModel, batch: Batch) -> None:
@@ -238,64 +265,83 @@ def measure(
     dtype: str,
     plain_dtype: str,
     compile: bool,
+    compile_plain: bool,
     products: bool,
     keep_memory: bool,
 ) -> dict:
     on_cpu = not torch.cuda.is_available()
-    if not (products or on_cpu):
-        raise UserError("products=false is for CPUs; CUDA_VISIBLE_DEVICES= before the command hides the GPU")
-    if keep_memory and on_cpu:
-        machine.keep_memory()
+    for key, value in {"products": products, "keep_memory": keep_memory}.items():
+        if not (value or on_cpu):
+            raise UserError(
+                f"{key}=false is for CPUs; CUDA_VISIBLE_DEVICES= before the command hides the GPU"
+            )
+    is_kept = keep_memory and on_cpu and machine.keep_memory()
     config, size = ARCHS[arch]
     batch_size, precision = local_batch_size, front.dtype_of(dtype)
-    plain_precision = precision if plain_dtype == "auto" else front.dtype_of(plain_dtype)
-    kinds = [*(["compiled"] if compile else []), "eager"]
-    steps = {kind: make_step(kind, config, size, batch_size, precision) for kind in kinds}
-    steps["plain"] = make_step("plain", config, size, batch_size, plain_precision)
+    plain_precision = precision if plain_dtype == "same" else front.dtype_of(plain_dtype)
+    multiply, operations = a_product(precision)
+    calls: dict[str, Callable[[], object]] = {"product": multiply} if products else {}
+    kinds = {"compiled": compile, "eager": True, "plain": True, "plain, compiled": compile_plain}
+    for kind in (kind for kind, wanted in kinds.items() if wanted):
+        taken = plain_precision if "plain" in kind else precision
+        attention = None if products else "matmul"
+        calls[kind] = make_step(kind, config, size, batch_size, taken, attention)
     recorded, problem = ("compiled, recorded" if compile else "recorded"), None
     if torch.cuda.is_available():
         try:
-            steps[recorded] = make_step(recorded, config, size, batch_size, precision)
+            calls[recorded] = make_step(recorded, config, size, batch_size, precision)
         except Exception as error:  # of any kind; the others are measured all the same
             problem = first_line(error)
-    multiply, operations = a_product(precision)
     with nullcontext() if products else without_products():
-        times = in_turns({**steps, "product": multiply}, rounds)
+        times = in_turns(calls, rounds)
     ms = medians_ms(times)
-    medians = {kind: ms[kind] / batch_size for kind in steps}
-    ours = medians[kinds[0]]
-    rate, limit = flops_per_example(config, size * size) / ours * 1e3, operations / ms["product"] * 1e3
-    peak = peak_tflops(precision)
-    rates = {
-        "tflops": round(rate / 1e12, 3),
-        "product_tflops": round(limit / 1e12, 3),
-        "share_of_products": round(rate / limit, 3),
-        "share_of_peak": round(rate / 1e12 / peak, 3) if peak else None,
-    }
+    of_examples = {kind: round(ms[kind] / batch_size, 3) for kind in calls if kind != "product"}
+    ours = "compiled" if compile else "eager"
     return {
         "benchmark": "step",
         "arch": arch,
         "local_batch_size": batch_size,
         "dtype": str(precision).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "ms_per_example": round(ours, 3),
+        "ms_per_example": of_examples[ours],
         "compiled": compile,
-        "eager_ms_per_example": round(medians["eager"], 3),
-        "recorded_ms_per_example": round(medians[recorded], 3) if recorded in medians else None,
+        "eager_ms_per_example": of_examples["eager"],
+        "recorded_ms_per_example": of_examples.get(recorded),
         "recording_failed": problem,
-        "plain_ms_per_example": round(medians["plain"], 3),
+        "plain_ms_per_example": of_examples["plain"],
+        "plain_compiled_ms_per_example": of_examples.get("plain, compiled"),
         "plain_dtype": str(plain_precision).removeprefix("torch."),
-        "speedup_over_plain": round(medians["plain"] / ours, 3),
+        "speedup_over_plain": round(ms["plain"] / ms[ours], 3),
         "products": products,
-        "keep_memory": keep_memory,
-        **(rates if products else dict.fromkeys(rates)),
-        "spread_ms": [round(t * 1e3 / batch_size, 3) for t in (min(times[kinds[0]]), max(times[kinds[0]]))],
+        "keep_memory": is_kept,
+        **rates(
+            flops_per_example(config, size * size) * batch_size,
+            ms[ours],
+            operations,
+            ms.get("product"),
+            precision,
+        ),
+        "spread_ms": [round(t * 1e3 / batch_size, 3) for t in (min(times[ours]), max(times[ours]))],
         "rounds": rounds,
     }
 
 
+def rates(
+    flops: float, ms: float, product_flops: float, product_ms: float | None, dtype: torch.dtype
+) -> dict:
+    """Those of a step beside those of a product; None for each if no product was timed."""
+    names = ("tflops", "product_tflops", "share_of_products", "share_of_peak")
+    if product_ms is None:
+        return dict.fromkeys(names)
+    rate, limit, peak = flops / ms / 1e9, product_flops / product_ms / 1e9, peak_tflops(dtype)
+    share_of_peak = round(rate / peak, 3) if peak else None
+    return dict(
+        zip(names, (round(rate, 3), round(limit, 3), round(rate / limit, 3), share_of_peak), strict=True)
+    )
+
+
 def tell(result: dict) -> str:
-    recorded = result["recorded_ms_per_example"]
+    recorded, plain_compiled = result["recorded_ms_per_example"], result["plain_compiled_ms_per_example"]
     plain_dtype = f" ({result['plain_dtype']})" if result["plain_dtype"] != result["dtype"] else ""
     rate = "without products"
     if result["products"]:
@@ -304,14 +350,14 @@ def tell(result: dict) -> str:
         f"{result['arch']}, {result['dtype']}: {result['ms_per_example']} ms an example ({rate}), "
         f"eager {result['eager_ms_per_example']}, "
         f"{f'recorded {recorded}, ' if recorded else ''}plain{plain_dtype} {result['plain_ms_per_example']}: "
-        f"{result['speedup_over_plain']}x"
+        f"{result['speedup_over_plain']}x{f', compiled {plain_compiled}' if plain_compiled else ''}"
     )
 
 
 def main() -> None:
     known = {"arch": tuple(ARCHS), "local_batch_size": 128, "rounds": 8}
-    known |= {"dtype": front.DTYPES, "plain_dtype": front.DTYPES}
-    switches = {"compile": True, "products": True, "keep_memory": True}
+    known |= {"dtype": front.DTYPES, "plain_dtype": ("same", "float32", "bfloat16")}
+    switches = {"compile": True, "compile_plain": False, "products": True, "keep_memory": True}
     front.run(__doc__, measure, tell, known | {"threads": front.THREADS, **switches})
 
 

@@ -68,6 +68,7 @@ def test_a_wrong_word_is_one_line(words, said):
         ("data", ["repeats=0"]),
         ("data", ["source=/missing", "repeats=1"]),
         ("step", ["threads=1000000"]),
+        ("step", ["local_batch_size=99999999999999999999"]),
     ],
 )
 def test_a_mistake_is_no_traceback(monkeypatch, capsys, name, words):
@@ -97,14 +98,36 @@ def test_without_products_nothing_is_multiplied():
     assert torch.mm(a, b).equal(torch.full((2, 4), 3.0))
 
 
-@pytest.mark.parametrize(("words", "kept"), [([], [True]), (["keep_memory=false"], [])])
-def test_step_without_products_is_no_share_of_them(monkeypatch, capsys, words, kept):
-    asked = []
-    monkeypatch.setattr(step.machine, "keep_memory", lambda: asked.append(True))
+@pytest.mark.parametrize(
+    ("words", "asked", "kept"), [([], [True], True), (["keep_memory=false"], [], False)], ids=["kept", "not"]
+)
+def test_step_without_products_is_no_share_of_them(monkeypatch, capsys, words, asked, kept):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(step.machine, "keep_memory", lambda: calls.append(True) or True)
     words = ["local_batch_size=2", "rounds=1", "compile=false", "products=false", *words]
-    code, out, _ = command(monkeypatch, capsys, "step", *words)
-    assert code == 0 and "(without products), eager" in out
-    assert asked == kept
+    code, out, _ = command(monkeypatch, capsys, "step", *words, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["keep_memory"] is kept and calls == asked
+    assert result["ms_per_example"] > 0
+    assert {result[key] for key in step.rates(1, 1, 1, None, torch.float32)} == {None}
+
+
+def test_step_compiles_the_plain_one_if_asked_and_says_what_a_compiler_says(monkeypatch, capsys):
+    taken = []
+    monkeypatch.setattr(step.torch, "compile", lambda f, dynamic: taken.append(dynamic) or f)
+    words = ["local_batch_size=2", "rounds=1", "compile=false", "compile_plain=true"]
+    code, out, _ = command(monkeypatch, capsys, "step", *words, "--json")
+    assert (code, taken) == (0, [False])
+    assert json.loads(out)["plain_compiled_ms_per_example"] > 0
+
+    def fails(*_, **__):
+        raise RuntimeError("no compiler\nmore")
+
+    monkeypatch.setattr(step.torch, "compile", lambda f, dynamic: fails)
+    code, out, err = command(monkeypatch, capsys, "step", *words)
+    assert (code, out) == (2, "")
+    assert err == "error: compile_plain=true fails: no compiler; use compile_plain=false\n"
 
 
 def test_attention_measures(monkeypatch, capsys):

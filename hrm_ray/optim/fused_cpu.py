@@ -98,8 +98,9 @@ def update(
         grads: float32 on the CPU.
     """
     numbers = [np.float32(x) for x in (1 - h.beta1, h.beta2, 1 - h.beta2, *h.scales, h.kept)]
+    # Now, so that nothing has moved if one cannot be read.
+    grads = [g.resolve_neg().contiguous() for g in grads]
     # Cut while others compute: together it takes as long as a twentieth of the published model's update.
-    grads = [g.resolve_neg().contiguous() for g in grads]  # now, so that nothing has moved if one cannot be read
     chunks, cut = _chunks(params, grads, exp_avgs, exp_avg_sqs), Lock()
 
     def work() -> None:
