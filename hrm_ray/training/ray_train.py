@@ -29,7 +29,7 @@ from hrm_ray.training.world import World
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-    from hrm_ray.training import ray_backend
+    from hrm_ray.training import ray_overrides
 
 POLL_S = 0.25  # how often the driver and the first worker look at each other's messages
 LOOK_AHEAD_S = 2.0  # how often the driver looks whether the workers will be restarted
@@ -286,10 +286,10 @@ def _draining_nodes() -> dict[str, float]:
 
 def _ray_trainer(
     config: TrainConfig, run: Storage, channel: Channel, cpus: int, use_gpu: bool
-) -> "ray_backend.NonblockingTrainer":
+) -> "ray_overrides.NonblockingTrainer":
     import ray.train
 
-    from hrm_ray.training import ray_backend
+    from hrm_ray.training import ray_overrides
 
     least, most = config.scaling.min_workers, config.scaling.max_workers
     workers = (least, most) if config.scaling.is_elastic else most
@@ -297,7 +297,7 @@ def _ray_trainer(
     if not use_gpu:  # Ray hides no GPU from a worker that asked for none
         values["device"] = "cpu"
     run.create()  # if that cannot be, it is said here and not by a worker
-    return ray_backend.NonblockingTrainer(
+    return ray_overrides.NonblockingTrainer(
         _worker,  # type: ignore[arg-type]  # what it returns becomes Result.return_value
         train_loop_config={
             "config": values,
@@ -305,7 +305,7 @@ def _ray_trainer(
             "channel": channel.name,
             "cpus": cpus,
         },
-        torch_config=ray_backend.ProcessGroup(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+        torch_config=ray_overrides.ProcessGroup(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]  # the types are of Ray's older version
             elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,  # type: ignore[call-arg]

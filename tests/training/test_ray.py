@@ -18,11 +18,12 @@ import psutil
 import pytest
 import yaml
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from hrm_ray import ray_session
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import RunFailed, UserError
-from hrm_ray.training import ray_backend, ray_train, trainer
+from hrm_ray.training import ray_overrides, ray_train, trainer
 from hrm_ray.training.checkpoint import finished
 from tests.toy import toy_config, toy_dataset
 
@@ -63,25 +64,37 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_retries(config, ray_clus
 
 
 class KillOnce(trainer.Driver):
-    """Kills the only worker after step 7, once."""
+    """Kills a process of the run after step 7, once: the worker, or `victim`. Notes the environment that it had."""
 
-    def __init__(self, config):
+    def __init__(self, config, victim="RayTrainWorker"):
         super().__init__(config)
-        self.pids = []
+        self.victim, self.environment = victim, None
 
     def progress(self, progress):
-        if not self.pids and progress.step >= 7:
-            worker = _train_worker()
-            assert worker.environ()["MALLOC_ARENA_MAX"] == "1"  # it can keep memory; on a CPU
-            worker.kill()
-            self.pids.append(worker.pid)
+        if self.environment is None and progress.step >= 7:
+            ours = psutil.Process().children(recursive=True)
+            found = [p for p in ours if self.victim in "".join(p.cmdline())]
+            process = max(found, key=psutil.Process.create_time)  # the run before may still be ending
+            self.environment = process.environ()
+            process.kill()
 
 
-def test_a_killed_worker_that_is_not_to_be_replaced_ends_the_run_in_one_line(config, ray_cluster):
+@pytest.mark.parametrize("victim", ["RayTrainWorker", "TrainController"])
+def test_what_is_killed_and_not_to_be_replaced_ends_the_run_in_one_line(config, ray_cluster, victim):
     config |= {"scaling": on_ray(1), "max_steps": 400, "epochs": 200, "failure": {"max_failures": 0}}
     lost = TrainConfig(**config)
-    with pytest.raises(RunFailed, match=r"Ray Train gave up: .*; the same command goes on from the last"):
-        ray_train.train_on_ray(lost, trainer.run_folder(lost), KillOnce(lost))
+    with pytest.raises(
+        RunFailed, match=r"Ray Train gave up: .*; the same command goes on from the last"
+    ) as e:
+        ray_train.train_on_ray(lost, trainer.run_folder(lost), KillOnce(lost, victim))
+    assert "\n" not in str(e.value)
+
+
+def test_another_ray_is_refused_before_it_trains(monkeypatch):
+    monkeypatch.delattr(DataParallelTrainer, "_initialize_and_run_controller")
+    monkeypatch.setattr(DataParallelTrainer, "fit", None)
+    with pytest.raises(UserError, match=r"starts runs in another way than ray 2\.60; install that"):
+        ray_overrides.NonblockingTrainer(lambda: None).start()
 
 
 def test_what_ray_does_not_understand_is_said_in_one_line(config, ray_cluster, monkeypatch):
@@ -108,7 +121,8 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(config, ray_cluster):
     killed = TrainConfig(**config)
     driver = KillOnce(killed)
     ray_train.train_on_ray(killed, trainer.run_folder(killed), driver)
-    assert driver.pids, "the worker was never killed"
+    assert driver.environment, "the worker was never killed"
+    assert driver.environment["MALLOC_ARENA_MAX"] == "1"  # so that it keeps memory, on a CPU
     assert last(killed).manifest.files == last(whole).manifest.files
     assert [_untimed(r) for r in _records(killed)] == [_untimed(r) for r in _records(whole)]
 
@@ -129,7 +143,7 @@ def test_when_the_session_of_a_run_ends_nothing_in_the_process_uses_it(config, r
 
 
 @dataclass
-class DiesWhileJoining(ray_backend.ProcessGroup):
+class DiesWhileJoining(ray_overrides.ProcessGroup):
     """Kills a worker while the first process group is formed."""
 
     marker: str = ""
@@ -145,7 +159,7 @@ def _kill_once(worker_group, marker: Path) -> None:
         os.kill(worker_group.get_workers()[1].metadata.pid, signal.SIGKILL)
 
 
-class DyingBackend(ray_backend.Backend):
+class DyingBackend(ray_overrides.Backend):
     def on_start(self, worker_group, backend_config):
         _kill_once(worker_group, Path(backend_config.marker))
         super().on_start(worker_group, backend_config)
@@ -158,13 +172,13 @@ def test_a_worker_killed_while_the_workers_join_leaves_nothing_reserved(
     """The two workers take the whole cluster: another start has room only if the dead one gave back its own."""
     marker = tmp_path / "killed"
     dying = partial(DiesWhileJoining, marker=str(marker))
-    monkeypatch.setattr(ray_backend, "ProcessGroup", dying)
+    monkeypatch.setattr(ray_overrides, "ProcessGroup", dying)
     summary, _ = trainer.train(TrainConfig(**config | {"scaling": on_ray(2)}), show_progress=False)
     assert marker.exists() and summary["finished"]
 
 
 class LeakyBackend(_TorchBackend):
-    """Ray's own, which keeps what the dead start had reserved; see `ray_backend`."""
+    """Ray's own, which keeps what the dead start had reserved; see `ray_overrides`."""
 
     def on_start(self, worker_group, backend_config):
         _kill_once(worker_group, Path(backend_config.marker))
@@ -185,10 +199,10 @@ def test_where_no_worker_comes_though_there_is_room_ray_is_joined_anew(config, t
         import json, sys
         from functools import partial
         from hrm_ray.config.schema import TrainConfig
-        from hrm_ray.training import ray_backend, ray_train, trainer
+        from hrm_ray.training import ray_overrides, ray_train, trainer
         from tests.training.test_ray import Leaks
         marker, config = sys.argv[1], json.loads(sys.argv[2])
-        ray_backend.ProcessGroup, ray_train.COMING_S = partial(Leaks, marker=marker), 8.0
+        ray_overrides.ProcessGroup, ray_train.COMING_S = partial(Leaks, marker=marker), 8.0
         trainer.train(TrainConfig(**config))
     """
     scaling = {"mode": "ray", "num_workers": 2, "cpus_per_worker": (os.cpu_count() or 2) // 2}
@@ -198,12 +212,6 @@ def test_where_no_worker_comes_though_there_is_room_ray_is_joined_anew(config, t
     assert done.returncode == 0, done.stderr
     assert "no worker for 24 s, though there is room: Ray is joined anew" in done.stderr
     assert last(TrainConfig(**config)).manifest.global_step == 20
-
-
-def _train_worker() -> psutil.Process:
-    ours = psutil.Process().children(recursive=True)
-    (worker,) = (p for p in ours if "RayTrainWorker" in "".join(p.cmdline()))
-    return worker
 
 
 def _records(config: TrainConfig) -> list[dict]:

@@ -21,7 +21,7 @@ from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
 
-from hrm_ray.errors import RunFailed
+from hrm_ray.errors import UserError
 
 
 @dataclass
@@ -41,10 +41,10 @@ class NonblockingTrainer(TorchTrainer):
         It ends when its handles are gone and what it was called for is done.
 
         Raises:
-            RunFailed: Ray is another version, of another build.
+            UserError: this Ray has no such hook.
         """
         if not hasattr(TorchTrainer, NonblockingTrainer._initialize_and_run_controller.__name__):
-            raise RunFailed(f"ray {ray.__version__} starts runs in another way than ray 2.60; install that")
+            raise UserError(f"ray {ray.__version__} starts runs in another way than ray 2.60; install that")
         return self.fit().controller  # type: ignore[attr-defined]
 
     def _initialize_and_run_controller(self, **parameters: Any) -> Started:
