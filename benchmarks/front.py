@@ -15,7 +15,7 @@ from hrm_ray.errors import UserError
 
 DTYPES = ("auto", "float32", "bfloat16")
 WARM_UP_STEPS = 10  # of runs whose reports are read
-MOST = 10**9
+MOST = 10**9  # of any number in a command
 THREADS = len(os.sched_getaffinity(0))
 
 

@@ -38,7 +38,7 @@ from hrm_ray import machine
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.models import act as act_module
 from hrm_ray.models import layers, losses
-from hrm_ray.models.act import Batch, Carry
+from hrm_ray.models.act import ACT, Batch, Carry
 from hrm_ray.models.compiled import compile_recursion, reason
 from hrm_ray.models.halting import Control
 from hrm_ray.models.hrm_v1 import HRMConfig
@@ -97,23 +97,17 @@ def plain_cross_entropy(logits: Tensor, labels: Tensor, loss_type: losses.LossTy
     return torch.where(valid, -picked, 0).float()
 
 
-def make_step(
-    kind: str, arch: HRMConfig, size: int, batch_size: int, dtype: torch.dtype, attention: str | None = None
-) -> Callable[[], None]:
-    """A function that trains one step.
-
-    Args:
-        kind: "plain", "plain, compiled", "eager", "compiled", "recorded" or "compiled, recorded".
-        attention: in place of what such a step takes.
-    """
+def make_model(
+    plain: bool, arch: HRMConfig, size: int, dtype: torch.dtype, attention: str | None = None
+) -> tuple[ACT, machine.Setup]:
+    """A model of Sudoku `size`, and what of the machine it uses; for `attention` see `make_step`."""
     torch.manual_seed(0)
-    seq_len, vocab_size = size * size, size + 2
+    seq_len = size * size
     auto = machine.resolve(
         forward_dtype=str(dtype).removeprefix("torch."),
         num_tokens=arch.num_tokens(seq_len),
         head_dim=arch.hidden_size // arch.num_heads,
     )
-    plain = "plain" in kind
     setup = machine.Setup(
         device=auto.device,
         dtype=dtype,
@@ -123,7 +117,7 @@ def make_step(
     info = DatasetInfo(
         task="sudoku",
         task_options={"size": size},
-        vocab_size=vocab_size,
+        vocab_size=size + 2,
         seq_len=seq_len,
         num_puzzle_identifiers=1,
     )
@@ -134,8 +128,22 @@ def make_step(
                 module.__class__ = PlainLinear
         if arch.pos_encodings == "rope":
             model.inner.rope_sin.chunk(2, dim=-1)[0].neg_()
+    return model, setup
+
+
+def make_step(
+    kind: str, arch: HRMConfig, size: int, batch_size: int, dtype: torch.dtype, attention: str | None = None
+) -> Callable[[], None]:
+    """A function that trains one step.
+
+    Args:
+        kind: "plain", "plain, compiled", "eager", "compiled", "recorded" or "compiled, recorded".
+        attention: in place of what such a step takes.
+    """
+    plain = "plain" in kind
+    model, setup = make_model(plain, arch, size, dtype, attention)
     optimizer = AdamATan2(model.parameters(), backend=setup.optimizer_backend)
-    tokens = torch.randint(1, vocab_size, (batch_size, seq_len), device=setup.device)
+    tokens = torch.randint(1, size + 2, (batch_size, size * size), device=setup.device)
     batch = Batch(tokens.int(), tokens, torch.zeros(batch_size, dtype=torch.int32, device=setup.device))
     control = Control(min_halt_steps=torch.zeros(batch_size, dtype=torch.int32, device=setup.device))
     carry = model.initial_carry(batch)
