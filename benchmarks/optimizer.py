@@ -70,7 +70,7 @@ def measure(rounds: int) -> dict:
         "num_params": num_params,
         "threads": torch.get_num_threads(),
         "ours": ours,
-        "ms": {name: round(value, 2) for name, value in ms.items()},
+        "ms": {name: round(value, 4) for name, value in ms.items()},
         "gigabytes_per_s": round(num_params * BYTES_A_PARAMETER / ms[ours] / 1e6, 1),
         "share_of_copy_rate": round(ms["copy"] / ms[ours], 3),
         "share_of_memory_rate": round(min(ms["copy"], ms["in place"]) / ms[ours], 3),
@@ -81,7 +81,7 @@ def measure(rounds: int) -> dict:
 def tell(result: dict) -> str:
     ours = result["ms"][result["ours"]]
     rows = sorted(result["ms"].items(), key=lambda item: item[1])
-    lines = [f"{name:20} {ms:8.2f} ms  {ms / ours:6.2f}" for name, ms in rows]
+    lines = [f"{name:20} {ms:8.3f} ms  {ms / ours:6.2f}" for name, ms in rows]
     return "\n".join([*lines, f"{result['ours']}: {result['share_of_memory_rate']:.0%} of the memory's rate"])
 
 
