@@ -41,6 +41,7 @@ def parts(data: str, out: Path) -> dict[str, tuple[str, ...]]:
         "tests": ("pytest", "-rs", "-p", "no:cacheprovider", *tests),
         "optimizer": ("benchmarks.optimizer", "--json"),
         "step-published": ("benchmarks.step", *PUBLISHED, "--json"),
+        "step-fused": ("benchmarks.step", *PUBLISHED, "attention=fused", "--json"),
         "step-quickstart": ("benchmarks.step", "local_batch_size=256", "--json"),
         "attention": ("benchmarks.attention", "batch=768", "--json"),
         "train": (*train, "run_name=compiled"),

@@ -16,7 +16,7 @@ not, see `machine.compiles`.) All are measured in turns in this process; the fig
 the ratios and the medians. `share_of_products` is the share of the rate at which this machine does a large
 matrix product, in turns with the steps, `share_of_peak` that of a known GPU's data sheet. The dtype is what training
 takes on this machine, for the plain step the same; with `plain_dtype=bfloat16` that one takes what the published code
-takes everywhere.
+takes everywhere. `attention=fused`, or another kernel, changes that of our steps.
 
 For CPUs: `keep_memory=false` takes kept memory from all steps. With `products=false` none multiplies matrices (the
 results are what lies in memory), which leaves the time of what is between the products; attention is then two products
@@ -37,6 +37,7 @@ from benchmarks.machine import a_product, peak_tflops
 from hrm_ray import machine
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.models import act as act_module
+from hrm_ray.models import attention as attention_module
 from hrm_ray.models import layers, losses
 from hrm_ray.models.act import ACT, Batch, Carry
 from hrm_ray.models.compiled import compile_recursion, reason
@@ -60,7 +61,8 @@ ARCHS = {  # architecture, Sudoku size
 }
 
 
-own_rms_norm, own_apply_rope, own_cross_entropy = layers.rms_norm, layers.apply_rope, losses.cross_entropy
+own_rms_norm, own_apply_rope = layers.rms_norm, attention_module.apply_rope
+own_cross_entropy = losses.cross_entropy
 
 
 class PlainLinear(layers.Linear):
@@ -105,13 +107,14 @@ def make_model(
     seq_len = size * size
     auto = machine.resolve(
         forward_dtype=str(dtype).removeprefix("torch."),
+        attention=attention or ("sdpa" if plain else "auto"),
         num_tokens=arch.num_tokens(seq_len),
         head_dim=arch.hidden_size // arch.num_heads,
     )
     setup = machine.Setup(
         device=auto.device,
         dtype=dtype,
-        attention=attention or ("sdpa" if plain else auto.attention),
+        attention=auto.attention,
         optimizer_backend="foreach" if plain else auto.optimizer_backend,
     )
     info = DatasetInfo(
@@ -224,11 +227,11 @@ class Swapped:
 
     def __enter__(self) -> None:
         if self._plain:
-            layers.rms_norm, layers.apply_rope = plain_rms_norm, plain_apply_rope
+            layers.rms_norm, attention_module.apply_rope = plain_rms_norm, plain_apply_rope
             losses.cross_entropy = plain_cross_entropy
 
     def __exit__(self, *_: object) -> None:
-        layers.rms_norm, layers.apply_rope = own_rms_norm, own_apply_rope
+        layers.rms_norm, attention_module.apply_rope = own_rms_norm, own_apply_rope
         losses.cross_entropy = own_cross_entropy
 
 
@@ -272,6 +275,7 @@ def measure(
     rounds: int,
     dtype: str,
     plain_dtype: str,
+    attention: str,
     compile: bool,
     compile_plain: bool,
     products: bool,
@@ -287,29 +291,35 @@ def measure(
     config, size = ARCHS[arch]
     batch_size, precision = local_batch_size, front.dtype_of(dtype)
     plain_precision = precision if plain_dtype == "same" else front.dtype_of(plain_dtype)
+
+    def attention_of(kind: str) -> str | None:
+        if not products:
+            return "matmul"
+        return None if attention == "auto" or "plain" in kind else attention
+
     multiply, operations = a_product(precision)
     calls: dict[str, Callable[[], object]] = {"product": multiply} if products else {}
     kinds = {"compiled": compile, "eager": True, "plain": True, "plain, compiled": compile_plain}
     for kind in (kind for kind, wanted in kinds.items() if wanted):
         taken = plain_precision if "plain" in kind else precision
-        attention = None if products else "matmul"
-        calls[kind] = make_step(kind, config, size, batch_size, taken, attention)
+        calls[kind] = make_step(kind, config, size, batch_size, taken, attention_of(kind))
     recorded, problem = ("compiled, recorded" if compile else "recorded"), None
     if torch.cuda.is_available():
         try:
-            calls[recorded] = make_step(recorded, config, size, batch_size, precision)
+            calls[recorded] = make_step(recorded, config, size, batch_size, precision, attention_of(recorded))
         except Exception as error:  # of any kind; the others are measured all the same
             problem = first_line(error)
     with nullcontext() if products else without_products():
         times = in_turns(calls, rounds)
     ms = medians_ms(times)
-    of_examples = {kind: round(ms[kind] / batch_size, 3) for kind in calls if kind != "product"}
+    of_examples = {kind: float(f"{ms[kind] / batch_size:.4g}") for kind in calls if kind != "product"}
     ours = "compiled" if compile else "eager"
     return {
         "benchmark": "step",
         "arch": arch,
         "local_batch_size": batch_size,
         "dtype": str(precision).removeprefix("torch."),
+        "attention": attention,
         "threads": torch.get_num_threads(),
         "ms_per_example": of_examples[ours],
         "compiled": compile,
@@ -329,7 +339,7 @@ def measure(
             ms.get("product"),
             precision,
         ),
-        "spread_ms": [round(t * 1e3 / batch_size, 3) for t in (min(times[ours]), max(times[ours]))],
+        "spread_ms": [float(f"{t * 1e3 / batch_size:.4g}") for t in (min(times[ours]), max(times[ours]))],
         "rounds": rounds,
     }
 
@@ -365,6 +375,7 @@ def tell(result: dict) -> str:
 def main() -> None:
     known = {"arch": tuple(ARCHS), "local_batch_size": 128, "rounds": 8}
     known |= {"dtype": front.DTYPES, "plain_dtype": ("same", "float32", "bfloat16")}
+    known |= {"attention": ("auto", *attention_module.KERNELS)}
     switches = {"compile": True, "compile_plain": False, "products": True, "keep_memory": True}
     front.run(__doc__, measure, tell, known | {"threads": front.THREADS, **switches})
 

@@ -48,7 +48,8 @@ def _attention(setup: machine.Setup) -> str:
     said = [f"{name} is used for {', '.join(sizes)}" for name, sizes in used.items()]
     for name in KERNELS:
         if name not in used:
-            problem = obstacle(name, setup.device, setup.dtype, 64)
+            shape = {"num_tokens": min(TOKENS.values()), "head_dim": 64}
+            problem = obstacle(name, setup.device, setup.dtype, **shape)
             said.append(f"{name} {problem or 'can run'}")
     return "; ".join(said)
 

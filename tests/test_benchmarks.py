@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import clock, front, gpu, machine, step
 from hrm_ray.errors import UserError
-from hrm_ray.models.layers import rope_tables
+from hrm_ray.models.rotary import rope_tables
 from hrm_ray.training import cuda_graph
 from tests.training import recorder
 

@@ -97,7 +97,7 @@ class TrainConfig(Settings):
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     forward_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    attention: Literal["auto", "flash3", "flash2", "sdpa", "matmul"] = "auto"
+    attention: Literal["auto", "fused", "flash3", "flash2", "sdpa", "matmul"] = "auto"
     optimizer_backend: Literal["auto", "cuda", "fused", "foreach", "reference"] = "auto"  # of AdamATan2
     compile: bool | Literal["auto"] = "auto"  # auto: where a compiler is, and on a CPU for long runs only
     cuda_graphs: bool = False  # on a GPU: launch a whole ACT step at once; one worker

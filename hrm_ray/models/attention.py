@@ -1,13 +1,14 @@
-"""Full attention by several kernels that compute the same, and which of them can run where.
+"""Full attention with rotary positions by several kernels that compute the same, and which of them can run where.
 
+    fused    rotation and attention of short sequences in one pass, of ours (kernels/attention.py): GPUs from Ampere on
     flash3   FlashAttention 3, the package `flash_attn_interface`: Hopper GPUs
     flash2   FlashAttention 2, the package `flash_attn`: GPUs from Ampere on
     sdpa     torch's own, which has flash kernels for GPUs and CPUs
-    matmul   two batched products; on CPUs and for short sequences faster than the fused kernel
+    matmul   two batched products; on CPUs and for short sequences faster than the library's fused kernel
 
 The packages are imported when they are asked for, and a package that cannot be imported is one that is not there.
 
-Shapes: B batch, N heads, S tokens, K width of a head. No mask, scores scaled by K ** -0.5.
+Shapes: B batch, S tokens, N heads, K width of a head. No mask, scores scaled by K ** -0.5.
 """
 
 import importlib
@@ -16,15 +17,21 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from hrm_ray.errors import UserError, first_line
+from hrm_ray.models.rotary import Rope, apply_rope, rope_tables
 
-AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+# From queries, keys and values as they come from one product, [B, S, 3, N, K], and rotary positions, to [B, S, N, K].
+AttentionKernel = Callable[[Tensor, Rope], Tensor]
 
 MAX_FLASH_HEAD_DIM = 256
+# The longest sequences and the heads that the fused kernel is for, beyond which it would run out of registers.
+MAX_FUSED_TOKENS, FUSED_HEAD_DIMS = 128, (32, 64)
 # What a package is imported as, and the compute capabilities of the GPUs it is for, from the first to before the last.
-FLASH_PACKAGES = {
+PACKAGES = {
+    "fused": ("hrm_ray.kernels.attention", (8, 0), (99, 0)),
     "flash3": ("flash_attn_interface", (9, 0), (10, 0)),
     "flash2": ("flash_attn", (8, 0), (99, 0)),
 }
@@ -40,8 +47,8 @@ def matmul_attention(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor) -> Tensor:
     return scores.softmax(dim=-1, dtype=torch.float32).to(v_BNSK.dtype) @ v_BNSK
 
 
-def flash_attention(package: str) -> AttentionKernel:
-    """Attention by one of `FLASH_PACKAGES`; bfloat16 on a GPU."""
+def flash_attention(package: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Attention by a package's `flash_attn_func`; bfloat16 on a GPU."""
     attend = importlib.import_module(package).flash_attn_func
 
     def flash(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor) -> Tensor:
@@ -52,45 +59,67 @@ def flash_attention(package: str) -> AttentionKernel:
     return flash
 
 
+def rotated_first(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> AttentionKernel:
+    """A kernel of one of queries, keys and values [B, N, S, K]."""
+
+    def rotate_and_attend(qkv_BS3NK: Tensor, rope: Rope) -> Tensor:
+        q, k, v = rearrange(qkv_BS3NK, "b s c n k -> c b n s k").unbind(0)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        return attend(q, k, v).transpose(1, 2)
+
+    return rotate_and_attend
+
+
 def kernel(name: str) -> AttentionKernel:
     """The kernel `name`, which must be able to run here (see `obstacle`)."""
-    if name in FLASH_PACKAGES:
-        return flash_attention(FLASH_PACKAGES[name][0])
-    return matmul_attention if name == "matmul" else F.scaled_dot_product_attention
+    if name == "fused":
+        return importlib.import_module(PACKAGES[name][0]).fused_attention
+    if name in PACKAGES:
+        return rotated_first(flash_attention(PACKAGES[name][0]))
+    return rotated_first(matmul_attention if name == "matmul" else F.scaled_dot_product_attention)
 
 
-KERNELS = (*FLASH_PACKAGES, "sdpa", "matmul")
+KERNELS = (*PACKAGES, "sdpa", "matmul")
 
 
-def obstacle(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def obstacle(
+    name: str, device: torch.device, dtype: torch.dtype, *, num_tokens: int, head_dim: int
+) -> str | None:
     """Why the kernel `name` cannot run; None if it can."""
-    if name not in FLASH_PACKAGES:
+    if name not in PACKAGES:
         return None if name in KERNELS else f"is unknown; known: {', '.join(KERNELS)}"
-    package, first, before = FLASH_PACKAGES[name]
+    package, first, before = PACKAGES[name]
     if device.type != "cuda":
         return "needs a GPU"
     if dtype != torch.bfloat16:
         return f"is for bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if name == "fused" and head_dim not in FUSED_HEAD_DIMS:
+        return f"is for heads of {' or '.join(map(str, FUSED_HEAD_DIMS))} numbers, not {head_dim}"
+    if name == "fused" and num_tokens > MAX_FUSED_TOKENS:
+        return f"is for {MAX_FUSED_TOKENS} tokens at most, not {num_tokens}"
     if head_dim > MAX_FLASH_HEAD_DIM or head_dim % 8:
         return f"is for heads of 8, 16, ... {MAX_FLASH_HEAD_DIM} numbers, not {head_dim}"
     capability = torch.cuda.get_device_capability(device)
     if not first <= capability < before:
         return f"is not for GPUs of compute capability {'.'.join(map(str, capability))}"
     try:
-        importlib.import_module(package).flash_attn_func  # noqa: B018 - whether it is there
+        importlib.import_module(package)
     except Exception as error:  # of any kind: a library built for another torch has many ways to fail
         return f"cannot import {package}: {first_line(error)}"
-    return _failure(name, device, dtype, head_dim)
+    return _failure(name, device, dtype, max(1, num_tokens) if name == "fused" else 8, head_dim)
 
 
 @lru_cache
-def _failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _failure(
+    name: str, device: torch.device, dtype: torch.dtype, num_tokens: int, head_dim: int
+) -> str | None:
     """What a call forwards and backwards fails with; a package may have no kernels for this GPU."""
     try:
-        qkv = [
-            torch.ones(1, 1, 8, head_dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
-        ]
-        (gradient, *_) = torch.autograd.grad(kernel(name)(*qkv).float().sum(), qkv)
+        qkv = torch.ones(1, num_tokens, 3, 1, head_dim, device=device, dtype=dtype, requires_grad=True)
+        cos, sin = rope_tables(num_tokens, head_dim)
+        out = kernel(name)(qkv, (cos.to(device), sin.to(device)))
+        (gradient,) = torch.autograd.grad(out.float().sum(), qkv)
         gradient.sum().item()  # waits for it
     except Exception as error:  # of any kind
         return f"fails on {device}: {first_line(error)}"
@@ -100,7 +129,7 @@ def _failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
 def preferred(device: torch.device, dtype: torch.dtype, num_tokens: int) -> Iterator[str]:
     """Kernels for sequences of `num_tokens`, best first; the last can run anywhere."""
     if device.type == "cuda":
-        yield from FLASH_PACKAGES
+        yield from (name for name in PACKAGES if name != "fused")  # which no GPU has run yet
     elif num_tokens <= CPU_MATMUL_MAX_TOKENS.get(dtype, 0):
         yield "matmul"
     yield "sdpa"
@@ -109,16 +138,16 @@ def preferred(device: torch.device, dtype: torch.dtype, num_tokens: int) -> Iter
 def resolve_attention(
     wanted: str, device: torch.device, dtype: torch.dtype, *, num_tokens: int, head_dim: int
 ) -> str:
-    """The kernel to use for `wanted`, a name or "auto".
+    """The kernel to use for `wanted`, a name or "auto"; `num_tokens` is at most.
 
     Raises:
         UserError: it cannot run here.
     """
+    shape = {"num_tokens": num_tokens, "head_dim": head_dim}
     if wanted == "auto":
-        return next(
-            k for k in preferred(device, dtype, num_tokens) if not obstacle(k, device, dtype, head_dim)
-        )
-    problem = obstacle(wanted, device, dtype, head_dim)
+        names = preferred(device, dtype, num_tokens)
+        return next(name for name in names if not obstacle(name, device, dtype, **shape))
+    problem = obstacle(wanted, device, dtype, **shape)
     if problem:
         raise UserError(f"attention={wanted} {problem}; use attention=auto")
     return wanted

@@ -13,8 +13,8 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from hrm_ray.config.arch import ArchConfig
-from hrm_ray.models.layers import Rope
 from hrm_ray.models.recursive import RecursiveModel
+from hrm_ray.models.rotary import Rope
 
 
 class HRMConfig(ArchConfig):

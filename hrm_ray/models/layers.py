@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from hrm_ray.models import attention
+from hrm_ray.models.rotary import Rope
 
 RMS_EPS = 1e-5
-ROPE_THETA = 10000.0
 # Standard deviation of a standard normal truncated at two sigma: what JAX's truncated normal divides by.
 TRUNCATED_STD = 0.87962566103423978
 
@@ -72,29 +71,6 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS)
 
 
-def rope_tables(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """What rotary positions multiply with, [S, K] each, theta 10,000 (Su et al. 2021, arXiv:2104.09864, equation 34).
-
-    The layout is that of half rotation: number i of a head is rotated with number i + K / 2. The first table holds the
-    cosines, the second the sines, negative in the first half.
-    """
-    frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angles_SK = torch.outer(torch.arange(num_tokens, dtype=torch.float32), frequencies).repeat(1, 2)
-    sin_1, sin_2 = angles_SK.sin().chunk(2, dim=-1)
-    return angles_SK.cos(), torch.cat((-sin_1, sin_2), dim=-1)
-
-
-def apply_rope(x_BNSK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate queries or keys by `rope_tables`; computed in their dtype (float32), returned in that of `x`."""
-    x = x_BNSK.to(cos.dtype)  # once, so that the gradients of both terms are added before they are rounded
-    # The halves change places by a flip: the compiler makes vector code of it, and none of two parts put together.
-    other_half = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return (x * cos + other_half * sin).to(x_BNSK.dtype)
-
-
-Rope = tuple[Tensor, Tensor] | None  # what `rope_tables` gives, or no rotation
-
-
 class Attention(nn.Module):
     """Non-causal multi-head attention; q, k and v come from one matrix. `kernel` is one of `attention.KERNELS`."""
 
@@ -106,11 +82,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(hidden_size, hidden_size)
 
     def forward(self, x_BSD: Tensor, rope: Rope) -> Tensor:
-        qkv = rearrange(self.qkv_proj(x_BSD), "b s (c n k) -> c b n s k", c=3, k=self.head_dim)
-        q, k, v = qkv.unbind(0)
-        if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        return self.o_proj(rearrange(self.attend(q, k, v), "b n s k -> b s (n k)"))
+        qkv_BS3NK = self.qkv_proj(x_BSD).unflatten(-1, (3, -1, self.head_dim))
+        return self.o_proj(self.attend(qkv_BS3NK, rope).flatten(-2))
 
 
 def swiglu_width(hidden_size: int, expansion: float) -> int:

@@ -21,11 +21,10 @@ from hrm_ray.models.layers import (
     Linear,
     PuzzleEmbedding,
     ReasoningModule,
-    Rope,
     TokenEmbedding,
-    rope_tables,
     trunc_normal_,
 )
+from hrm_ray.models.rotary import Rope, rope_tables
 
 Q_HEAD_BIAS = -5.0  # "do not halt yet" until the Q head has learned something
 

@@ -13,8 +13,9 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from hrm_ray.config.arch import ArchConfig
-from hrm_ray.models.layers import MixerBlock, ReasoningModule, Rope
+from hrm_ray.models.layers import MixerBlock, ReasoningModule
 from hrm_ray.models.recursive import RecursiveModel
+from hrm_ray.models.rotary import Rope
 
 
 class TRMConfig(ArchConfig):

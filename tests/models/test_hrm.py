@@ -8,9 +8,10 @@ import torch
 from hrm_ray.models.act import ACT, Batch, Step
 from hrm_ray.models.halting import Control, Drawn, Published
 from hrm_ray.models.hrm_v1 import HRM, HRMConfig
-from hrm_ray.models.layers import Linear, apply_rope, rope_tables, swiglu_width, trunc_normal_
+from hrm_ray.models.layers import Linear, swiglu_width, trunc_normal_
 from hrm_ray.models.losses import act_loss
 from hrm_ray.models.recursive import Prediction
+from hrm_ray.models.rotary import apply_rope, rope_tables
 
 SMALL = HRMConfig(hidden_size=32, num_heads=2, H_layers=1, L_layers=1, puzzle_emb_ndim=32, halt_max_steps=4)
 
