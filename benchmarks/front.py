@@ -47,7 +47,8 @@ def run(
         if "threads" in values:
             torch.set_num_threads(_threads(values.pop("threads")))
         about = facts()
-        result = measure(**values, **({"words": rest} if for_train else {})) | about
+        with machine.room_for("that", "give smaller numbers"):
+            result = measure(**values, **({"words": rest} if for_train else {})) | about
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

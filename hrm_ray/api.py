@@ -6,6 +6,7 @@ for solution in hrm_ray.load("runs/quickstart").solve(["1...|..."]):
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ class Solver:
         use = validated(Inference, inference, "solve")
         questions = [self.parse(p) if isinstance(p, str) else np.asarray(p, np.uint8) for p in puzzles]
         solutions = []
-        with thinking_for(self.model, use.halt_max_steps):
+        with thinking_for(self.model, use.halt_max_steps), self._room_for(batch_size):
             for start in range(0, len(questions), batch_size):
                 solutions += self._solve_batch(np.stack(questions[start : start + batch_size]), use)
         return solutions
@@ -173,18 +174,24 @@ class Solver:
         self._check(dataset)
         examples = dataset.split(split)
         examples.check_files()
-        return evaluate(
-            self.model,
-            examples,
-            ignore_label_id=dataset.manifest.ignore_label_id,
-            inference=use,
-            relabelings=self._relabelings(use),
-            batch_size=batch_size,
-            num_examples=num_examples,
-            world=World(),
-            save_outputs=save_outputs,
-            on_batch=on_batch,
-        )
+        with self._room_for(batch_size):
+            return evaluate(
+                self.model,
+                examples,
+                ignore_label_id=dataset.manifest.ignore_label_id,
+                inference=use,
+                relabelings=self._relabelings(use),
+                batch_size=batch_size,
+                num_examples=num_examples,
+                world=World(),
+                save_outputs=save_outputs,
+                on_batch=on_batch,
+            )
+
+    def _room_for(self, batch_size: int) -> AbstractContextManager[None]:
+        """Inside, too little memory for so many puzzles is a UserError."""
+        what = f"{batch_size} puzzles at once on {self.setup.device}"
+        return machine.room_for(what, "give a smaller batch_size")
 
     def _check(self, dataset: Dataset) -> None:
         trained, given = self.checkpoint.manifest.dataset, dataset.manifest

@@ -8,6 +8,8 @@ import ctypes
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -105,6 +107,24 @@ def keep_memory() -> bool:
     if mallopt is None or is_tuned:
         return False
     return all(mallopt(parameter, value) for parameter, value in MALLOC_PARAMETERS.items())
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether `error` says that a GPU, or the machine, has no room for a tensor or an array."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+@contextmanager
+def room_for(what: str, mend: str) -> Iterator[None]:
+    """Inside, an error that says that memory is lacking becomes a UserError: there is none for `what`; `mend` it so."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        raise UserError(f"there is too little memory for {what}; {mend}") from error
 
 
 def _place(device: str, local_rank: int) -> torch.device:

@@ -77,6 +77,7 @@ class Votes:
     written: bool  # every worker has written its part of the pending checkpoint
 
 
+SMALLER = "take a smaller model, a smaller global_batch_size or more workers"  # where memory is lacking
 COMPILED, NOT_WANTED = None, ""  # what may come of compiling, besides a reason why it failed
 
 
@@ -109,7 +110,8 @@ class Trainer:
         # The first worker decides where the run goes on, and keeps others off it.
         self._lock = run.lock() if world.is_first else None
         try:
-            self._begin()
+            with machine.room_for(f"the model and a batch on {self.setup.device}", SMALLER):
+                self._begin()
             if world.is_first:
                 run.sweep()
                 step = self.state.global_step
@@ -178,13 +180,15 @@ class Trainer:
             the summary, which the first worker also writes to summary.json.
 
         Raises:
+            UserError: there is too little memory.
             RunFailed: the loss is not finite, or there is no room on the disk.
             WorkersDisagree: their weights differ; the last checkpoint is from before.
         """
         try:
             step, workers = self.state.global_step, f"on {self.world.size} worker(s)"
             self._note("started", f"goes on from step {step} {workers}" if step else f"starts {workers}")
-            self._run()
+            with machine.room_for(*self._needs_room()):
+                self._run()
             summary = self._summary()
             if self._records:
                 self._records.summarise(summary)
@@ -197,6 +201,13 @@ class Trainer:
             raise failure from None
         finally:
             self._close()
+
+    def _needs_room(self) -> tuple[str, str]:
+        """What memory is wanted for, and what to do if it is too little (see `room_for`)."""
+        slots = self.stepper.slots
+        at_once = self.config.micro_batch_size or slots.stop - slots.start
+        mend = f"micro_batch_size={at_once // 2} computes half of them at once, for the same update"
+        return f"{at_once} puzzle(s) at once on {self.setup.device}", mend if at_once > 1 else SMALLER
 
     def _close(self) -> None:
         """Let go of everything."""

@@ -63,6 +63,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_retries(config, ray_clus
         trainer.train(bad, show_progress=False)
 
 
+def test_a_model_without_room_ends_the_run_without_retries(config, ray_cluster):
+    config |= {"arch": config["arch"] | {"hidden_size": 2**22}, "scaling": on_ray(1)}
+    with pytest.raises(UserError, match="too little memory for the model") as info:
+        trainer.train(TrainConfig(**config), show_progress=False)
+    assert info.value.exit_code == 2
+
+
 class KillOnce(trainer.Driver):
     """Kills a process of the run after step 7, once: the worker, or `victim`. Notes the environment that it had."""
 
