@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import sys
+import threading
 import warnings
 from copy import deepcopy
 from functools import partial
@@ -468,3 +469,27 @@ def test_what_numba_kept_is_damaged(monkeypatch, tmp_path):
     p, g, m, v = (np.ones(3, np.float32) for _ in range(4))
     update(p, g, m, v, *(np.float32(0.5) for _ in range(7)))
     assert np.all(p < 1)
+
+
+def test_an_interrupted_update_leaves_nobody_writing(monkeypatch):
+    """The thread that asked for it is interrupted at its first part, while another one has all others to do."""
+    ours, update = threading.current_thread(), fused_cpu._update
+    begun, interrupted, num_parts = threading.Event(), threading.Event(), []
+
+    def slow(*args):
+        if threading.current_thread() is ours:
+            begun.wait()
+            interrupted.set()
+            raise KeyboardInterrupt
+        begun.set()
+        interrupted.wait()
+        update(*args)
+        num_parts.append(1)
+
+    monkeypatch.setattr(fused_cpu, "_update", slow)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    p = torch.nn.Parameter(torch.zeros(16 * CHUNK))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(KeyboardInterrupt):
+        AdamATan2([p], backend="fused").step()
+    assert len(num_parts) == 15
