@@ -67,6 +67,7 @@ class SolveOptions(Inference):
     split: str = "test"
     index: NonNegativeInt = 0
     count: PositiveInt = 1
+    batch_size: PositiveInt = 256
 
 
 class EvalOptions(Inference):
@@ -256,7 +257,7 @@ def solve(args: argparse.Namespace) -> None:
     named = [word for word in args.words if "=" in word]
     options = validated(SolveOptions, read_words(named, SolveOptions), args.title)
     puzzles = _read_puzzles(solver, [word for word in args.words if "=" not in word], options)
-    solutions = solver.solve(puzzles, **inference_of(options))
+    solutions = solver.solve(puzzles, batch_size=options.batch_size, **inference_of(options))
     if args.json:
         for s in solutions:
             row = {"puzzle": s.puzzle, "answer": s.answer, "confidence": s.confidence, "steps": s.num_steps}
@@ -435,7 +436,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="PUZZLE",
         help="a puzzle, a file with one a line, or data=DIR [split=test] [index=0] [count=1]; "
-        "[halt=max|learned] [halt_max_steps=N] [votes=K]",
+        "[halt=max|learned] [halt_max_steps=N] [votes=K] [batch_size=N]",
     )
     p.add_argument("--json", action="store_true", help="print one JSON object a puzzle")
     p = _add(

@@ -110,7 +110,8 @@ def test_solve_a_puzzle_a_file_and_a_dataset(trained, tmp_path, capsys):
     puzzle = ",".join("1234" * 4)
     file = tmp_path / "puzzles.txt"
     file.write_text(f"# two of them\n{puzzle}\n\n{puzzle}\n")
-    for words, count in (([puzzle], 1), ([str(file)], 2), ([f"data={data}", "index=3", "count=4"], 4)):
+    of_dataset = [f"data={data}", "index=3", "count=4", "batch_size=3"]
+    for words, count in (([puzzle], 1), ([str(file)], 2), (of_dataset, 4)):
         assert main(["solve", str(run), *words, "--json"]) == 0
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert len(rows) == count
