@@ -3,7 +3,8 @@
     python -m benchmarks.evaluation checkpoint=runs/quickstart data=data/sudoku-4x4 --json
     python -m benchmarks.evaluation checkpoint=runs/quickstart data=data/sudoku-4x4 batch=64 votes=9 threads=1
 
-In turns in this process; medians. Reading the puzzles is part of it, loading the checkpoint is not.
+In turns in this process; medians. Reading the puzzles is part of it, loading the checkpoint is not. Memory is kept on a
+CPU, as by the commands; not with `keep_memory=false`.
 """
 
 import statistics
@@ -13,11 +14,13 @@ import torch
 
 import hrm_ray
 from benchmarks import front
+from hrm_ray import machine
 from hrm_ray.data.shards import open_dataset
 
 
-def measure(checkpoint: str, data: str, batch: int, votes: int, rounds: int) -> dict:
+def measure(checkpoint: str, data: str, batch: int, votes: int, rounds: int, keep_memory: bool) -> dict:
     solver = hrm_ray.load(checkpoint)
+    is_kept = keep_memory and solver.setup.device.type == "cpu" and machine.keep_memory()
     rates: dict[str, list[float]] = {"max": [], "learned": []}
     metrics = {}
     for i in range(rounds + 1):
@@ -38,6 +41,7 @@ def measure(checkpoint: str, data: str, batch: int, votes: int, rounds: int) -> 
         "batch": batch,
         "votes": votes,
         "threads": torch.get_num_threads(),
+        "keep_memory": is_kept,
         "setup": solver.setup.describe(),
         "rounds": rounds,
     }
@@ -55,7 +59,8 @@ def tell(result: dict) -> str:
 
 def main() -> None:
     numbers = {"batch": 256, "votes": 1, "rounds": 5, "threads": front.THREADS}
-    front.run(__doc__, measure, tell, {"checkpoint": str, "data": str, **numbers})
+    known = {"checkpoint": str, "data": str, **numbers, "keep_memory": True}
+    front.run(__doc__, measure, tell, known)
 
 
 if __name__ == "__main__":

@@ -217,17 +217,27 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _load(checkpoint: str) -> "Solver":
+    """The model of a command, whose process may keep its memory."""
+    from hrm_ray import machine
+    from hrm_ray.api import load
+
+    solver = load(checkpoint)
+    if solver.setup.device.type == "cpu":
+        machine.keep_memory()
+    return solver
+
+
 def evaluate(args: argparse.Namespace) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from hrm_ray.api import load
     from hrm_ray.data.files import whole_file
     from hrm_ray.data.shards import open_dataset
 
     options: EvalOptions = options_of(args)
     total = open_dataset(options.data).split(options.split).num_examples
-    solver = load(args.checkpoint)
+    solver = _load(args.checkpoint)
     bar = tqdm(total=min(total, options.num_examples or total), unit="puzzle", disable=args.json)
     # Opened before the evaluation: where nothing can be written is told at once.
     with bar, whole_file(Path(options.out)) if options.out else nullcontext() as file:
@@ -251,9 +261,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def solve(args: argparse.Namespace) -> None:
-    from hrm_ray.api import load
-
-    solver = load(args.checkpoint)
+    solver = _load(args.checkpoint)
     named = [word for word in args.words if "=" in word]
     options = validated(SolveOptions, read_words(named, SolveOptions), args.title)
     puzzles = _read_puzzles(solver, [word for word in args.words if "=" not in word], options)

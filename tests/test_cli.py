@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hrm_ray import machine
 from hrm_ray.cli import build_options, build_parser, main, options_of
 from hrm_ray.config.compose import train_config
 from hrm_ray.config.schema import TrainConfig
@@ -116,6 +117,15 @@ def test_solve_a_puzzle_a_file_and_a_dataset(trained, tmp_path, capsys):
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert len(rows) == count
         assert all(0 <= row["confidence"] <= 1 and row["valid"] is None for row in rows)
+
+
+def test_answering_keeps_memory_on_a_cpu(trained, monkeypatch):
+    data, run = trained
+    kept = []
+    monkeypatch.setattr(machine, "keep_memory", lambda: kept.append(True))
+    for command in ("eval", "solve"):
+        assert main([command, str(run), f"data={data}", "--json"]) == 0
+    assert kept == [True] * 2
 
 
 def test_exported_checkpoint_comes_back_the_same(trained, tmp_path, capsys):
