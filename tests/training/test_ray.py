@@ -86,7 +86,7 @@ class KillOnce(trainer.Driver):
             process.kill()
 
 
-@pytest.mark.parametrize("victim", ["RayTrainWorker", "TrainController"])
+@pytest.mark.parametrize("victim", ["RayTrainWorker", "ray::Controller"])
 def test_what_is_killed_and_not_to_be_replaced_ends_the_run_in_one_line(config, ray_cluster, victim):
     config |= {"scaling": on_ray(1), "max_steps": 400, "epochs": 200, "failure": {"max_failures": 0}}
     lost = TrainConfig(**config)
