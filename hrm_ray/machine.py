@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from traceback import clear_frames
 from typing import Literal
 
 import torch
@@ -113,7 +114,12 @@ def lacks_memory(error: BaseException) -> bool:
     """Whether `error` says that a GPU, or the machine, has no room for a tensor or an array."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    said = (
+        "can't allocate memory",
+        "out of memory",
+        "ALLOC_FAILED",
+    )  # torch's CPU allocator, CUDA and NCCL, cuBLAS
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 @contextmanager
@@ -124,7 +130,8 @@ def room_for(what: str, mend: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not lacks_memory(error):
             raise
-        raise UserError(f"there is too little memory for {what}; {mend}") from error
+        clear_frames(error.__traceback__)  # they hold what takes the memory
+        raise UserError(f"there is too little memory for {what}; {mend} ({first_line(error)})") from error
 
 
 def _place(device: str, local_rank: int) -> torch.device:

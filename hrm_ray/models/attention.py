@@ -1,6 +1,6 @@
 """Full attention with rotary positions by several kernels that compute the same, and which of them can run where.
 
-    fused    rotation and attention of short sequences in one pass, of ours (kernels/attention.py): GPUs from Ampere on
+    fused    rotation and attention of short sequences in one pass, of ours (kernels/attention.py): GPUs of 9.0 and 10.x
     flash3   FlashAttention 3, the package `flash_attn_interface`: Hopper GPUs
     flash2   FlashAttention 2, the package `flash_attn`: GPUs from Ampere on
     sdpa     torch's own, which has flash kernels for GPUs and CPUs
@@ -31,7 +31,7 @@ MAX_FLASH_HEAD_DIM = 256
 MAX_FUSED_TOKENS, FUSED_HEAD_DIMS = 128, (32, 64)
 # What a package is imported as, and the compute capabilities of the GPUs it is for, from the first to before the last.
 PACKAGES = {
-    "fused": ("hrm_ray.kernels.attention", (8, 0), (99, 0)),
+    "fused": ("hrm_ray.kernels.attention", (9, 0), (11, 0)),  # others have too few registers for it
     "flash3": ("flash_attn_interface", (9, 0), (10, 0)),
     "flash2": ("flash_attn", (8, 0), (99, 0)),
 }
@@ -138,7 +138,7 @@ def preferred(device: torch.device, dtype: torch.dtype, num_tokens: int) -> Iter
 def resolve_attention(
     wanted: str, device: torch.device, dtype: torch.dtype, *, num_tokens: int, head_dim: int
 ) -> str:
-    """The kernel to use for `wanted`, a name or "auto"; `num_tokens` is at most.
+    """The kernel to use for `wanted`, a name or "auto", for sequences of up to `num_tokens`.
 
     Raises:
         UserError: it cannot run here.

@@ -205,7 +205,8 @@ class Trainer:
     def _needs_room(self) -> tuple[str, str]:
         """What memory is wanted for, and what to do if it is too little (see `room_for`)."""
         slots = self.stepper.slots
-        at_once = self.config.micro_batch_size or slots.stop - slots.start
+        num_slots = slots.stop - slots.start
+        at_once = min(self.config.micro_batch_size or num_slots, num_slots)
         mend = f"micro_batch_size={at_once // 2} computes half of them at once, for the same update"
         return f"{at_once} puzzle(s) at once on {self.setup.device}", mend if at_once > 1 else SMALLER
 

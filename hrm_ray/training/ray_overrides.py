@@ -1,4 +1,4 @@
-"""Where Ray Train 2.60 is changed: its driver, and what its controller does if a worker dies at its start.
+"""Where Ray Train 2.60 is changed: its driver, and the process group of its workers.
 
 `TorchTrainer.fit` waits in the calling thread. In the main one it replaces the handler of SIGINT, and nothing can be
 told meanwhile; another still waits when the session is ended, and its next call then starts a new Ray, or ends the
@@ -6,8 +6,7 @@ whole process if it comes while the core shuts down. So here waiting is left to 
 
 If a worker dies while the group is formed, Ray 2.60 starts anew but keeps what the dead start had reserved
 (`WorkerGroup._start` cleans up only what is not yet marked as started): where the workers take the whole cluster, it
-then waits for itself for ever. And if one dies while it is told to train, Ray ends the run, as if the controller had
-failed. Here the reservation is given back, and both are starts that failed, after which there is another.
+then waits for itself for ever. Here the reservation is given back.
 """
 
 from dataclasses import dataclass
@@ -17,11 +16,10 @@ import ray
 from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from hrm_ray.errors import UserError
 
@@ -53,23 +51,27 @@ class NonblockingTrainer(TorchTrainer):
         self._parameters = parameters
         node = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         environment = {"env_vars": {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}}
-        controller: Any = ray.remote(num_cpus=0, label_selector=node, runtime_env=environment)(Controller)
+        controller: Any = ray.remote(num_cpus=0, label_selector=node, runtime_env=environment)(
+            TrainController
+        )
         return Started(controller.remote(**parameters))
 
 
-class Workers(WorkerGroup):
-    """Ray Train's, whose start may fail; in the controller."""
+class Backend(_TorchBackend):
+    """Called in Ray Train's controller."""
 
-    def _start(self) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         try:
-            super()._start()
-        except (RayActorError, WorkerGroupStartupFailedError) as error:
-            if self.has_started():
-                self.shutdown()
-            raise WorkerGroupStartupFailedError("a worker died while it was started") from error
+            super().on_start(worker_group, backend_config)
+        except RayActorError:
+            worker_group.shutdown()
+            raise
 
 
-class Controller(TrainController):
-    """Ray Train's, with those workers."""
+@dataclass
+class ProcessGroup(TorchConfig):
+    """`TorchConfig` with that backend."""
 
-    worker_group_cls = Workers
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return Backend

@@ -29,6 +29,10 @@ def out_of_gpu(*args, **kwargs):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+def out_of_cublas(*args, **kwargs):
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
 def test_a_model_without_room(values):
     config = TrainConfig(**values | {"arch": ARCH | {"hidden_size": 2**22}})
     with pytest.raises(
@@ -38,12 +42,13 @@ def test_a_model_without_room(values):
     assert info.value.exit_code == 2
 
 
-@pytest.mark.parametrize("fails", [too_large, out_of_gpu])
+@pytest.mark.parametrize("fails", [too_large, out_of_gpu, out_of_cublas])
 @pytest.mark.parametrize(
     ("micro_batch_size", "said"),
     [
         (None, r"for 8 puzzle\(s\) at once on cpu; micro_batch_size=4 computes half of them at once"),
         (3, r"for 3 puzzle\(s\) at once on cpu; micro_batch_size=1 "),
+        (512, r"for 8 puzzle\(s\) at once on cpu; micro_batch_size=4 "),
         (1, r"for 1 puzzle\(s\) at once on cpu; take a smaller model"),
     ],
 )
@@ -74,7 +79,7 @@ def test_other_errors_are_left_as_they_are(values, monkeypatch):
 def test_answers_without_room(values, monkeypatch, use):
     config = TrainConfig(**values)
     trainer.train(config, show_progress=False)
-    solver = hrm_ray.load(trainer.run_folder(config).local_path)
+    solver = hrm_ray.load(trainer.run_folder(config).local_path, device="cpu")
     monkeypatch.setattr(ACT, "forward", too_large)
     with pytest.raises(UserError, match="for 7 puzzles at once on cpu; give a smaller batch_size"):
         if use == "solve":

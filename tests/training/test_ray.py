@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from ray.train.torch.config import TorchConfig, _TorchBackend
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from hrm_ray import ray_session
@@ -86,7 +86,7 @@ class KillOnce(trainer.Driver):
             process.kill()
 
 
-@pytest.mark.parametrize("victim", ["RayTrainWorker", "ray::Controller"])
+@pytest.mark.parametrize("victim", ["RayTrainWorker", "TrainController"])
 def test_what_is_killed_and_not_to_be_replaced_ends_the_run_in_one_line(config, ray_cluster, victim):
     config |= {"scaling": on_ray(1), "max_steps": 400, "epochs": 200, "failure": {"max_failures": 0}}
     lost = TrainConfig(**config)
@@ -150,7 +150,7 @@ def test_when_the_session_of_a_run_ends_nothing_in_the_process_uses_it(config, r
 
 
 @dataclass
-class DiesWhileJoining(TorchConfig):
+class DiesWhileJoining(ray_overrides.ProcessGroup):
     """Kills a worker while the first process group is formed."""
 
     marker: str = ""
@@ -166,36 +166,10 @@ def _kill_once(worker_group, marker: Path) -> None:
         os.kill(worker_group.get_workers()[1].metadata.pid, signal.SIGKILL)
 
 
-class DyingBackend(_TorchBackend):
+class DyingBackend(ray_overrides.Backend):
     def on_start(self, worker_group, backend_config):
         _kill_once(worker_group, Path(backend_config.marker))
         super().on_start(worker_group, backend_config)
-
-
-class DiesWhenRead:
-    """Kills the worker that reads it first, which is when it is told to train."""
-
-    def __init__(self, marker: str):
-        self.marker = marker
-
-    def __setstate__(self, state: dict):
-        self.__dict__ = state
-        is_worker = "RayTrainWorker" in "".join(psutil.Process().cmdline())
-        if is_worker and not Path(self.marker).exists():
-            Path(self.marker).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _train_with(_: DiesWhenRead, parameters: dict) -> dict:
-    return ray_train._worker(parameters)
-
-
-def test_a_worker_killed_as_it_is_told_to_train_is_replaced(config, ray_cluster, tmp_path, monkeypatch):
-    """The two workers take the whole cluster."""
-    marker = tmp_path / "killed"
-    monkeypatch.setattr(ray_train, "_worker", partial(_train_with, DiesWhenRead(str(marker))))
-    summary, _ = trainer.train(TrainConfig(**config | {"scaling": on_ray(2)}), show_progress=False)
-    assert marker.exists() and summary["finished"]
 
 
 @pytest.mark.long
@@ -205,9 +179,24 @@ def test_a_worker_killed_while_the_workers_join_leaves_nothing_reserved(
     """The two workers take the whole cluster: another start has room only if the dead one gave back its own."""
     marker = tmp_path / "killed"
     dying = partial(DiesWhileJoining, marker=str(marker))
-    monkeypatch.setattr("ray.train.torch.TorchConfig", dying)
+    monkeypatch.setattr(ray_overrides, "ProcessGroup", dying)
     summary, _ = trainer.train(TrainConfig(**config | {"scaling": on_ray(2)}), show_progress=False)
     assert marker.exists() and summary["finished"]
+
+
+class LeakyBackend(_TorchBackend):
+    """Ray's own, which keeps what the dead start had reserved; see `ray_overrides`."""
+
+    def on_start(self, worker_group, backend_config):
+        _kill_once(worker_group, Path(backend_config.marker))
+        super().on_start(worker_group, backend_config)
+
+
+@dataclass
+class Leaks(DiesWhileJoining):
+    @property
+    def backend_cls(self):
+        return LeakyBackend
 
 
 @pytest.mark.long
@@ -216,14 +205,11 @@ def test_where_no_worker_comes_though_there_is_room_ray_is_joined_anew(config, t
     program = """
         import json, sys
         from functools import partial
-        import ray.train.torch
-        from ray.train.v2._internal.execution.controller import TrainController
         from hrm_ray.config.schema import TrainConfig
         from hrm_ray.training import ray_overrides, ray_train, trainer
-        from tests.training.test_ray import DiesWhileJoining
+        from tests.training.test_ray import Leaks
         marker, config = sys.argv[1], json.loads(sys.argv[2])
-        ray_overrides.Controller = TrainController  # Ray's own, which keeps what the dead start had reserved
-        ray.train.torch.TorchConfig, ray_train.COMING_S = partial(DiesWhileJoining, marker=marker), 8.0
+        ray_overrides.ProcessGroup, ray_train.COMING_S = partial(Leaks, marker=marker), 8.0
         trainer.train(TrainConfig(**config))
     """
     scaling = {"mode": "ray", "num_workers": 2, "cpus_per_worker": (os.cpu_count() or 2) // 2}
