@@ -114,11 +114,8 @@ def lacks_memory(error: BaseException) -> bool:
     """Whether `error` says that a GPU, or the machine, has no room for a tensor or an array."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    said = (
-        "can't allocate memory",
-        "out of memory",
-        "ALLOC_FAILED",
-    )  # torch's CPU allocator, CUDA and NCCL, cuBLAS
+    # torch's allocator for the CPU, CUDA and NCCL, cuBLAS.
+    said = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 

@@ -13,7 +13,7 @@ Shapes: B batch, S tokens, N heads, K width of a head. No mask, scores scaled by
 
 import importlib
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -59,16 +59,14 @@ def flash_attention(package: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return flash
 
 
-def rotated_first(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> AttentionKernel:
-    """A kernel of one of queries, keys and values [B, N, S, K]."""
-
-    def rotate_and_attend(qkv_BS3NK: Tensor, rope: Rope) -> Tensor:
-        q, k, v = rearrange(qkv_BS3NK, "b s c n k -> c b n s k").unbind(0)
-        if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        return attend(q, k, v).transpose(1, 2)
-
-    return rotate_and_attend
+def rotate_and_attend(
+    qkv_BS3NK: Tensor, rope: Rope, *, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """An `AttentionKernel`, once it has `attend`, which takes queries, keys and values as [B, N, S, K] each."""
+    q, k, v = rearrange(qkv_BS3NK, "b s c n k -> c b n s k").unbind(0)
+    if rope is not None:
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+    return attend(q, k, v).transpose(1, 2)
 
 
 def kernel(name: str) -> AttentionKernel:
@@ -76,8 +74,10 @@ def kernel(name: str) -> AttentionKernel:
     if name == "fused":
         return importlib.import_module(PACKAGES[name][0]).fused_attention
     if name in PACKAGES:
-        return rotated_first(flash_attention(PACKAGES[name][0]))
-    return rotated_first(matmul_attention if name == "matmul" else F.scaled_dot_product_attention)
+        return partial(rotate_and_attend, attend=flash_attention(PACKAGES[name][0]))
+    # A partial, not a function made here, so that a model can be pickled.
+    attend = matmul_attention if name == "matmul" else F.scaled_dot_product_attention
+    return partial(rotate_and_attend, attend=attend)
 
 
 KERNELS = (*PACKAGES, "sdpa", "matmul")

@@ -1,5 +1,6 @@
 """The kernels of attention against exact arithmetic, and which of them is taken where."""
 
+import pickle
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -58,6 +59,13 @@ def test_every_kernel_that_is_here_is_exact_to_its_dtype(device, name, num_token
     if problem:
         pytest.skip(f"{name} {problem}")
     assert_exact(kernel(name), device, num_tokens, head_dim, dtype, rotates)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "matmul"])
+def test_kernels_can_be_pickled(name):
+    """With a model."""
+    qkv, rope = torch.randn(2, 5, 3, 3, 8), rope_tables(5, 8)
+    assert torch.equal(pickle.loads(pickle.dumps(kernel(name)))(qkv, rope), kernel(name)(qkv, rope))
 
 
 @pytest.fixture
