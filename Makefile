@@ -1,6 +1,7 @@
 # make quickstart   see a model learn, in minutes, from a fresh clone
 # make test         the tests            make lint   style and types
 # make test-all     these and the long ones
+# make test-triton  those of the Triton kernel, without a GPU (fetches 200 MB)
 # make chaos        100 faults in real runs, and what came of them; CHAOS="--faults 10 --seed 1" for others
 # Options: PYTHON=python3.12, PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" (torch without CUDA)
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all chaos lint format clean
+.PHONY: help quickstart test test-all test-triton chaos lint format clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -44,6 +45,11 @@ test: $(READY) lint
 
 test-all: $(READY) lint
 	@$(BIN)/python -m pytest -m ''
+
+# Apart, since nothing else on a machine without a GPU needs it. The version is that of torch 2.11.
+test-triton: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(VENV)/triton triton==3.6.0
+	@PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest tests/models/test_fused_attention.py
 
 chaos: $(READY)
 	@nice $(BIN)/python -m tests.faults.chaos $(CHAOS)

@@ -26,6 +26,7 @@ in every step, since those inside the library's kernel cannot be left out.
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -99,24 +100,25 @@ def plain_cross_entropy(logits: Tensor, labels: Tensor, loss_type: losses.LossTy
     return torch.where(valid, -picked, 0).float()
 
 
+def make_setup(arch: HRMConfig, size: int, dtype: torch.dtype, attention: str) -> machine.Setup:
+    """What of the machine a model of Sudoku `size` uses."""
+    return machine.resolve(
+        forward_dtype=str(dtype).removeprefix("torch."),
+        attention=attention,
+        num_tokens=arch.num_tokens(size * size),
+        head_dim=arch.hidden_size // arch.num_heads,
+    )
+
+
 def make_model(
     plain: bool, arch: HRMConfig, size: int, dtype: torch.dtype, attention: str | None = None
 ) -> tuple[ACT, machine.Setup]:
     """A model of Sudoku `size`, and what of the machine it uses; for `attention` see `make_step`."""
     torch.manual_seed(0)
     seq_len = size * size
-    auto = machine.resolve(
-        forward_dtype=str(dtype).removeprefix("torch."),
-        attention=attention or ("sdpa" if plain else "auto"),
-        num_tokens=arch.num_tokens(seq_len),
-        head_dim=arch.hidden_size // arch.num_heads,
-    )
-    setup = machine.Setup(
-        device=auto.device,
-        dtype=dtype,
-        attention=auto.attention,
-        optimizer_backend="foreach" if plain else auto.optimizer_backend,
-    )
+    setup = make_setup(arch, size, dtype, attention or ("sdpa" if plain else "auto"))
+    if plain:
+        setup = replace(setup, optimizer_backend="foreach")
     info = DatasetInfo(
         task="sudoku",
         task_options={"size": size},
@@ -287,15 +289,17 @@ def measure(
             raise UserError(
                 f"{key}=false is for CPUs; CUDA_VISIBLE_DEVICES= before the command hides the GPU"
             )
+    if not products and attention not in ("auto", "matmul"):
+        raise UserError(f"attention={attention}: products=false takes two products; leave one of them out")
     is_kept = keep_memory and on_cpu and machine.keep_memory()
     config, size = ARCHS[arch]
     batch_size, precision = local_batch_size, front.dtype_of(dtype)
     plain_precision = precision if plain_dtype == "same" else front.dtype_of(plain_dtype)
 
-    def attention_of(kind: str) -> str | None:
+    def attention_of(kind: str) -> str:
         if not products:
             return "matmul"
-        return None if attention == "auto" or "plain" in kind else attention
+        return "sdpa" if "plain" in kind else attention
 
     multiply, operations = a_product(precision)
     calls: dict[str, Callable[[], object]] = {"product": multiply} if products else {}
@@ -319,7 +323,7 @@ def measure(
         "arch": arch,
         "local_batch_size": batch_size,
         "dtype": str(precision).removeprefix("torch."),
-        "attention": attention,
+        "attention": make_setup(config, size, precision, attention_of(ours)).attention,
         "threads": torch.get_num_threads(),
         "ms_per_example": of_examples[ours],
         "compiled": compile,

@@ -64,8 +64,9 @@ class Solver:
             head_dim=manifest.arch.hidden_size // manifest.arch.num_heads,
         )
         halting = validated(HaltingConfig, manifest.config.get("halting", {}), str(checkpoint.folder))
-        self.model = build_model(manifest.arch, manifest.dataset, self.setup, halting)
-        self.model.inner.load_state_dict(checkpoint.weights())
+        with machine.room_for(f"the model on {self.setup.device}", "free some, or take another device"):
+            self.model = build_model(manifest.arch, manifest.dataset, self.setup, halting)
+            self.model.inner.load_state_dict(checkpoint.weights())
         self.model.eval()
 
     def parse(self, puzzle: str, where: str = "") -> np.ndarray:
@@ -214,6 +215,6 @@ def load(checkpoint: str | Path, *, device: str = "auto", forward_dtype: str | N
         forward_dtype: "auto", "float32" or "bfloat16"; None: as the model was trained.
 
     Raises:
-        UserError: no such checkpoint, or a damaged one.
+        UserError: no such checkpoint, a damaged one, or too little memory for it.
     """
     return Solver(find(str(checkpoint)), device=device, forward_dtype=forward_dtype)

@@ -132,7 +132,10 @@ def room_for(what: str, mend: str) -> Iterator[None]:
 
 
 def _place(device: str, local_rank: int) -> torch.device:
-    """This worker's device; a GPU that does not work is left alone with a warning, if `device` is "auto"."""
+    """This worker's device; a GPU that does not work is left alone with a warning, if `device` is "auto".
+
+    One without free memory is not, since that passes, and a run on the CPU would be another one.
+    """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -151,11 +154,20 @@ def _place(device: str, local_rank: int) -> torch.device:
 
 @lru_cache
 def _gpu_problem(place: torch.device) -> str | None:
-    """Why a GPU cannot compute; None if it can. Such as one that is too old, for which this torch has no kernels."""
+    """Why a GPU cannot compute; None if it can. Such as one that is too old, for which this torch has no kernels.
+
+    Raises:
+        UserError: it has no free memory.
+    """
     try:
         torch.ones(1, device=place).add_(1).item()
     except (RuntimeError, AssertionError) as error:
         name = torch.cuda.get_device_name(place)
+        if lacks_memory(error):
+            raise UserError(
+                f"{place}, {name}, has no free memory ({first_line(error)}); wait for who has it, hide that GPU by "
+                "CUDA_VISIBLE_DEVICES, or use device=cpu"
+            ) from error
         return f"{name} does not work with torch {torch.__version__}: {first_line(error)}"
     return None
 
@@ -180,7 +192,7 @@ def resolve(
         local_rank: this worker's number on its node; picks its GPU.
 
     Raises:
-        UserError: a device or kernel that is not here, or that cannot run here.
+        UserError: a device or kernel that is not here, or that cannot run here; a GPU without free memory.
     """
     place = _place(device, local_rank)
     on_gpu = place.type == "cuda"

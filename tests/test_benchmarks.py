@@ -68,6 +68,7 @@ def test_a_wrong_word_is_one_line(words, said):
         ("data", ["repeats=0"]),
         ("data", ["source=/missing", "repeats=1"]),
         ("step", ["threads=1000000"]),
+        ("step", ["products=false", "attention=sdpa"]),
         ("step", ["local_batch_size=99999999999999999999"]),
     ],
 )
@@ -86,6 +87,9 @@ def test_step_measures(monkeypatch, capsys):
     assert result["plain_dtype"] == result["dtype"]
     words += ["dtype=float32", "plain_dtype=bfloat16"]
     code, out, _ = command(monkeypatch, capsys, "step", *words)
+    assert result["attention"] == (
+        step.make_setup(*step.ARCHS["quickstart"], getattr(torch, result["dtype"]), "auto").attention
+    )
     assert out.startswith("quickstart, float32: ") and ", plain (bfloat16) " in out
 
 
@@ -111,6 +115,7 @@ def test_step_without_products_is_no_share_of_them(monkeypatch, capsys, words, a
     assert code == 0 and result["keep_memory"] is kept and calls == asked
     assert result["ms_per_example"] > 0
     assert {result[key] for key in step.rates(1, 1, 1, None, torch.float32)} == {None}
+    assert result["attention"] == "matmul"
 
 
 def test_step_compiles_the_plain_one_if_asked_and_says_what_a_compiler_says(monkeypatch, capsys):

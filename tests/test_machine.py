@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from hrm_ray import machine
+from hrm_ray import doctor, machine
 from hrm_ray.errors import UserError
 
 
@@ -80,6 +80,19 @@ def test_a_gpu_that_cannot_compute(gpu, monkeypatch):
     ):
         machine.resolve(device="cuda")
     machine._gpu_problem.cache_clear()
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_gpu_whose_memory_another_process_has(gpu, monkeypatch, device):
+    def no_room(*shape, **where):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    monkeypatch.setattr(torch, "ones", no_room)
+    machine._gpu_problem.cache_clear()
+    with pytest.raises(UserError, match=r"cuda:0, Some GPU, has no free memory \(.*\); wait for who has it"):
+        machine.resolve(device=device)
+    said = doctor.report()
+    assert "training uses        nothing: cuda:0, Some GPU, has no free memory" in said, said
 
 
 def test_bfloat16_that_a_gpu_only_emulates_is_not_taken(gpu, monkeypatch):

@@ -21,8 +21,8 @@ from torch.library import triton_op, wrap_triton
 from hrm_ray.models.rotary import Rope
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Rows of queries at a time, and warps for more than 64 tokens: with these none spill on sm_90 and sm_100 for 82. On
-# sm_80 the backward pass would need 16 rows and 4 warps, as compiled; so it is not taken there.
+# Rows of queries at a time, and warps for more than 64 tokens. With 82 only the backward pass on sm_90 then spills
+# registers, 80 or 120 bytes a thread by Triton's version (none with 16 rows). On sm_80, not taken, it would be 10 kB.
 FORWARD = {"max_rows": 64, "warps": 4}
 BACKWARD = {"max_rows": 128, "warps": 8}
 
@@ -164,7 +164,7 @@ _attend.register_autograd(_differentiate, setup_context=_keep)
 
 
 def fused_attention(qkv_BS3NK: Tensor, rope: Rope) -> Tensor:
-    """An `AttentionKernel` for up to `MAX_FUSED_TOKENS` tokens and heads of `FUSED_HEAD_DIMS` (models/attention.py).
+    """An `AttentionKernel`; for which sequences and heads, see `PACKAGES` in models/attention.py.
 
     Args:
         qkv_BS3NK: bfloat16 on a GPU, in any strides; with a gradient or without.

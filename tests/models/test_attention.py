@@ -21,7 +21,7 @@ DEVICES = [CPU, *([GPU] if torch.cuda.is_available() else [])]
 # 131 products round as often.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 SHAPES = [(1, 32), (16, 32), (17, 24), (82, 64), (128, 64), (131, 128)]  # tokens, width of a head
-PACKAGE_NAMES = [name for name in PACKAGES if name != "fused"]
+FLASH = [name for name in PACKAGES if name.startswith("flash")]
 
 
 def exact(qkv, rope, gradient):
@@ -61,9 +61,10 @@ def test_every_kernel_that_is_here_is_exact_to_its_dtype(device, name, num_token
     assert_exact(kernel(name), device, num_tokens, head_dim, dtype, rotates)
 
 
-@pytest.mark.parametrize("name", ["sdpa", "matmul"])
-def test_kernels_can_be_pickled(name):
+@pytest.mark.parametrize("name", ["sdpa", "matmul", "flash2"])
+def test_kernels_can_be_pickled(hopper, name):
     """With a model."""
+    hopper("flash_attn", in_their_layout)
     qkv, rope = torch.randn(2, 5, 3, 3, 8), rope_tables(5, 8)
     assert torch.equal(pickle.loads(pickle.dumps(kernel(name)))(qkv, rope), kernel(name)(qkv, rope))
 
@@ -74,11 +75,12 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention, "_failure", lambda *kind: None)  # there is none to try them on
 
-    def install(package: str, attend) -> None:
-        monkeypatch.setitem(sys.modules, package, attend and SimpleNamespace(flash_attn_func=attend))
+    def install(module: str, attend) -> None:
+        held = attend and SimpleNamespace(flash_attn_func=attend, fused_attention=attend)
+        monkeypatch.setitem(sys.modules, module, held)
 
-    for package, _, _ in PACKAGES.values():
-        install(package, None)  # importing it is an error
+    for package in PACKAGES.values():
+        install(package.module, None)  # importing it is an error
     return install
 
 
@@ -87,10 +89,10 @@ def in_their_layout(q, k, v):
     return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
 
-@pytest.mark.parametrize("name", PACKAGE_NAMES)
+@pytest.mark.parametrize("name", FLASH)
 @pytest.mark.parametrize("attend", [in_their_layout, lambda *qkv: (in_their_layout(*qkv), None)])
 def test_packages_are_called_in_their_layout(hopper, name, attend):
-    hopper(PACKAGES[name][0], attend)
+    hopper(PACKAGES[name].module, attend)
     qkv = torch.randn(2, 5, 3, 3, 8)
     torch.testing.assert_close(kernel(name)(qkv, None), kernel("sdpa")(qkv, None))
 
@@ -127,10 +129,12 @@ def test_a_package_without_kernels_for_this_gpu_is_not_taken(hopper, monkeypatch
     hopper("flash_attn", attend)
     monkeypatch.setattr(attention, "_failure", FAILURE)
     FAILURE.cache_clear()
-    on_cpu = partial(FAILURE, "flash2", CPU, torch.bfloat16, 8)
+    on_cpu = partial(FAILURE, "flash2", CPU, 8)
     assert on_cpu(64) == "fails on cpu: no kernel image is available"
     hopper("flash_attn", in_their_layout)
     assert on_cpu(32) is None  # forwards and backwards
+    hopper("flash_attn", lambda q, k, v: in_their_layout(q, k, v) * 1.1)
+    assert on_cpu(128) == "computes something else on cpu"
     monkeypatch.setattr(attention, "_failure", lambda *kind: on_cpu(64))
     assert choose() == "sdpa"
     with pytest.raises(UserError, match="attention=flash2 fails on cpu: no kernel image is available; use"):

@@ -86,3 +86,11 @@ def test_answers_without_room(values, monkeypatch, use):
             solver.solve(solver.questions(config.data_path), batch_size=7)
         else:
             solver.evaluate(config.data_path, batch_size=7)
+
+
+def test_loading_without_room(values, monkeypatch):
+    config = TrainConfig(**values)
+    trainer.train(config, show_progress=False)
+    monkeypatch.setattr("hrm_ray.api.build_model", too_large)
+    with pytest.raises(UserError, match="for the model on cpu; free some, or take another device"):
+        hrm_ray.load(trainer.run_folder(config).local_path, device="cpu")
