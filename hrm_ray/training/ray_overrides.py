@@ -1,4 +1,4 @@
-"""Where Ray Train 2.60 is changed: its driver, and the process group of its workers.
+"""Where Ray Train 2.60 is changed: its driver, and what its controller does if a worker dies at its start.
 
 `TorchTrainer.fit` waits in the calling thread. In the main one it replaces the handler of SIGINT, and nothing can be
 told meanwhile; another still waits when the session is ended, and its next call then starts a new Ray, or ends the
@@ -6,7 +6,9 @@ whole process if it comes while the core shuts down. So here waiting is left to 
 
 If a worker dies while the group is formed, Ray 2.60 starts anew but keeps what the dead start had reserved
 (`WorkerGroup._start` cleans up only what is not yet marked as started): where the workers take the whole cluster, it
-then waits for itself for ever. Here the reservation is given back.
+then waits for itself for ever. And if one dies while it is told to train, Ray ends the run, as if the controller had
+failed. Here the reservation is given back, and both are failures of a worker like others: the next start follows, up to
+`max_failures` times.
 """
 
 from dataclasses import dataclass
@@ -16,10 +18,12 @@ import ray
 from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _TorchBackend
+from ray.train import WorkerGroupError
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from hrm_ray.errors import UserError
 
@@ -51,27 +55,24 @@ class NonblockingTrainer(TorchTrainer):
         self._parameters = parameters
         node = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         environment = {"env_vars": {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}}
-        controller: Any = ray.remote(num_cpus=0, label_selector=node, runtime_env=environment)(
-            TrainController
-        )
+        controller: Any = ray.remote(num_cpus=0, label_selector=node, runtime_env=environment)(Controller)
         return Started(controller.remote(**parameters))
 
 
-class Backend(_TorchBackend):
-    """Called in Ray Train's controller."""
+class Workers(WorkerGroup):
+    """Ray Train's, for which a death at the start is like any other; in the controller."""
 
-    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+    def _start(self) -> None:
         try:
-            super().on_start(worker_group, backend_config)
-        except RayActorError:
-            worker_group.shutdown()
-            raise
+            super()._start()
+        except (RayActorError, WorkerGroupStartupFailedError) as error:
+            if self.has_started():
+                self.shutdown()
+            cause = error.__cause__ if isinstance(error.__cause__, RayActorError) else error
+            raise WorkerGroupError("a worker died while it was started", {0: cause}) from error
 
 
-@dataclass
-class ProcessGroup(TorchConfig):
-    """`TorchConfig` with that backend."""
+class Controller(TrainController):
+    """Ray Train's, with those workers."""
 
-    @property
-    def backend_cls(self) -> type[Backend]:
-        return Backend
+    worker_group_cls = Workers

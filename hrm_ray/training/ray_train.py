@@ -96,6 +96,7 @@ def train_on_ray(config: TrainConfig, run: Storage, driver: Driver) -> dict[str,
 def _fit(config: TrainConfig, run: Storage, driver: Driver, is_ours: bool) -> dict[str, Any]:
     """Train in the present session of Ray; `is_ours` if it ends with this command."""
     import ray
+    from ray.exceptions import RayActorError
 
     channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
     cpus, use_gpu = _resources(config)
@@ -109,11 +110,27 @@ def _fit(config: TrainConfig, run: Storage, driver: Driver, is_ours: bool) -> di
     if summary is not None:
         return summary
     with _ray_may_give_up():
-        ray.get(training)
+        try:
+            ray.get(training)
+        except (
+            RayActorError
+        ):  # the controller itself was killed, and without a dashboard nobody cleans up after it
+            _give_back(channel)
+            raise
         result = ray.get(controller.get_result.remote())
         if result.error:
             raise result.error
     return result.return_value
+
+
+def _give_back(channel: Channel) -> None:
+    """What the workers have reserved."""
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    reservation = channel.get("reservation")
+    if reservation is not None:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(reservation))))
 
 
 @contextmanager
@@ -305,7 +322,7 @@ def _ray_trainer(
             "channel": channel.name,
             "cpus": cpus,
         },
-        torch_config=ray_overrides.ProcessGroup(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+        torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]  # the types are of Ray's older version
             elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,  # type: ignore[call-arg]
@@ -402,6 +419,7 @@ class Every:
 def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs."""
     import ray.train
+    import ray.util
     import torch
 
     channel = Channel(parameters["channel"])
@@ -410,6 +428,8 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(parameters["cpus"])
     context = ray.train.get_context()
     if context.get_world_rank() == 0:
+        reservation = ray.util.get_current_placement_group()
+        channel.put("reservation", reservation.id.hex() if reservation else None)
         threading.Thread(target=_beat, args=(channel,), daemon=True).start()
     world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
     config = TrainConfig.model_validate(parameters["config"])

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from ray.train.torch.config import _TorchBackend
+from ray.train.torch.config import TorchConfig, _TorchBackend
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from hrm_ray import ray_session
@@ -86,8 +86,11 @@ class KillOnce(trainer.Driver):
             process.kill()
 
 
-@pytest.mark.parametrize("victim", ["RayTrainWorker", "TrainController"])
+@pytest.mark.parametrize("victim", ["RayTrainWorker", "ray::Controller"])
 def test_what_is_killed_and_not_to_be_replaced_ends_the_run_in_one_line(config, ray_cluster, victim):
+    """And nothing stays reserved."""
+    import ray
+
     config |= {"scaling": on_ray(1), "max_steps": 400, "epochs": 200, "failure": {"max_failures": 0}}
     lost = TrainConfig(**config)
     with pytest.raises(
@@ -95,6 +98,7 @@ def test_what_is_killed_and_not_to_be_replaced_ends_the_run_in_one_line(config, 
     ) as e:
         ray_train.train_on_ray(lost, trainer.run_folder(lost), KillOnce(lost, victim))
     assert "\n" not in str(e.value)
+    _wait_for(lambda: ray.available_resources().get("CPU") == 2)
 
 
 def test_another_ray_is_refused_before_it_trains(monkeypatch):
@@ -150,7 +154,7 @@ def test_when_the_session_of_a_run_ends_nothing_in_the_process_uses_it(config, r
 
 
 @dataclass
-class DiesWhileJoining(ray_overrides.ProcessGroup):
+class DiesWhileJoining(TorchConfig):
     """Kills a worker while the first process group is formed."""
 
     marker: str = ""
@@ -166,10 +170,47 @@ def _kill_once(worker_group, marker: Path) -> None:
         os.kill(worker_group.get_workers()[1].metadata.pid, signal.SIGKILL)
 
 
-class DyingBackend(ray_overrides.Backend):
+class DyingBackend(_TorchBackend):
     def on_start(self, worker_group, backend_config):
         _kill_once(worker_group, Path(backend_config.marker))
         super().on_start(worker_group, backend_config)
+
+
+class DiesWhenRead:
+    """Kills whichever worker reads it, for the first `times`, which is when it is told to train."""
+
+    def __init__(self, folder: Path, times: int):
+        self.folder, self.times = folder, times
+
+    def __setstate__(self, state: dict):
+        self.__dict__ = state
+        is_worker = "RayTrainWorker" in "".join(psutil.Process().cmdline())
+        if is_worker and len(list(self.folder.glob("killed-*"))) < self.times:
+            (self.folder / f"killed-{os.getpid()}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _train_with(_: DiesWhenRead, parameters: dict) -> dict:
+    return ray_train._worker(parameters)
+
+
+def test_a_worker_killed_as_it_is_told_to_train_is_replaced(config, ray_cluster, tmp_path, monkeypatch):
+    """The two workers take the whole cluster."""
+    monkeypatch.setattr(ray_train, "_worker", partial(_train_with, DiesWhenRead(tmp_path, times=1)))
+    summary, _ = trainer.train(TrainConfig(**config | {"scaling": on_ray(2)}), show_progress=False)
+    assert list(tmp_path.glob("killed-*")) and summary["finished"]
+
+
+@pytest.mark.long
+def test_workers_that_die_whenever_they_are_told_to_train_end_the_run(
+    config, ray_cluster, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ray_train, "_worker", partial(_train_with, DiesWhenRead(tmp_path, times=100)))
+    config |= {"scaling": on_ray(1), "failure": {"max_failures": 1}}
+    with pytest.raises(RunFailed, match=r"Ray Train gave up: .*; the same command goes on") as info:
+        trainer.train(TrainConfig(**config), show_progress=False)
+    assert "\n" not in str(info.value)
+    assert len(list(tmp_path.glob("killed-*"))) == 2
 
 
 @pytest.mark.long
@@ -179,24 +220,9 @@ def test_a_worker_killed_while_the_workers_join_leaves_nothing_reserved(
     """The two workers take the whole cluster: another start has room only if the dead one gave back its own."""
     marker = tmp_path / "killed"
     dying = partial(DiesWhileJoining, marker=str(marker))
-    monkeypatch.setattr(ray_overrides, "ProcessGroup", dying)
+    monkeypatch.setattr("ray.train.torch.TorchConfig", dying)
     summary, _ = trainer.train(TrainConfig(**config | {"scaling": on_ray(2)}), show_progress=False)
     assert marker.exists() and summary["finished"]
-
-
-class LeakyBackend(_TorchBackend):
-    """Ray's own, which keeps what the dead start had reserved; see `ray_overrides`."""
-
-    def on_start(self, worker_group, backend_config):
-        _kill_once(worker_group, Path(backend_config.marker))
-        super().on_start(worker_group, backend_config)
-
-
-@dataclass
-class Leaks(DiesWhileJoining):
-    @property
-    def backend_cls(self):
-        return LeakyBackend
 
 
 @pytest.mark.long
@@ -205,11 +231,14 @@ def test_where_no_worker_comes_though_there_is_room_ray_is_joined_anew(config, t
     program = """
         import json, sys
         from functools import partial
+        import ray.train.torch
+        from ray.train.v2._internal.execution.controller import TrainController
         from hrm_ray.config.schema import TrainConfig
         from hrm_ray.training import ray_overrides, ray_train, trainer
-        from tests.training.test_ray import Leaks
+        from tests.training.test_ray import DiesWhileJoining
         marker, config = sys.argv[1], json.loads(sys.argv[2])
-        ray_overrides.ProcessGroup, ray_train.COMING_S = partial(Leaks, marker=marker), 8.0
+        ray_overrides.Controller = TrainController  # Ray's own, which keeps what the dead start had reserved
+        ray.train.torch.TorchConfig, ray_train.COMING_S = partial(DiesWhileJoining, marker=marker), 8.0
         trainer.train(TrainConfig(**config))
     """
     scaling = {"mode": "ray", "num_workers": 2, "cpus_per_worker": (os.cpu_count() or 2) // 2}
@@ -283,10 +312,10 @@ def test_who_handles_sigterm_may_take_its_time():
     assert (done.returncode, done.stdout) == (0, "asked to stop\n"), done.stderr
 
 
-def _wait_for(condition, process) -> None:
+def _wait_for(condition, process=None) -> None:
     deadline = time.monotonic() + 90
     while not condition():
-        assert process.poll() is None, process.stderr.read()
+        assert process is None or process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline, "nothing happened in 90 s"
         time.sleep(0.05)
 
