@@ -43,6 +43,7 @@ def parts(data: str, out: Path) -> dict[str, tuple[str, ...]]:
         "step-published": ("benchmarks.step", *PUBLISHED, "--json"),
         "step-fused": ("benchmarks.step", *PUBLISHED, "attention=fused", "--json"),
         "step-quickstart": ("benchmarks.step", "local_batch_size=256", "--json"),
+        "fused-launches": ("benchmarks.fused_attention", "--json"),
         "attention": ("benchmarks.attention", "batch=768", "--json"),
         "train": (*train, "run_name=compiled"),
         "train-eager": (*train, "run_name=eager", "compile=false"),

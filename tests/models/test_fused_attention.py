@@ -31,6 +31,22 @@ def test_in_python(num_tokens, head_dim, rotates):
     assert_exact(fused_attention, CPU, num_tokens, head_dim, torch.float32, rotates)
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="by the next test")
+def test_in_python_however_it_is_launched():
+    """What is launched is what the benchmark of it measures."""
+    from benchmarks.fused_attention import ROWS, WARPS, launches
+
+    torch.manual_seed(0)
+    calls, left_out = launches(torch.randn(1, 20, 3, 2, 32))
+    assert len(calls) == 2 * len(ROWS) * len(WARPS) and not left_out
+    results = {name: call.args[-1].clone() for name, call in calls.items() if call() is None}
+    for way in ("forward", "backward"):
+        first, *others = (result for name, result in results.items() if name.startswith(way))
+        assert first.isfinite().all() and first.norm() > 0
+        for other in others:
+            torch.testing.assert_close(other, first)
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is it")
 def test_in_python_in_a_process_of_its_own():
     """Triton decides when it is imported."""
@@ -48,7 +64,7 @@ def test_in_python_in_a_process_of_its_own():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert done.stdout.startswith("." * 2 * len(SHAPES))  # none is skipped
+    assert done.stdout.startswith("." * (2 * len(SHAPES) + 1))  # none is skipped
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
