@@ -46,9 +46,12 @@ test: $(READY) lint
 test-all: $(READY) lint
 	@$(BIN)/python -m pytest -m ''
 
-# Apart, since nothing else on a machine without a GPU needs it. The version is that of torch 2.11.
-test-triton: $(READY)
+# Apart, since nothing else needs it on a machine without a GPU. The version is of torch 2.11, the oldest supported.
+$(VENV)/triton/.ready: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(VENV)/triton triton==3.6.0
+	@touch $@
+
+test-triton: $(VENV)/triton/.ready
 	@PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest tests/models/test_fused_attention.py
 
 chaos: $(READY)

@@ -14,13 +14,13 @@ import torch
 
 import hrm_ray
 from benchmarks import front
-from hrm_ray import machine
+from hrm_ray import memory
 from hrm_ray.data.shards import open_dataset
 
 
 def measure(checkpoint: str, data: str, batch: int, votes: int, rounds: int, keep_memory: bool) -> dict:
     solver = hrm_ray.load(checkpoint)
-    is_kept = keep_memory and solver.setup.device.type == "cpu" and machine.keep_memory()
+    is_kept = keep_memory and solver.setup.device.type == "cpu" and memory.keep_memory()
     rates: dict[str, list[float]] = {"max": [], "learned": []}
     metrics = {}
     for i in range(rounds + 1):

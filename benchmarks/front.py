@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import facts
-from hrm_ray import machine
+from hrm_ray import machine, memory
 from hrm_ray.errors import UserError
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -47,7 +47,7 @@ def run(
         if "threads" in values:
             torch.set_num_threads(_threads(values.pop("threads")))
         about = facts()
-        with machine.room_for("this benchmark", "give a smaller batch or model"):
+        with memory.room_for("this benchmark", "give a smaller batch or model"):
             result = measure(**values, **({"words": rest} if for_train else {})) | about
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ The plain step stands in for the published code on the same machine, threads and
 every use, the library's fused attention, the loss in float64, the step ahead from the embedding to the logits, and an
 optimizer of torch's multi-tensor operations (`foreach`), since the published one has no CPU code. It is eager;
 `compile_plain=true` measures it compiled besides, as the published code is by default: whole, loss included, for fixed
-shapes. What the process keeps of freed memory (`machine.keep_memory`) is a gain of ours that the plain step has too.
+shapes. What the process keeps of freed memory (`memory.keep_memory`) is a gain of ours that the plain step has too.
 Ours is measured eager, compiled (not with `compile=false`), and on a GPU recorded as a CUDA graph besides;
 `ms_per_example` is what a long run does unless told otherwise: compiled, not recorded. (Runs of minutes on a CPU are
 not, see `machine.compiles`.) All are measured in turns in this process; the figures to trust are
@@ -35,7 +35,7 @@ from torch import Tensor
 from benchmarks import front
 from benchmarks.clock import in_turns, medians_ms
 from benchmarks.machine import a_product, peak_tflops
-from hrm_ray import machine
+from hrm_ray import machine, memory
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.models import act as act_module
 from hrm_ray.models import attention as attention_module
@@ -291,7 +291,7 @@ def measure(
             )
     if not products and attention not in ("auto", "matmul"):
         raise UserError(f"attention={attention}: products=false takes two products; leave one of them out")
-    is_kept = keep_memory and on_cpu and machine.keep_memory()
+    is_kept = keep_memory and on_cpu and memory.keep_memory()
     config, size = ARCHS[arch]
     batch_size, precision = local_batch_size, front.dtype_of(dtype)
     plain_precision = precision if plain_dtype == "same" else front.dtype_of(plain_dtype)

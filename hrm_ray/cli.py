@@ -219,12 +219,12 @@ def _train(args: argparse.Namespace) -> int:
 
 def _load(checkpoint: str) -> "Solver":
     """The model of a command, whose process may keep its memory."""
-    from hrm_ray import machine
+    from hrm_ray import memory
     from hrm_ray.api import load
 
     solver = load(checkpoint)
     if solver.setup.device.type == "cpu":
-        machine.keep_memory()
+        memory.keep_memory()
     return solver
 
 

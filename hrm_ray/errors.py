@@ -17,6 +17,10 @@ class RunFailed(UserError):
     exit_code = 1
 
 
+class MayPass(UserError):
+    """What may be otherwise a moment later, such as a storage that does not answer: lost workers are started again."""
+
+
 def about_file(error: OSError) -> UserError | None:
     """The error as one about the file that it names; None if it names none (then it is no mistake of the user's)."""
     if error.filename is not None:

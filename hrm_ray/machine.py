@@ -4,20 +4,16 @@ Every choice is `auto` by default and can be overridden; an override that cannot
 a silent change. Needs torch alone.
 """
 
-import ctypes
 import importlib.util
-import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from traceback import clear_frames
 from typing import Literal
 
 import torch
 
-from hrm_ray.errors import UserError, first_line
+from hrm_ray.errors import MayPass, UserError, first_line
+from hrm_ray.memory import lacks_memory
 from hrm_ray.models.attention import resolve_attention
 from hrm_ray.optim.adam_atan2 import resolve_backend
 
@@ -25,15 +21,6 @@ from hrm_ray.optim.adam_atan2 import resolve_backend
 # and then saves a sixth of the time, less where products are nearly all of it; this is four to eight minutes on two
 # newer cores, up to fourteen on two older ones (docs/performance.md).
 COMPILE_MIN_OPERATIONS = 3e13
-
-# Of glibc, see mallopt(3), by their numbers: free memory is never given back (M_TRIM_THRESHOLD, -1), and large blocks
-# come from it like others (M_MMAP_MAX, -4).
-MALLOC_PARAMETERS = {-1: -1, -4: 0}
-# By which a user says what is to be kept.
-MALLOC_VARIABLES = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_"}
-# For processes whose first thread is not the one that trains. By default others have memory of their own, in pieces of
-# 64 MiB, which are given back whatever the parameters say, as are larger blocks.
-ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 
 
 @dataclass(frozen=True)
@@ -92,49 +79,12 @@ def compiles(
     return is_long and compiler(device) is not None
 
 
-def keep_memory() -> bool:
-    """Let this process keep what tensors on the CPU give back for those to come, until it ends.
-
-    Every step frees its activations. By default glibc hands many of them back to the system, from which the next step
-    has them page by page, each filled with zeros at first use (docs/performance.md). Nothing happens without glibc,
-    nor where the user tunes it (`MALLOC_VARIABLES`, or glibc.malloc in GLIBC_TUNABLES), and little in another
-    thread than the first, unless the process was started with `ONE_ARENA`.
-
-    Returns:
-        whether the memory is kept.
-    """
-    is_tuned = MALLOC_VARIABLES & os.environ.keys() or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or is_tuned:
-        return False
-    return all(mallopt(parameter, value) for parameter, value in MALLOC_PARAMETERS.items())
-
-
-def lacks_memory(error: BaseException) -> bool:
-    """Whether `error` says that a GPU, or the machine, has no room for a tensor or an array."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    # torch's allocator for the CPU, CUDA and NCCL, cuBLAS.
-    said = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
-
-
-@contextmanager
-def room_for(what: str, mend: str) -> Iterator[None]:
-    """Inside, an error that says that memory is lacking becomes a UserError: there is none for `what`; `mend` it so."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not lacks_memory(error):
-            raise
-        clear_frames(error.__traceback__)  # they hold what takes the memory
-        raise UserError(f"there is too little memory for {what}; {mend} ({first_line(error)})") from error
-
-
 def _place(device: str, local_rank: int) -> torch.device:
     """This worker's device; a GPU that does not work is left alone with a warning, if `device` is "auto".
 
-    One without free memory is not, since that passes, and a run on the CPU would be another one.
+    Raises:
+        MayPass: the GPU has no free memory, also for "auto": a run on the CPU is not the one that was asked for.
+        UserError: "cuda", and there is none that works.
     """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -157,14 +107,14 @@ def _gpu_problem(place: torch.device) -> str | None:
     """Why a GPU cannot compute; None if it can. Such as one that is too old, for which this torch has no kernels.
 
     Raises:
-        UserError: it has no free memory.
+        MayPass: it has no free memory.
     """
     try:
         torch.ones(1, device=place).add_(1).item()
     except (RuntimeError, AssertionError) as error:
         name = torch.cuda.get_device_name(place)
         if lacks_memory(error):
-            raise UserError(
+            raise MayPass(
                 f"{place}, {name}, has no free memory ({first_line(error)}); wait for who has it, hide that GPU by "
                 "CUDA_VISIBLE_DEVICES, or use device=cpu"
             ) from error
@@ -192,7 +142,8 @@ def resolve(
         local_rank: this worker's number on its node; picks its GPU.
 
     Raises:
-        UserError: a device or kernel that is not here, or that cannot run here; a GPU without free memory.
+        UserError: a device or kernel that is not here, or that cannot run here.
+        MayPass: a GPU that another process has filled.
     """
     place = _place(device, local_rank)
     on_gpu = place.type == "cuda"

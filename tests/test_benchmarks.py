@@ -86,11 +86,9 @@ def test_step_measures(monkeypatch, capsys):
     assert code == 0
     assert result["ms_per_example"] > 0 and result["tflops"] > 0
     assert result["plain_dtype"] == result["dtype"]
+    assert result["attention"] == ("sdpa" if torch.cuda.is_available() else "matmul")
     words += ["dtype=float32", "plain_dtype=bfloat16"]
     code, out, _ = command(monkeypatch, capsys, "step", *words)
-    assert result["attention"] == (
-        step.make_setup(*step.ARCHS["quickstart"], getattr(torch, result["dtype"]), "auto").attention
-    )
     assert out.startswith("quickstart, float32: ") and ", plain (bfloat16) " in out
 
 
@@ -109,7 +107,7 @@ def test_without_products_nothing_is_multiplied():
 def test_step_without_products_is_no_share_of_them(monkeypatch, capsys, words, asked, kept):
     calls = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(step.machine, "keep_memory", lambda: calls.append(True) or True)
+    monkeypatch.setattr(step.memory, "keep_memory", lambda: calls.append(True) or True)
     words = ["local_batch_size=2", "rounds=1", "compile=false", "products=false", *words]
     code, out, _ = command(monkeypatch, capsys, "step", *words, "--json")
     result = json.loads(out)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hrm_ray import machine
+from hrm_ray import memory
 from hrm_ray.cli import build_options, build_parser, main, options_of
 from hrm_ray.config.compose import train_config
 from hrm_ray.config.schema import TrainConfig
@@ -123,7 +123,7 @@ def test_solve_a_puzzle_a_file_and_a_dataset(trained, tmp_path, capsys):
 def test_answering_keeps_memory_on_a_cpu(trained, monkeypatch):
     data, run = trained
     kept = []
-    monkeypatch.setattr(machine, "keep_memory", lambda: kept.append(True))
+    monkeypatch.setattr(memory, "keep_memory", lambda: kept.append(True))
     for command in ("eval", "solve"):
         assert main([command, str(run), f"data={data}", "--json"]) == 0
     assert kept == ([] if torch.cuda.is_available() else [True] * 2)

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from hrm_ray.errors import UserError, first_line
+from hrm_ray.errors import MayPass, UserError, first_line
+from hrm_ray.memory import lacks_memory
 from hrm_ray.models.rotary import Rope, apply_rope, rope_tables
 
 # From queries, keys and values as they come from one product, [B, S, 3, N, K], and rotary positions, to [B, S, N, K].
@@ -65,8 +66,8 @@ class Package:
 
     Attributes:
         module: what it is imported as.
-        adapt: from the imported module to its kernel. (Of partials, so that a model can be pickled.)
-        first, before: the compute capabilities of the GPUs that it is for, from the first to before the last.
+        adapt: from the imported module to its kernel, which can be pickled, with a model.
+        first, before: the compute capabilities of the GPUs that it is for: first <= capability < before.
         head_dims: the heads that it is for.
         max_tokens: the longest sequences.
         is_proven: whether a GPU has shown that it is worth taking unasked.
@@ -90,8 +91,7 @@ def _flash(module: Any) -> AttentionKernel:
 
 FLASH_HEAD_DIMS = range(8, 257, 8)
 PACKAGES = {
-    # Beyond these it would run out of registers, of which other GPUs have too few.
-    "fused": Package(
+    "fused": Package(  # for other heads, longer sequences and on other GPUs it would run out of registers
         module="hrm_ray.kernels.attention",
         adapt=lambda module: module.fused_attention,
         first=(9, 0),
@@ -146,17 +146,19 @@ def _listed(numbers: Sequence[int]) -> str:
 
 @lru_cache
 def _failure(name: str, device: torch.device, num_tokens: int, head_dim: int) -> str | None:
-    """What is wrong with a call forwards and backwards; a package may have no kernels for this GPU, or wrong ones."""
+    """What is wrong with a call forwards and backwards; a package may have no kernels for this GPU, or wrong ones.
+
+    Raises:
+        MayPass: there is too little memory to tell.
+    """
     random = torch.Generator().manual_seed(0)
-    qkv, gradient = (
-        torch.randn(shape, generator=random).to(device, torch.bfloat16)
-        for shape in ((2, num_tokens, 3, 2, head_dim), (2, num_tokens, 2, head_dim))
-    )
-    cos, sin = (table.to(device) for table in rope_tables(num_tokens, head_dim))
+    numbers = torch.randn(4, 2, num_tokens, 2, head_dim, generator=random).to(torch.bfloat16)
+    rope = rope_tables(num_tokens, head_dim)
 
     def both(name: str) -> list[Tensor]:
-        leaf = qkv.clone().requires_grad_()
-        out = kernel(name)(leaf, (cos, sin))
+        *qkv, gradient = numbers.to(device)
+        leaf = torch.stack(qkv, dim=2).requires_grad_()
+        out = kernel(name)(leaf, (rope[0].to(device), rope[1].to(device)))
         return [x.float() for x in (out, *torch.autograd.grad(out, leaf, gradient))]
 
     try:
@@ -164,6 +166,10 @@ def _failure(name: str, device: torch.device, num_tokens: int, head_dim: int) ->
             if not (ours - expected).norm() <= PROBE_TOLERANCE * expected.norm():
                 return f"computes something else on {device}"
     except Exception as error:  # of any kind
+        if lacks_memory(error):
+            raise MayPass(
+                f"there is too little memory on {device} to try attention ({first_line(error)})"
+            ) from error
         return f"fails on {device}: {first_line(error)}"
     return None
 
@@ -184,6 +190,7 @@ def resolve_attention(
 
     Raises:
         UserError: it cannot run here.
+        MayPass: there is too little memory to tell.
     """
     shape = {"num_tokens": num_tokens, "head_dim": head_dim}
     if wanted == "auto":

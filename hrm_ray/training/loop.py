@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hrm_ray import machine
+from hrm_ray import machine, memory
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.errors import RunFailed, UserError
@@ -99,7 +99,7 @@ class Trainer:
         if len(set(world.gather_objects(self.setup.dtype))) > 1:  # "auto" on unlike machines
             self.setup = self._resolve("float32")
         if self.setup.device.type == "cpu":
-            machine.keep_memory()
+            memory.keep_memory()
         self._stop_reason: str | None = None
         self._was_prepared = False  # what came of it is in `setup`
         self._records: Records | None = None
@@ -110,7 +110,7 @@ class Trainer:
         # The first worker decides where the run goes on, and keeps others off it.
         self._lock = run.lock() if world.is_first else None
         try:
-            with machine.room_for(f"the model and a batch on {self.setup.device}", SMALLER):
+            with memory.room_for(f"the model and a batch on {self.setup.device}", SMALLER):
                 self._begin()
             if world.is_first:
                 run.sweep()
@@ -187,7 +187,7 @@ class Trainer:
         try:
             step, workers = self.state.global_step, f"on {self.world.size} worker(s)"
             self._note("started", f"goes on from step {step} {workers}" if step else f"starts {workers}")
-            with machine.room_for(*self._needs_room()):
+            with memory.room_for(*self._needs_room()):
                 self._run()
             summary = self._summary()
             if self._records:

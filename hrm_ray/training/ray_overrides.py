@@ -6,9 +6,9 @@ whole process if it comes while the core shuts down. So here waiting is left to 
 
 If a worker dies while the group is formed, Ray 2.60 starts anew but keeps what the dead start had reserved
 (`WorkerGroup._start` cleans up only what is not yet marked as started): where the workers take the whole cluster, it
-then waits for itself for ever. And if one dies while it is told to train, Ray ends the run, as if the controller had
-failed. Here the reservation is given back, and both are failures of a worker like others: the next start follows, up to
-`max_failures` times.
+then waits for itself for ever. And if one dies while it is told to train, or another worker says so first, whose
+connection to it broke, Ray ends the run, as if the controller had failed. Here the reservation is given back, and each
+of these is a failure of a worker like others: the next start follows, up to `max_failures` times.
 """
 
 from dataclasses import dataclass
@@ -17,15 +17,17 @@ from typing import Any
 import ray
 from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train import WorkerGroupError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import PlacementGroupHandle
 
 from hrm_ray.errors import UserError
+from hrm_ray.training.ray_train import Channel
 
 
 @dataclass
@@ -65,11 +67,24 @@ class Workers(WorkerGroup):
     def _start(self) -> None:
         try:
             super()._start()
-        except (RayActorError, WorkerGroupStartupFailedError) as error:
-            if self.has_started():
+        except Exception as error:
+            is_formed = self.has_started()
+            if is_formed:
                 self.shutdown()
-            cause = error.__cause__ if isinstance(error.__cause__, RayActorError) else error
-            raise WorkerGroupError("a worker died while it was started", {0: cause}) from error
+            is_death = isinstance(error, (RayActorError, WorkerGroupStartupFailedError))
+            if is_death or (is_formed and isinstance(error, RayTaskError)):
+                # Which of them it was is not known: the rank stands for any. Ray looks in the cause for whether its
+                # node was taken away, which does not count.
+                failures = {0: error.__cause__ if isinstance(error.__cause__, Exception) else error}
+                raise WorkerGroupError("a worker died while it was started", failures) from error
+            raise
+
+    def _create_placement_group(self, *parameters: Any) -> PlacementGroupHandle:
+        """And tell the driver, should the controller die."""
+        handle = super()._create_placement_group(*parameters)
+        loop_config = self._train_run_context.train_loop_config or {}
+        Channel(loop_config["channel"]).put("reservation", handle.placement_group.id.hex())
+        return handle
 
 
 class Controller(TrainController):

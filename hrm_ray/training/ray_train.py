@@ -18,9 +18,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import RunFailed, UserError
-from hrm_ray.machine import ONE_ARENA
-from hrm_ray.remote import StorageError
+from hrm_ray.errors import MayPass, RunFailed, UserError
+from hrm_ray.memory import ONE_ARENA
 from hrm_ray.training.loop import Hooks, Progress, Trainer
 from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import Driver
@@ -112,9 +111,7 @@ def _fit(config: TrainConfig, run: Storage, driver: Driver, is_ours: bool) -> di
     with _ray_may_give_up():
         try:
             ray.get(training)
-        except (
-            RayActorError
-        ):  # the controller itself was killed, and without a dashboard nobody cleans up after it
+        except RayActorError:  # the controller itself was killed
             _give_back(channel)
             raise
         result = ray.get(controller.get_result.remote())
@@ -124,7 +121,10 @@ def _fit(config: TrainConfig, run: Storage, driver: Driver, is_ours: bool) -> di
 
 
 def _give_back(channel: Channel) -> None:
-    """What the workers have reserved."""
+    """What is reserved for the workers, which Ray itself keeps until the driver's process ends.
+
+    (Where there is a dashboard, an actor of Ray Train's does the same.)
+    """
     import ray
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
@@ -304,7 +304,7 @@ def _draining_nodes() -> dict[str, float]:
 def _ray_trainer(
     config: TrainConfig, run: Storage, channel: Channel, cpus: int, use_gpu: bool
 ) -> "ray_overrides.NonblockingTrainer":
-    import ray.train
+    import ray.train.torch
 
     from hrm_ray.training import ray_overrides
 
@@ -419,7 +419,6 @@ class Every:
 def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs."""
     import ray.train
-    import ray.util
     import torch
 
     channel = Channel(parameters["channel"])
@@ -428,8 +427,6 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(parameters["cpus"])
     context = ray.train.get_context()
     if context.get_world_rank() == 0:
-        reservation = ray.util.get_current_placement_group()
-        channel.put("reservation", reservation.id.hex() if reservation else None)
         threading.Thread(target=_beat, args=(channel,), daemon=True).start()
     world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
     config = TrainConfig.model_validate(parameters["config"])
@@ -439,7 +436,7 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
         if world.is_first:
             channel.put("summary", summary)
         return summary
-    except StorageError:  # may pass: Ray starts the workers again
+    except MayPass:  # Ray starts the workers again
         raise
     except UserError as error:
         channel.put("failure", {"message": str(error), "exit_code": error.exit_code})

@@ -8,7 +8,7 @@ import sys
 import textwrap
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,11 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from ray.exceptions import RayActorError, RayTaskError
+from ray.train import WorkerGroupError
 from ray.train.torch.config import TorchConfig, _TorchBackend
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.worker_group import ExecutionGroup, WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from hrm_ray import ray_session
@@ -155,25 +159,50 @@ def test_when_the_session_of_a_run_ends_nothing_in_the_process_uses_it(config, r
 
 @dataclass
 class DiesWhileJoining(TorchConfig):
-    """Kills a worker while the first process group is formed."""
+    """Kills a worker while the first process group is formed: number 1 before, or `joining` when all are to join."""
 
     marker: str = ""
+    joining: int | None = None
 
     @property
     def backend_cls(self):
         return DyingBackend
 
 
-def _kill_once(worker_group, marker: Path) -> None:
-    if not marker.exists():
-        marker.touch()
-        os.kill(worker_group.get_workers()[1].metadata.pid, signal.SIGKILL)
-
-
 class DyingBackend(_TorchBackend):
     def on_start(self, worker_group, backend_config):
-        _kill_once(worker_group, Path(backend_config.marker))
+        marker, victim = Path(backend_config.marker), backend_config.joining
+        if not marker.exists():
+            marker.touch()
+            if victim is None:
+                _kill(worker_group, 1)
+            else:
+                worker_group = KillsWhileTheyJoin(worker_group, victim)
         super().on_start(worker_group, backend_config)
+
+
+@dataclass
+class KillsWhileTheyJoin:
+    """A group of workers, one of which is killed when all have been told to join."""
+
+    group: ExecutionGroup
+    victim: int
+
+    def __getattr__(self, name):
+        return getattr(self.group, name)
+
+    def __len__(self):
+        return len(self.group)
+
+    def execute_single_async(self, rank, *told, **more):
+        joined = self.group.execute_single_async(rank, *told, **more)
+        if rank == len(self) - 1:
+            _kill(self.group, self.victim)
+        return joined
+
+
+def _kill(worker_group, rank: int) -> None:
+    os.kill(worker_group.get_workers()[rank].metadata.pid, signal.SIGKILL)
 
 
 class DiesWhenRead:
@@ -184,10 +213,12 @@ class DiesWhenRead:
 
     def __setstate__(self, state: dict):
         self.__dict__ = state
-        is_worker = "RayTrainWorker" in "".join(psutil.Process().cmdline())
-        if is_worker and len(list(self.folder.glob("killed-*"))) < self.times:
-            (self.folder / f"killed-{os.getpid()}").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if "RayTrainWorker" not in "".join(psutil.Process().cmdline()):
+            return
+        for number in range(self.times):
+            with suppress(FileExistsError):
+                (self.folder / f"killed-{number}").touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _train_with(_: DiesWhenRead, parameters: dict) -> dict:
@@ -195,10 +226,10 @@ def _train_with(_: DiesWhenRead, parameters: dict) -> dict:
 
 
 def test_a_worker_killed_as_it_is_told_to_train_is_replaced(config, ray_cluster, tmp_path, monkeypatch):
-    """The two workers take the whole cluster."""
+    """The two workers take the whole cluster; the other one already trains."""
     monkeypatch.setattr(ray_train, "_worker", partial(_train_with, DiesWhenRead(tmp_path, times=1)))
     summary, _ = trainer.train(TrainConfig(**config | {"scaling": on_ray(2)}), show_progress=False)
-    assert list(tmp_path.glob("killed-*")) and summary["finished"]
+    assert (tmp_path / "killed-0").exists() and summary["finished"]
 
 
 @pytest.mark.long
@@ -213,13 +244,41 @@ def test_workers_that_die_whenever_they_are_told_to_train_end_the_run(
     assert len(list(tmp_path.glob("killed-*"))) == 2
 
 
+@pytest.mark.parametrize(
+    ("error", "is_formed", "raised"),
+    [
+        (RayActorError(), True, WorkerGroupError),
+        (WorkerGroupStartupFailedError("one died"), False, WorkerGroupError),
+        # What another worker says of a dead one's connection may come before its death is known.
+        (RayTaskError("join", "connection closed by peer", RuntimeError()), True, WorkerGroupError),
+        (RayTaskError("init", "a mistake", ValueError()), False, RayTaskError),
+        (WorkerGroupStartupTimeoutError(2), False, WorkerGroupStartupTimeoutError),  # no room yet
+        (ValueError("a mistake"), True, ValueError),
+    ],
+)
+def test_what_a_failed_start_is_taken_for(monkeypatch, error, is_formed, raised):
+    shut = []
+
+    def start(group):
+        raise error
+
+    monkeypatch.setattr(WorkerGroup, "_start", start)
+    monkeypatch.setattr(WorkerGroup, "has_started", lambda group: is_formed)
+    monkeypatch.setattr(WorkerGroup, "shutdown", lambda group: shut.append(group))
+    group = object.__new__(ray_overrides.Workers)
+    with pytest.raises(raised):
+        group._start()
+    assert shut == [group] * is_formed
+
+
 @pytest.mark.long
+@pytest.mark.parametrize("joining", [None, 0, 1])
 def test_a_worker_killed_while_the_workers_join_leaves_nothing_reserved(
-    config, ray_cluster, tmp_path, monkeypatch
+    config, ray_cluster, tmp_path, monkeypatch, joining
 ):
     """The two workers take the whole cluster: another start has room only if the dead one gave back its own."""
     marker = tmp_path / "killed"
-    dying = partial(DiesWhileJoining, marker=str(marker))
+    dying = partial(DiesWhileJoining, marker=str(marker), joining=joining)
     monkeypatch.setattr("ray.train.torch.TorchConfig", dying)
     summary, _ = trainer.train(TrainConfig(**config | {"scaling": on_ray(2)}), show_progress=False)
     assert marker.exists() and summary["finished"]

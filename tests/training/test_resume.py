@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hrm_ray import machine
+from hrm_ray import machine, memory
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.training.checkpoint import finished, newest_whole
@@ -47,7 +47,7 @@ def config(tmp_path):
 
 def test_a_run_on_a_cpu_keeps_freed_memory_and_no_other(config, monkeypatch):
     asked = []
-    monkeypatch.setattr(machine, "keep_memory", lambda: asked.append(True))
+    monkeypatch.setattr(memory, "keep_memory", lambda: asked.append(True))
     run({**config, "max_steps": 1})
     assert asked == [True]
     begin = Mock(side_effect=UserError("there is no such device"))
