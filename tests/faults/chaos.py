@@ -37,7 +37,7 @@ from tests.faults.faults import KINDS, Fault, NodeAdded, NodesFault, Outcome, in
 from tests.faults.runs import (
     Run,
     Setting,
-    interrupt_on_sigterm,
+    interrupt_on_signals,
     is_finished,
     make_dataset,
     step_of,
@@ -288,7 +288,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
-    interrupt_on_sigterm()
+    interrupt_on_signals()
     started = time.monotonic()
 
     def say(line: str) -> None:

@@ -256,6 +256,11 @@ def is_finished(checkpoint: Path) -> bool:
     return (checkpoint / "manifest.json").exists()
 
 
-def interrupt_on_sigterm() -> None:
-    """SIGTERM to this process unwinds it like Ctrl-C, so that contexts end what they started."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+def interrupt_on_signals() -> None:
+    """SIGTERM to this process unwinds it like Ctrl-C, so that contexts end what they started.
+
+    And Ctrl-C does, also in a background job, which is started with SIGINT ignored: else its children would be too,
+    until they handle it, and a fault that they are to have might be none.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
