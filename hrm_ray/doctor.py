@@ -18,11 +18,10 @@ PACKAGES = ("torch", "ray", "pyarrow", "numpy", "optuna", "wandb", "flash-attn")
 
 def report() -> str:
     """A table for people; never fails for something that is missing."""
-    longest, problem = TOKENS["9x9"], None
     try:
-        setup = machine.resolve(num_tokens=longest)
+        uses = _uses("auto")
     except UserError as error:
-        setup, problem = machine.resolve(num_tokens=longest, device="cpu"), error
+        uses = [("problem", f"{error}; below is the CPU"), *_uses("cpu")]
     rows = [
         ("hrm-ray", __version__),
         ("python", platform.python_version()),
@@ -30,13 +29,19 @@ def report() -> str:
         ("CPU", f"{os.cpu_count()} cores, fast bfloat16 products: {_yes(machine.cpu_has_fast_bfloat16())}"),
         ("GPU", _gpus()),
         ("free disk here", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB"),
-        *([("problem", f"{problem}; below is the CPU")] if problem else []),
+        *uses,
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+
+def _uses(device: str) -> list[tuple[str, str]]:
+    setup = machine.resolve(device=device, num_tokens=max(TOKENS.values()))
+    return [
         ("attention", _attention(setup)),
         ("models compile with", machine.compiler(setup.device) or "nothing: no compiler here"),
         ("training uses", setup.describe()),
     ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 
 
 def _version(package: str) -> str:

@@ -18,7 +18,9 @@ class RunFailed(UserError):
 
 
 class MayPass(UserError):
-    """What may be otherwise a moment later, such as a storage that does not answer: lost workers are started again."""
+    """What may be otherwise a moment later, such as a storage that does not answer: Ray's workers are started again."""
+
+    exit_code = 1
 
 
 def about_file(error: OSError) -> UserError | None:

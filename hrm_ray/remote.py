@@ -23,6 +23,8 @@ CREDENTIALS = {
 class StorageError(MayPass, OSError):
     """A storage that does not answer, or refuses. An OSError too, for who can go on without the file."""
 
+    exit_code = 2  # mostly a mistake in its name, or in what its owner may do
+
 
 def filesystem_of(uri: str, what: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of a URI and the path in it; `what` begins the message of an error.

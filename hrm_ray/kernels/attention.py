@@ -22,7 +22,8 @@ from hrm_ray.models.rotary import Rope
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Rows of queries at a time, and warps for more than 64 tokens. With 82 only the backward pass on sm_90 then spills
-# registers, 80 or 120 bytes a thread by Triton's version (none with 16 rows). On sm_80, not taken, it would be 10 kB.
+# registers, 80 or 120 bytes a thread by Triton's version (none with 16 rows and 8 warps). On sm_80, which is refused,
+# it would be 10 kB.
 FORWARD = {"max_rows": 64, "warps": 4}
 BACKWARD = {"max_rows": 128, "warps": 8}
 

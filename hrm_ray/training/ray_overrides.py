@@ -6,9 +6,10 @@ whole process if it comes while the core shuts down. So here waiting is left to 
 
 If a worker dies while the group is formed, Ray 2.60 starts anew but keeps what the dead start had reserved
 (`WorkerGroup._start` cleans up only what is not yet marked as started): where the workers take the whole cluster, it
-then waits for itself for ever. And if one dies while it is told to train, or another worker says so first, whose
-connection to it broke, Ray ends the run, as if the controller had failed. Here the reservation is given back, and each
-of these is a failure of a worker like others: the next start follows, up to `max_failures` times.
+then waits for itself for ever. And if one dies while it is told to train, or is killed by Ray's own monitor of memory,
+or another worker says so first, whose connection to it broke, Ray ends the run, as if the controller had failed. Here
+the reservation is given back, and each of these is a failure of a worker like others: the next start follows, up to
+`max_failures` times.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import ray
 from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train import WorkerGroupError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
@@ -27,7 +28,10 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import PlacementGroupHandle
 
 from hrm_ray.errors import UserError
-from hrm_ray.training.ray_train import Channel
+from hrm_ray.training.channel import Channel
+
+# Of a worker, before its group is formed; by want of memory, if Ray's monitor has killed it.
+DEATHS = (RayActorError, OutOfMemoryError, WorkerGroupStartupFailedError)
 
 
 @dataclass
@@ -62,7 +66,7 @@ class NonblockingTrainer(TorchTrainer):
 
 
 class Workers(WorkerGroup):
-    """Ray Train's, for which a death at the start is like any other; in the controller."""
+    """Ray Train's, for which a start that fails is like any other failure of a worker; in the controller."""
 
     def _start(self) -> None:
         try:
@@ -71,18 +75,26 @@ class Workers(WorkerGroup):
             is_formed = self.has_started()
             if is_formed:
                 self.shutdown()
-            is_death = isinstance(error, (RayActorError, WorkerGroupStartupFailedError))
-            if is_death or (is_formed and isinstance(error, RayTaskError)):
-                # Which of them it was is not known: the rank stands for any. Ray looks in the cause for whether its
-                # node was taken away, which does not count.
+            if isinstance(error, DEATHS) or (is_formed and isinstance(error, RayError)):
+                # Whose it was is not known: the rank stands for any. Ray looks in the cause for whether its node was
+                # taken away, which does not count.
                 failures = {0: error.__cause__ if isinstance(error.__cause__, Exception) else error}
-                raise WorkerGroupError("a worker died while it was started", failures) from error
+                raise WorkerGroupError("the workers could not be started", failures) from error
             raise
+
+    def shutdown(self) -> None:
+        """Also where a worker is gone in a way that Ray Train does not expect, of which a callback says so."""
+        try:
+            super().shutdown()
+        except RayError:
+            if self._worker_group_state is not None:
+                self._worker_group_state.shutdown()
+                self._clear_state()
 
     def _create_placement_group(self, *parameters: Any) -> PlacementGroupHandle:
         """And tell the driver, should the controller die."""
         handle = super()._create_placement_group(*parameters)
-        loop_config = self._train_run_context.train_loop_config or {}
+        loop_config: Any = self._train_run_context.train_loop_config
         Channel(loop_config["channel"]).put("reservation", handle.placement_group.id.hex())
         return handle
 

@@ -8,18 +8,18 @@ When Ray is about to restart the workers, because a node is being taken away or 
 driver asks for a checkpoint, so that little or no work is repeated.
 """
 
-import json
 import os
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import MayPass, RunFailed, UserError
 from hrm_ray.memory import ONE_ARENA
+from hrm_ray.training.channel import Channel
 from hrm_ray.training.loop import Hooks, Progress, Trainer
 from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import Driver
@@ -42,39 +42,6 @@ LINGER_S = 3.0  # how long Ray may take to end a run in a session of the caller'
 SHUTDOWN_TIMEOUT_S = "5"  # and for workers that hang to leave their process group, before it kills them
 
 
-class Channel:
-    """Messages between the driver and the workers of one run, in the cluster's key-value store."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def put(self, key: str, value: Any) -> None:
-        from ray.experimental import internal_kv
-
-        internal_kv._internal_kv_put(self._key(key), json.dumps(value).encode(), overwrite=True)
-
-    def get(self, key: str) -> Any:
-        """The value last put, or None."""
-        from ray.experimental import internal_kv
-
-        content = internal_kv._internal_kv_get(self._key(key))
-        return None if content is None else json.loads(content)
-
-    def add(self, key: str, value: Any) -> None:
-        """Add to the values under `key`."""
-        self.put(f"{key}/{time.time_ns():020d}", value)
-
-    def added(self, key: str) -> dict[str, Any]:
-        """The values added to `key`, by the names under which they were, oldest first."""
-        from ray.experimental import internal_kv
-
-        names = sorted(internal_kv._internal_kv_list(self._key(f"{key}/")))
-        return {name.decode(): json.loads(internal_kv._internal_kv_get(name)) for name in names}
-
-    def _key(self, key: str) -> bytes:
-        return f"hrm_ray/{self.name}/{key}".encode()
-
-
 class NobodyCame(Exception):
     """No worker has been heard of for so many seconds."""
 
@@ -95,7 +62,6 @@ def train_on_ray(config: TrainConfig, run: Storage, driver: Driver) -> dict[str,
 def _fit(config: TrainConfig, run: Storage, driver: Driver, is_ours: bool) -> dict[str, Any]:
     """Train in the present session of Ray; `is_ours` if it ends with this command."""
     import ray
-    from ray.exceptions import RayActorError
 
     channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
     cpus, use_gpu = _resources(config)
@@ -111,19 +77,20 @@ def _fit(config: TrainConfig, run: Storage, driver: Driver, is_ours: bool) -> di
     with _ray_may_give_up():
         try:
             ray.get(training)
-        except RayActorError:  # the controller itself was killed
-            _give_back(channel)
+            result = ray.get(controller.get_result.remote())
+            if result.error:
+                raise result.error
+        except Exception:
+            with suppress(Exception):
+                _give_back(channel)
             raise
-        result = ray.get(controller.get_result.remote())
-        if result.error:
-            raise result.error
     return result.return_value
 
 
 def _give_back(channel: Channel) -> None:
-    """What is reserved for the workers, which Ray itself keeps until the driver's process ends.
+    """What is reserved for the workers, if the controller did not: Ray keeps it until the driver's process ends.
 
-    (Where there is a dashboard, an actor of Ray Train's does the same.)
+    (Where there is a dashboard, an actor of Ray Train's does the same after a controller that was killed.)
     """
     import ray
     from ray.util.placement_group import PlacementGroup, remove_placement_group

@@ -12,12 +12,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import numpy as np
 import psutil
 import pytest
 import yaml
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.train import WorkerGroupError
 from ray.train.torch.config import TorchConfig, _TorchBackend
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
@@ -26,7 +27,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from hrm_ray import ray_session
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import RunFailed, UserError
+from hrm_ray.errors import MayPass, RunFailed, UserError
 from hrm_ray.training import ray_overrides, ray_train, trainer
 from hrm_ray.training.checkpoint import finished
 from tests.toy import toy_config, toy_dataset
@@ -253,6 +254,8 @@ def test_workers_that_die_whenever_they_are_told_to_train_end_the_run(
         (RayTaskError("join", "connection closed by peer", RuntimeError()), True, WorkerGroupError),
         (RayTaskError("init", "a mistake", ValueError()), False, RayTaskError),
         (WorkerGroupStartupTimeoutError(2), False, WorkerGroupStartupTimeoutError),  # no room yet
+        (OutOfMemoryError("one was killed"), True, WorkerGroupError),  # by Ray, for want of memory
+        (OutOfMemoryError("one was killed"), False, WorkerGroupError),
         (ValueError("a mistake"), True, ValueError),
     ],
 )
@@ -269,6 +272,50 @@ def test_what_a_failed_start_is_taken_for(monkeypatch, error, is_formed, raised)
     with pytest.raises(raised):
         group._start()
     assert shut == [group] * is_formed
+
+
+def test_a_node_that_was_taken_away_is_the_cause_of_a_failed_start(monkeypatch):
+    """By which Ray tells that it does not count."""
+    gone = RayActorError(preempted=True)
+
+    def start(group):
+        raise WorkerGroupStartupFailedError("one died") from gone
+
+    monkeypatch.setattr(WorkerGroup, "_start", start)
+    monkeypatch.setattr(WorkerGroup, "has_started", lambda group: False)
+    with pytest.raises(WorkerGroupError) as info:
+        object.__new__(ray_overrides.Workers)._start()
+    assert list(info.value.worker_failures.values()) == [gone]
+
+
+def test_a_group_is_shut_down_whatever_a_callback_meets(monkeypatch):
+    def shutdown(group):
+        raise OutOfMemoryError("one was killed")
+
+    monkeypatch.setattr(WorkerGroup, "shutdown", shutdown)
+    group = object.__new__(ray_overrides.Workers)
+    group._worker_group_state = state = Mock()
+    group._world_rank_to_ongoing_poll = {}
+    group.shutdown()
+    state.shutdown.assert_called_once_with()
+    assert not group.has_started()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(MayPass("full"), None), (UserError("wrong"), {"message": "wrong", "exit_code": 2})]
+)
+def test_what_may_pass_is_not_told_to_the_driver_which_would_end_the_run(
+    config, monkeypatch, tmp_path, error, told
+):
+    channel = Mock(get=Mock(return_value=None))
+    monkeypatch.setattr(ray_train, "Channel", lambda name: channel)
+    context = Mock(get_world_rank=lambda: 1, get_world_size=lambda: 2, get_local_rank=lambda: 1)
+    monkeypatch.setattr("ray.train.get_context", lambda: context)
+    monkeypatch.setattr(ray_train, "Trainer", Mock(side_effect=error))
+    values = TrainConfig(**config).model_dump(mode="json")
+    with pytest.raises(type(error)):
+        ray_train._worker({"channel": "c", "cpus": 2, "config": values, "storage": str(tmp_path / "run")})
+    assert channel.put.call_args_list == ([] if told is None else [call("failure", told)])
 
 
 @pytest.mark.long
