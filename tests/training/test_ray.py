@@ -17,6 +17,7 @@ from unittest.mock import Mock, call
 import numpy as np
 import psutil
 import pytest
+import torch
 import yaml
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.train import WorkerGroupError
@@ -314,7 +315,14 @@ def test_what_may_pass_is_not_told_to_the_driver_which_would_end_the_run(
     monkeypatch.setattr(ray_train, "Trainer", Mock(side_effect=error))
     values = TrainConfig(**config).model_dump(mode="json")
     with pytest.raises(type(error)):
-        ray_train._worker({"channel": "c", "cpus": 2, "config": values, "storage": str(tmp_path / "run")})
+        ray_train._worker(
+            {
+                "channel": "c",
+                "cpus": torch.get_num_threads(),
+                "config": values,
+                "storage": str(tmp_path / "run"),
+            }
+        )
     assert channel.put.call_args_list == ([] if told is None else [call("failure", told)])
 
 
