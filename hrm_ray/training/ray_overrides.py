@@ -12,6 +12,7 @@ the reservation is given back, and each of these is a failure of a worker like o
 `max_failures` times.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,10 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import PlacementGroupHandle
 
-from hrm_ray.errors import UserError
+from hrm_ray.errors import UserError, first_line
 from hrm_ray.training.channel import Channel
+
+logger = logging.getLogger(__name__)
 
 # Of a worker, before its group is formed; by want of memory, if Ray's monitor has killed it.
 DEATHS = (RayActorError, OutOfMemoryError, WorkerGroupStartupFailedError)
@@ -86,7 +89,8 @@ class Workers(WorkerGroup):
         """Also where a worker is gone in a way that Ray Train does not expect, of which a callback says so."""
         try:
             super().shutdown()
-        except RayError:
+        except RayError as error:
+            logger.warning("a worker was gone at the end of its group: %s", first_line(error))
             if self._worker_group_state is not None:
                 self._worker_group_state.shutdown()
                 self._clear_state()
