@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 .PHONY: help quickstart test test-all test-triton chaos lint format clean
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^$$/q; s/^# //p' Makefile
 
 # The marker is younger than what it depends on: the environment is made again only if they change. An environment
 # whose making was interrupted has no pip yet, and is thrown away.
