@@ -17,6 +17,14 @@ class RunFailed(UserError):
     exit_code = 1
 
 
+class NotFinite(RunFailed):
+    """The loss is not finite: these settings cannot train."""
+
+
+class TooLittleMemory(UserError):
+    """These settings need more memory than there is."""
+
+
 class MayPass(UserError):
     """What may be otherwise a moment later, such as a storage that does not answer: Ray's workers are started again."""
 

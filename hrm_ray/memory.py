@@ -8,7 +8,7 @@ from traceback import clear_frames
 
 import torch
 
-from hrm_ray.errors import UserError, first_line
+from hrm_ray.errors import TooLittleMemory, first_line
 
 # Of glibc, see mallopt(3), by their numbers: free memory is never given back (M_TRIM_THRESHOLD, -1), and large blocks
 # come from it like others (M_MMAP_MAX, -4).
@@ -49,11 +49,13 @@ def lacks_memory(error: BaseException) -> bool:
 
 @contextmanager
 def room_for(what: str, mend: str) -> Iterator[None]:
-    """Inside, an error that says that memory is lacking becomes a UserError: there is none for `what`; `mend` it so."""
+    """Inside, an error that says that memory is lacking becomes a TooLittleMemory: none for `what`; `mend` it so."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not lacks_memory(error):
             raise
         clear_frames(error.__traceback__)  # they hold what takes the memory
-        raise UserError(f"there is too little memory for {what}; {mend} ({first_line(error)})") from error
+        raise TooLittleMemory(
+            f"there is too little memory for {what}; {mend} ({first_line(error)})"
+        ) from error

@@ -10,11 +10,14 @@ from typing import Any
 
 
 @contextmanager
-def ray_session(object_store_bytes: int | None = None) -> Iterator[bool]:
+def ray_session(
+    object_store_bytes: int | None = None, env_vars: dict[str, str] | None = None
+) -> Iterator[bool]:
     """Inside, `ray` is initialised; what was started here is shut down at the end. Yields whether it was.
 
     RAY_ADDRESS (which Ray sets in jobs) names a cluster to join. Without it a private cluster is started on this
-    machine, so that a stray one is never joined by accident; `object_store_bytes` bounds its shared memory.
+    machine, so that a stray one is never joined by accident; `object_store_bytes` bounds its shared memory. `env_vars`
+    are set in all its workers.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences a warning
@@ -24,6 +27,8 @@ def ray_session(object_store_bytes: int | None = None) -> Iterator[bool]:
         yield False
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if env_vars:
+        quiet["runtime_env"] = {"env_vars": env_vars}
     with _sigterm_handler_kept():
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**quiet)

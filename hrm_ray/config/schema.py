@@ -63,6 +63,7 @@ class TrainConfig(Settings):
     global_batch_size: PositiveInt = 384  # puzzles in one optimizer step, over all workers
     epochs: PositiveInt = 20000  # visits of every group
     eval_interval: PositiveInt | None = 2000  # epochs between evaluations; null: only at the end
+    eval_interval_steps: PositiveInt | None = None  # optimizer steps between them instead, if given
     num_eval_examples: PositiveInt | None = None  # only the first so many test examples; null: all
     max_steps: PositiveInt | None = None  # end early; schedules still follow `epochs`
     max_time_s: PositiveFloat | None = (

@@ -15,7 +15,7 @@ import torch
 from hrm_ray import machine, memory
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset, open_dataset
-from hrm_ray.errors import RunFailed, UserError
+from hrm_ray.errors import NotFinite, RunFailed, UserError
 from hrm_ray.models.compiled import STANCE, reason, uncompile
 from hrm_ray.training.agreement import WorkersDisagree, all_finite, bit_sum, odd_ones_out
 from hrm_ray.training.checkpoint import (
@@ -57,12 +57,15 @@ class Hooks:
 
     Attributes:
         progress: called after every step and every evaluated batch.
+        report: told of every record of metrics.jsonl, once it is written there; again for those that a resumed run
+            repeats.
         stop: why to end after the step at hand; None to go on.
         save: whether to write a checkpoint after the step at hand.
         event: told of every entry of events.jsonl.
     """
 
     progress: Callable[[Progress], None] = lambda progress: None
+    report: Callable[[dict[str, Any]], None] = lambda record: None
     stop: Callable[[], str | None] = lambda: None
     save: Callable[[], bool] = lambda: False
     event: Callable[[dict[str, Any]], None] = lambda entry: None
@@ -445,7 +448,7 @@ class Trainer:
         self._finish_saving()
         if config.on_nonfinite == "stop" or num_rollbacks >= config.max_rollbacks:
             hint = ", or leave out such batches with on_nonfinite=rollback"
-            raise RunFailed(
+            raise NotFinite(
                 f"{problem.what}{f', after {num_rollbacks} rollbacks' if num_rollbacks else ''} "
                 f"(lr {self.plan.lr(problem.step):.3g}); lower lr or lengthen lr_warmup_steps"
                 f"{hint if config.on_nonfinite == 'stop' else ''}; the same command goes on from the last "
@@ -476,7 +479,9 @@ class Trainer:
         if self._records is None:
             return
         step = self.state.global_step
-        self._records.write({"global_step": step, "epoch": round(self.plan.epoch(step), 4), **values})
+        record = {"global_step": step, "epoch": round(self.plan.epoch(step), 4), **values}
+        self._records.write(record)
+        self.hooks.report(record)
 
     def _note(self, event: str, message: str) -> None:
         """Write down what has happened to the run."""

@@ -179,9 +179,12 @@ class Plan:
         return values
 
     def evaluates(self, step: int) -> bool:
-        """Whether an evaluation follows `step`: at the end of every `eval_interval` epochs, and at the end."""
+        """Whether an evaluation follows `step`: at the end of every `eval_interval` epochs, or every
+        `eval_interval_steps` steps, and at the end."""
         if step == self.last_step:
             return True
+        if self.config.eval_interval_steps is not None:
+            return step % self.config.eval_interval_steps == 0
         interval = self.config.eval_interval
         return interval is not None and self.epoch(step) // interval > self.epoch(step - 1) // interval
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import MayPass, RunFailed, UserError
+from hrm_ray.every import Every
 from hrm_ray.memory import ONE_ARENA
 from hrm_ray.training.channel import Channel
 from hrm_ray.training.loop import Hooks, Progress, Trainer
@@ -189,10 +190,10 @@ def _ray_settings(config: TrainConfig) -> dict[str, str]:
         settings["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.watchdog_s)
     if config.scaling.is_elastic:
         settings["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(START_TIMEOUT_S)
-    return _where_not_set(settings)
+    return where_not_set(settings)
 
 
-def _where_not_set(settings: dict[str, str]) -> dict[str, str]:
+def where_not_set(settings: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in settings.items() if name not in os.environ}
 
 
@@ -277,7 +278,7 @@ def _ray_trainer(
 
     least, most = config.scaling.min_workers, config.scaling.max_workers
     workers = (least, most) if config.scaling.is_elastic else most
-    values = config.model_dump(mode="json") | {"data_path": _absolute(config.data_path)}
+    values = config.model_dump(mode="json") | {"data_path": absolute(config.data_path)}
     if not use_gpu:  # Ray hides no GPU from a worker that asked for none
         values["device"] = "cpu"
     run.create()  # if that cannot be, it is said here and not by a worker
@@ -302,7 +303,7 @@ def _ray_trainer(
             storage_path=str(run / "ray"),
             failure_config=ray.train.FailureConfig(max_failures=config.failure.max_failures),
             # Ray lets them train in another thread than the first.
-            worker_runtime_env={"env_vars": {} if use_gpu else _where_not_set(ONE_ARENA)},  # type: ignore[call-arg]
+            worker_runtime_env={"env_vars": {} if use_gpu else where_not_set(ONE_ARENA)},  # type: ignore[call-arg]
         ),
     )
 
@@ -337,7 +338,7 @@ def _resources(config: TrainConfig) -> tuple[int, bool]:
     return cpus, use_gpu
 
 
-def _absolute(path: str) -> str:
+def absolute(path: str) -> str:
     """Workers have another working directory."""
     return path if "://" in path else os.path.abspath(path)  # noqa: PTH100 - a path may be a URI
 
@@ -366,21 +367,6 @@ def worker_hooks(channel: Channel, world: World) -> Hooks:
         return asked_to_save != before
 
     return Hooks(progress=progress, stop=stop, save=save, event=lambda entry: channel.add("events", entry))
-
-
-class Every:
-    """Calling it says whether `seconds` have passed since it last said yes; the first call does."""
-
-    def __init__(self, seconds: float):
-        self._seconds = seconds
-        self._next = 0.0
-
-    def __call__(self) -> bool:
-        now = time.monotonic()
-        due = now >= self._next
-        if due:
-            self._next = now + self._seconds
-        return due
 
 
 def _worker(parameters: dict[str, Any]) -> dict[str, Any]:

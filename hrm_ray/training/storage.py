@@ -104,14 +104,14 @@ class Storage:
         except FileNotFoundError:
             return None
 
-    def lock(self, wait_s: float = 20) -> IO[str] | None:
+    def lock(self, wait_s: float = 20, taken: str | None = None) -> IO[str] | None:
         """Keep other processes off this folder until the returned file is closed or this process ends.
 
         Waits `wait_s` seconds, since the workers of a killed driver live on for some; None where the folder is not
         on a local filesystem, which knows no locks.
 
         Raises:
-            UserError: another process has it.
+            UserError: another process has it; the message is `taken`, if given.
         """
         if self.local_path is None:
             return None
@@ -126,7 +126,7 @@ class Storage:
                 if time.monotonic() > deadline:
                     file.close()
                     raise UserError(
-                        f"another process is training {self}; stop it, or choose another run_name="
+                        taken or f"another process is training {self}; stop it, or choose another run_name="
                     ) from None
                 time.sleep(0.2)
 

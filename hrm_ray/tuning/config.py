@@ -1,0 +1,262 @@
+"""Every key of a sweep, with its meaning and unit; a sweep is one YAML file, here or in `tune_configs/`."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from hrm_ray.config.validate import Settings, as_typed, is_text, nearest, split_word, validated
+from hrm_ray.errors import UserError
+from hrm_ray.tuning.metrics import AT_THE_END, DIRECTIONS, Direction, direction_of
+from hrm_ray.tuning.space import Space, in_order
+
+Named = dict[str, Any]  # a name, and options of what it names
+
+
+class Resources(Settings):
+    """What a trial takes while it runs."""
+
+    num_workers: PositiveInt = 1  # of Ray Train, if more than one
+    cpus: PositiveInt = 1  # of each worker
+    gpus: NonNegativeFloat | Literal["auto"] = (
+        "auto"  # of each worker, also a part of one; auto: 1 where there are
+    )
+
+
+class Budget(Settings):
+    """What a sweep may take in all its commands together; it ends well when any of them is spent."""
+
+    cpu_hours: PositiveFloat | None = None
+    gpu_hours: PositiveFloat | None = None
+    wall_hours: PositiveFloat | None = None
+    money: PositiveFloat | None = None  # by `price`
+
+
+class Price(Settings):
+    """In any currency."""
+
+    cpu_hour: NonNegativeFloat = 0.0
+    gpu_hour: NonNegativeFloat = 0.0
+
+
+class Repeat(Settings):
+    """The finalists, trained again with other seeds."""
+
+    seeds: int = Field(default=3, ge=2)  # runs of each, the trial itself among them
+    top: PositiveInt = 5
+
+
+class Population(Settings):
+    """Population based training, by Ray Tune's scheduler: `num_trials` are its members."""
+
+    interval: PositiveInt  # optimizer steps between two looks at the population
+    quantile: float = Field(default=0.25, gt=0, le=0.5)  # share that is replaced by copies of the best share
+    resample: float = Field(default=0.25, ge=0, le=1)  # probability of a new value rather than one nearby
+
+
+class SweepConfig(Settings):
+    """A whole sweep."""
+
+    train: tuple[str, ...]  # words of `hrm-ray train` that hold for all trials
+    space: Space
+    metric: dict[str, Direction] = Field(default_factory=lambda: {"eval/exact_accuracy": "maximize"})
+    sampler: Named = Field(default_factory=lambda: {"name": "tpe"})
+    pruner: Named | None = Field(default_factory=lambda: {"name": "successive_halving"})
+    population: Population | None = None  # instead of a pruner
+    num_trials: PositiveInt | None = None  # also those that fail; null: all points of a grid, else 20
+    max_concurrent: PositiveInt | None = None  # null: as many as the cluster holds
+    try_first: tuple[
+        Named, ...
+    ] = ()  # points to begin with; the sampler chooses the keys that they leave out
+    resources: Resources = Resources()
+    budget: Budget = Budget()
+    price: Price = Price()
+    keep: PositiveInt | Literal["finished", "all"] = (
+        "finished"  # trials whose checkpoints stay; a number: the best
+    )
+    repeat: Repeat | None = None
+
+    storage: str = "runs"  # folder that holds the sweeps
+    run_name: str | None = None  # null: the name of the YAML file
+    study: str | None = (
+        None  # URL of a database for the study; null: the file study.log in the sweep's folder
+    )
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _words(cls, train: Any) -> Any:
+        return shlex.split(train) if isinstance(train, str) else train
+
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _with_directions(cls, metric: Any) -> Any:
+        if isinstance(metric, str):
+            metric = [metric]
+        if isinstance(metric, (list, tuple)):
+            return {str(name): direction_of(str(name)) for name in metric}
+        if isinstance(metric, Mapping):
+            short = {"max": "maximize", "min": "minimize", "auto": None}
+            return {
+                str(name): short.get(str(way), way) or direction_of(str(name)) for name, way in metric.items()
+            }
+        return metric
+
+    @field_validator("sampler", "pruner", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        if value in ("none", "null", False):
+            return None
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "SweepConfig":
+        if not self.space:
+            raise ValueError("space: is empty; give at least one key and its values")
+        if not self.metric:
+            raise ValueError("metric: is empty; give one, such as eval/exact_accuracy")
+        for name in self.metric:
+            direction_of(name)
+        in_order(self.space)
+        if "name" not in self.sampler:
+            raise ValueError("sampler: has no name; give sampler: tpe, or {name: tpe, ...}")
+        several = len(self.metric) > 1
+        if several and self.pruner is not None and "pruner" in self.model_fields_set:
+            raise ValueError(
+                f"pruner: {self.pruner.get('name')} cannot weigh several metrics; leave it out, or give one metric"
+            )
+        if several and (self.population or self.repeat):
+            raise ValueError(f"{'population' if self.population else 'repeat'}: is for one metric")
+        watched = (self.pruner or {}).get("metric")
+        if watched is not None and watched not in DIRECTIONS:
+            raise ValueError(f"pruner: metric '{watched}' is never reported; {nearest(watched, DIRECTIONS)}")
+        if watched in AT_THE_END:
+            raise ValueError(f"pruner: metric {watched} is known at the end of a run only; give another")
+        if self.population and self.resources.num_workers > 1:
+            raise ValueError("population: is for trials of one worker; set resources.num_workers=1")
+        if self.run_name is not None and ("/" in self.run_name or self.run_name in (".", "..")):
+            raise ValueError(
+                f"run_name={self.run_name} is no plain folder name; storage=DIR says where sweeps lie"
+            )
+        return self
+
+    @property
+    def prunes(self) -> dict[str, Any] | None:
+        """The pruner that is used: none beside a population or several metrics."""
+        return None if self.population or len(self.metric) > 1 else self.pruner
+
+    @property
+    def watched(self) -> str:
+        """The metric that the pruner or the population looks at while a trial runs."""
+        return (self.prunes or {}).get("metric") or next(iter(self.metric))
+
+
+TEXT_KEYS = [key for key in SweepConfig.model_fields if is_text(SweepConfig, key)]
+
+
+def sweep_folders() -> list[Path]:
+    """Where sweeps lie: beside the package in a checkout, inside it when installed."""
+    package = Path(str(files("hrm_ray")))
+    there = (package.parent / "tune_configs", package / "_tune_configs")
+    return [folder for folder in there if folder.is_dir()]
+
+
+def sweep_names() -> list[str]:
+    """The sweeps that ship with hrm_ray."""
+    return sorted({file.stem for folder in sweep_folders() for file in folder.glob("*.yaml")})
+
+
+def load_sweep(name_or_file: str, words: Sequence[str] = ()) -> SweepConfig:
+    """A sweep by name, or from a YAML file, with ``key=value`` words on top.
+
+    Keys of a sweep (also dotted ones, ``budget.cpu_hours=2``) change it; all others are words of ``hrm-ray train``
+    for every trial.
+
+    Raises:
+        UserError: no such sweep, a YAML that is not one, an unknown key, a value that does not fit.
+    """
+    file = _find(name_or_file)
+    try:
+        values = yaml.safe_load(file.read_bytes())
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"sweep {file} is no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or "space" not in values:
+        raise UserError(
+            f"{file} is no sweep: it needs 'train:' and 'space:'; see tune_configs/quickstart_lr.yaml"
+        )
+    return sweep_config(values, words, name=file.stem, where=f"sweep {file.stem}")
+
+
+def sweep_config(
+    values: Mapping[str, Any], words: Sequence[str] = (), *, name: str = "sweep", where: str = "sweep"
+) -> SweepConfig:
+    """A sweep from a mapping, as its YAML would hold it. For `words` and what is raised, see `load_sweep`."""
+    values = {str(key): value for key, value in values.items()}
+    train = values.get("train", ())
+    more: list[str] = []
+    for word in words:
+        key, text = split_word(word)
+        first, _, rest = key.partition(".")
+        if first not in SweepConfig.model_fields or first == "train":
+            more.append(word)
+        elif first in TEXT_KEYS:
+            values[first] = as_typed(text)
+        else:
+            _put(values, first, rest, _value(word, text))
+    if isinstance(train, str):
+        train = shlex.split(train)
+    if isinstance(train, (list, tuple)):
+        values["train"] = [*map(str, train), *more]
+    if values.get("run_name") is None:
+        values["run_name"] = name
+    _check_names(values, where)
+    return validated(SweepConfig, values, where)
+
+
+def _check_names(values: Mapping[str, Any], where: str) -> None:
+    """pydantic would name the key of a range as one of the sweep."""
+    space = values.get("space")
+    if not isinstance(space, Mapping):
+        raise UserError(
+            f"{where}: space={space!r}: give keys and their values, such as lr: {{log: [1e-4, 1e-2]}}"
+        )
+    for key, kind in space.items():
+        if not isinstance(kind, (Mapping, list, tuple)):
+            raise UserError(
+                f"{where}: space.{key}={kind!r}: give a range, such as {{log: [1e-4, 1e-2]}}, or a list of values; "
+                f"a fixed value belongs to train: {key}={kind}"
+            )
+
+
+def _value(word: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        raise UserError(f"{word}: not a value; quote it if it holds special characters") from None
+
+
+def _put(values: dict[str, Any], first: str, rest: str, value: Any) -> None:
+    """Set `first`, or `rest` inside of it; a key of the space may hold dots itself."""
+    if not rest:
+        values[first] = value
+        return
+    inside = values.get(first)
+    if isinstance(inside, str):  # a name alone
+        inside = {"name": inside}
+    values[first] = {**inside, rest: value} if isinstance(inside, Mapping) else {rest: value}
+
+
+def _find(name_or_file: str) -> Path:
+    file = Path(name_or_file)
+    if file.suffix not in (".yaml", ".yml"):
+        there = [folder / f"{name_or_file}.yaml" for folder in sweep_folders()]
+        found = [candidate for candidate in there if candidate.is_file()]
+        if not found:
+            raise UserError(f"unknown sweep '{name_or_file}'; {nearest(name_or_file, sweep_names())}")
+        return found[0]
+    if not file.is_file():
+        raise UserError(f"sweep file {file} does not exist")
+    return file

@@ -1,0 +1,377 @@
+"""Ray Tune runs the trials of a sweep; the study says which, and whether they go on.
+
+Three small adapters: `Asks` (a Searcher) hands out the trials of the study, `Decides` (a scheduler) writes every
+value into it and asks its pruner, `Watches` (a callback) looks at the clock, the budget and what other processes
+want. None of them has a state that a new driver would miss.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from hrm_ray.config.schema import TrainConfig
+from hrm_ray.errors import UserError
+from hrm_ray.every import Every
+from hrm_ray.memory import ONE_ARENA
+from hrm_ray.ray_session import ray_session
+from hrm_ray.training.ray_train import absolute, where_not_set
+from hrm_ray.tuning.trial import Trial
+
+ALIKE = 3  # so many failures of one kind end a sweep
+LOOK_S = 1.0  # how often other processes' wishes and the budget are looked at
+NUMBERS = str.maketrans("0123456789", "##########")
+SETTINGS = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours stops trials with a checkpoint
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the study and the runs hold everything
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # its snapshot of the experiment is not used
+    "TUNE_WARN_THRESHOLD_S": "60",
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000000",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What a trial takes of the cluster: one bundle for each worker.
+
+    Attributes:
+        num_workers, cpus, gpus: the last two of each worker.
+    """
+
+    num_workers: int
+    cpus: int
+    gpus: float
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+
+    @property
+    def request(self) -> tune.PlacementGroupFactory:
+        """For one worker the trial's actor is the worker; several are started by an actor that takes nothing."""
+        if self.num_workers == 1:
+            return tune.PlacementGroupFactory([self.bundle])
+        return tune.PlacementGroupFactory([{}, *[self.bundle] * self.num_workers])
+
+    def workers_in(self, resources: dict[str, float]) -> int:
+        """How many workers fit in so much."""
+        return int(min(resources.get(kind, 0) // needed for kind, needed in self.bundle.items()))
+
+    def trials_in(self, nodes: list[dict[str, float]]) -> int:
+        """How many trials fit on nodes with such resources."""
+        return sum(map(self.workers_in, nodes)) // self.num_workers
+
+    def describe(self) -> str:
+        what = " and ".join(f"{n:g} {kind}" for kind, n in self.bundle.items())
+        return f"{self.num_workers} x ({what})" if self.num_workers > 1 else what
+
+
+def living_nodes() -> list[dict[str, float]]:
+    """Resources of the nodes that are alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def check_fits(slot: Slot, is_private: bool) -> None:
+    """Raise UserError if the cluster can never hold a trial."""
+    from ray._private.state import state
+
+    nodes = living_nodes()
+    if slot.trials_in(nodes):
+        return
+    there = {kind: sum(node.get(kind, 0) for node in nodes) for kind in slot.bundle}
+    most = None if is_private else state.get_max_resources_from_cluster_config()
+    if most and all(most.get(kind, 0) >= n * slot.num_workers for kind, n in slot.bundle.items()):
+        return  # it will grow
+    has = " and ".join(f"{n:g} {kind}" for kind, n in (most or there).items() if kind in slot.bundle)
+    where = "this machine has" if is_private else "the cluster can have" if most else "the cluster has"
+    raise UserError(
+        f"a trial needs {slot.describe()}, {where} {has or 'none of it'}; lower resources.num_workers, "
+        "resources.cpus or resources.gpus"
+    )
+
+
+@dataclass
+class Live:
+    """A trial at work, as a table shows it."""
+
+    number: int
+    run: TrainConfig
+    last_step: int
+    words: str
+    step: int = 0
+    phase: str = "waiting"
+    started: float | None = None  # when it came to hold its resources, by time.monotonic
+    end: dict[str, str] | None = None  # the outcome that it is to have at once, if any
+
+
+class Stateless:
+    """For what Tune writes into its snapshot of an experiment, which nobody reads."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Executor:
+    """Runs what `book` hands out, until there is nothing more or somebody wants it to stop.
+
+    Args:
+        book: knows the trials; see `Book`.
+        slot: what each takes.
+        max_concurrent: trials at once; None: as many as fit.
+        is_private: whether the cluster is ours and will not grow.
+        stop: why to stop; None to go on. Asked several times a second.
+        on_tick: called every second, with the live trials.
+    """
+
+    def __init__(
+        self,
+        book: "Book",
+        slot: Slot,
+        *,
+        is_private: bool,
+        stop: Callable[[], str | None],
+        on_tick: Callable[[list[Live]], None],
+    ):
+        self.book, self.slot, self.is_private = book, slot, is_private
+        self.stop, self.on_tick = stop, on_tick
+        self.live: dict[str, Live] = {}  # by Tune's name of the trial
+        self.failures: Counter[str] = Counter()
+        self.stop_reason: str | None = None
+        self.last_failure = ""
+
+    def run(self) -> None:
+        """Until the end, or the stop; then `stop_reason` says why. Raises UserError if failures are alike."""
+        with _environment(), tempfile.TemporaryDirectory(prefix="hrm_ray-tune-") as aside:
+            tune.run(
+                Trial,
+                name="sweep",
+                storage_path=aside,
+                config={},
+                num_samples=-1,
+                search_alg=Asks(self),
+                scheduler=self.book.scheduler(self),
+                stop=_Stops(self),
+                callbacks=[Watches(self)],
+                resources_per_trial=self.slot.request,
+                reuse_actors=True,
+                max_failures=self.book.max_failures,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
+                raise_on_failed_trial=False,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+                verbose=0,
+            )
+
+    def why_stop(self) -> str | None:
+        if self.stop_reason is None:
+            self.stop_reason = self.stop()
+        return self.stop_reason
+
+    def has_room(self) -> bool:
+        """Whether one more trial may be asked for. With none at work always: what waits makes a cluster grow."""
+        if not self.live:
+            return True
+        most = self.book.max_concurrent
+        fit = self.slot.trials_in(living_nodes()) + (0 if self.is_private else 1)
+        return len(self.live) < min(fit, most or fit)
+
+    def end(self, trial_id: str, outcome: dict[str, Any]) -> None:
+        """What became of a trial."""
+        live = self.live.pop(trial_id)
+        if outcome["kind"] == "failed":
+            self.last_failure = outcome["reason"]
+            self.failures[outcome["reason"].translate(NUMBERS)] += 1
+        self.book.end(live, outcome)
+        if max(self.failures.values(), default=0) >= ALIKE and self.stop_reason is None:
+            self.stop_reason = "failures"
+
+
+class Book:
+    """What an executor asks: the trials of a study, or others that are to run. To be derived from.
+
+    Attributes:
+        max_concurrent: trials at once; None: as many as fit.
+        max_failures: lost workers of a trial before it counts as failed; lost nodes do not count.
+    """
+
+    max_concurrent: int | None = None
+    max_failures = 3
+
+    def next(self) -> Live | None:
+        """The trial to run next; None if there is none (more)."""
+        raise NotImplementedError
+
+    def is_over(self) -> bool:
+        """Whether none will come."""
+        raise NotImplementedError
+
+    @property
+    def metrics(self) -> list[str]:
+        """Those that trials tell of."""
+        raise NotImplementedError
+
+    def report(self, number: int, step: int, metrics: dict[str, float]) -> str | None:
+        """Take note; returns why the trial is to end, or None."""
+        return None
+
+    def end(self, live: Live, outcome: dict[str, Any]) -> None:
+        """Take note of the outcome: of kind `ended`, `pruned`, `refused` or `failed`."""
+        raise NotImplementedError
+
+    def scheduler(self, executor: Executor) -> TrialScheduler:
+        return Decides(executor)
+
+
+class Asks(Stateless, Searcher):
+    """Hands out the trials of the book."""
+
+    def __init__(self, executor: Executor):
+        super().__init__(metric=None, mode=None)
+        self._executor = executor
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        executor = self._executor
+        if executor.why_stop() is not None or not executor.has_room():
+            return None
+        following = executor.book.next()
+        if following is None:
+            # Only then, since "finished" cannot be taken back, and somebody may want more trials meanwhile.
+            return Searcher.FINISHED if executor.book.is_over() and not executor.live else None
+        executor.live[trial_id] = following
+        run = following.run
+        values = run.model_dump(mode="json") | {"data_path": absolute(run.data_path)}
+        if not executor.slot.gpus:  # Ray hides no GPU from an actor that asked for none
+            values["device"] = "cpu"
+        return {
+            "number": following.number,
+            "run": values,
+            "cpus": executor.slot.cpus,
+            "metrics": executor.book.metrics,
+        }
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        """Called for trials that ended by themselves, were pruned, or failed beyond recovery; not at a stop."""
+        if trial_id not in self._executor.live:
+            return
+        if error:
+            self._executor.end(trial_id, {"kind": "failed", "reason": "its worker was lost too often"})
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing."""
+
+
+class Decides(Stateless, FIFOScheduler):
+    """Writes the values of a trial down and asks whether it goes on."""
+
+    def __init__(self, executor: Executor):
+        super().__init__()
+        self._executor = executor
+
+    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        executor = self._executor
+        live = executor.live.get(trial.trial_id)
+        if live is None:
+            return TrialScheduler.STOP
+        live.step, live.phase = result["global_step"], result["phase"]
+        if live.end is not None:
+            executor.end(trial.trial_id, live.end)
+            return TrialScheduler.STOP
+        for step, metrics in result["reports"]:
+            reason = executor.book.report(live.number, step, metrics)
+            if reason is not None:
+                executor.end(trial.trial_id, {"kind": "pruned", "reason": reason})
+                return TrialScheduler.STOP
+        return TrialScheduler.CONTINUE
+
+    def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
+        live = self._executor.live.get(trial.trial_id)
+        if live is None:
+            return
+        for step, metrics in result.get("reports", ()):
+            self._executor.book.report(live.number, step, metrics)
+        live.step = result["global_step"]
+        self._executor.end(trial.trial_id, json.loads(result["outcome"]))
+
+
+class Watches(Stateless, tune.Callback):
+    """The clock of a sweep."""
+
+    def __init__(self, executor: Executor):
+        self._executor = executor
+        self._due = Every(LOOK_S)
+
+    def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        if self._due():
+            self._executor.on_tick(list(self._executor.live.values()))
+
+    def on_trial_start(self, iteration: int, trials: list, trial: TuneTrial, **info: Any) -> None:
+        live = self._executor.live.get(trial.trial_id)
+        if live is not None:
+            live.phase, live.started = "start", time.monotonic()
+
+    def on_trial_recover(self, iteration: int, trials: list, trial: TuneTrial, **info: Any) -> None:
+        """Its actor is gone; Tune starts another. One whose node is gone too does not count."""
+        live = self._executor.live.get(trial.trial_id)
+        if live is None:
+            return
+        live.phase, live.started = "lost", None
+        error = trial.get_error()
+        if _lacked_memory(error):
+            reason = "its worker was killed since its node ran out of memory"
+            live.end = {"kind": "refused", "reason": reason}
+        elif _lost_its_node(error):
+            trial.max_failures += 1
+
+
+def _lacked_memory(error: Exception | None) -> bool:
+    """Whether Ray's monitor of memory killed the worker."""
+    return "OutOfMemory" in str(error) or "running low on memory" in str(error)
+
+
+def _lost_its_node(error: Exception | None) -> bool:
+    return "node" in str(error) and ("died" in str(error) or "preempted" in str(error))
+
+
+class _Stops(Stateless, tune.Stopper):
+    def __init__(self, executor: Executor):
+        self._executor = executor
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._executor.why_stop() is not None
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    added = where_not_set(SETTINGS)
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+@contextmanager
+def session() -> Iterator[bool]:
+    """A Ray to work on; yields whether it is a private one, which does not grow."""
+    with ray_session(env_vars=where_not_set(ONE_ARENA)):
+        yield not os.environ.get("RAY_ADDRESS")

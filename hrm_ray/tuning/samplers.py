@@ -1,0 +1,130 @@
+"""Optuna's samplers and pruners by the names of a sweep's YAML.
+
+A sampler is made for every trial, its random numbers keyed by (seed, number of the trial): so it proposes after a
+restart what it would have proposed without one. Pruners keep no state but the values in the study.
+"""
+
+import importlib.util
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import optuna
+
+from hrm_ray.config.validate import nearest
+from hrm_ray.errors import UserError
+
+SAMPLERS: dict[str, type[optuna.samplers.BaseSampler]] = {
+    "tpe": optuna.samplers.TPESampler,
+    "random": optuna.samplers.RandomSampler,
+    "grid": optuna.samplers.GridSampler,
+    "gp": optuna.samplers.GPSampler,
+    "cmaes": optuna.samplers.CmaEsSampler,
+    "qmc": optuna.samplers.QMCSampler,
+    "nsga2": optuna.samplers.NSGAIISampler,
+    "nsga3": optuna.samplers.NSGAIIISampler,
+}
+# Their order is drawn once for all trials.
+DRAWN_ONCE = ("grid", "qmc")
+PRUNERS: dict[str, type[optuna.pruners.BasePruner]] = {
+    "successive_halving": optuna.pruners.SuccessiveHalvingPruner,
+    "hyperband": optuna.pruners.HyperbandPruner,
+    "median": optuna.pruners.MedianPruner,
+    "percentile": optuna.pruners.PercentilePruner,
+    "threshold": optuna.pruners.ThresholdPruner,
+    "wilcoxon": optuna.pruners.WilcoxonPruner,
+}
+FACTOR = 3  # of which one trial goes on, at every rung
+
+
+def sampler(
+    named: Mapping[str, Any], number: int, *, grid: Mapping[str, list[Any]] | None, is_conditional: bool
+) -> optuna.samplers.BaseSampler:
+    """The sampler that chooses the point of trial `number`.
+
+    Args:
+        named: `name` and options of Optuna's class; `seed` is 0 unless given.
+        grid: all values of every key; None if they cannot be listed.
+        is_conditional: whether some keys are there for some values of others only.
+
+    Raises:
+        UserError: an unknown name or option, or one that does not suit the space.
+    """
+    options = dict(named)
+    name = options.pop("name", "tpe")
+    kind = _known(SAMPLERS, name, "sampler")
+    seed = options.pop("seed", 0)
+    if not isinstance(seed, int) or seed < 0:
+        raise UserError(f"sampler: seed={seed!r} is no whole number")
+    if name not in DRAWN_ONCE:
+        seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    defaults: dict[str, Any] = {}
+    if name == "tpe":
+        defaults = {"multivariate": True, "group": is_conditional, "constant_liar": True}
+    if name == "grid":
+        if grid is None:
+            raise UserError(
+                "sampler: grid needs keys with choice:, int: or step: only, and no when:; take tpe or random"
+            )
+        defaults = {"search_space": grid}
+    return _made(kind, {**defaults, **options, "seed": seed}, f"sampler: {name}")
+
+
+def pruner(named: Mapping[str, Any] | None, *, first_step: int, last_step: int) -> optuna.pruners.BasePruner:
+    """The pruner of a sweep; its steps are optimizer steps.
+
+    Args:
+        named: `name` and options of Optuna's class; None: nothing is pruned.
+        first_step, last_step: at which the metric is reported first, and last.
+
+    Raises:
+        UserError: an unknown name or option.
+    """
+    if named is None:
+        return optuna.pruners.NopPruner()
+    options = {key: value for key, value in named.items() if key not in ("name", "metric")}
+    name = named.get("name", "successive_halving")
+    kind = _known(PRUNERS, name, "pruner")
+    defaults: dict[str, Any] = {}
+    if name == "successive_halving":
+        defaults = {"min_resource": first_step, "reduction_factor": FACTOR}
+    elif name == "hyperband":
+        defaults = {"min_resource": first_step, "max_resource": last_step, "reduction_factor": FACTOR}
+    elif name == "percentile":
+        defaults = {"percentile": 25.0}
+    return _made(kind, {**defaults, **options}, f"pruner: {name}")
+
+
+def rungs(named: Mapping[str, Any] | None, *, first_step: int, last_step: int) -> list[tuple[int, float]]:
+    """(step, share of the trials that train up to it) of successive halving; of others, the whole run."""
+    if named is None or named.get("name") != "successive_halving":
+        return [(last_step, 1.0)]
+    factor = named.get("reduction_factor", FACTOR)
+    step = named.get("min_resource", first_step) * factor ** named.get("min_early_stopping_rate", 0)
+    steps = []
+    share = 1.0
+    while step < last_step:
+        steps.append((int(step), share))
+        step, share = step * factor, share / factor
+    return [*steps, (last_step, share)]
+
+
+def _known(kinds: Mapping[str, Any], name: Any, what: str) -> Any:
+    if name not in kinds:
+        raise UserError(f"unknown {what} '{name}'; {nearest(str(name), kinds)}")
+    return kinds[name]
+
+
+def _made(kind: Any, options: dict[str, Any], where: str) -> Any:
+    known = [key for key in inspect.signature(kind).parameters if key != "self"]
+    for key in options:
+        if key not in known:
+            raise UserError(f"{where}: unknown option '{key}'; {nearest(key, known)}")
+    missing = {"CmaEsSampler": "cmaes"}.get(kind.__name__)
+    if missing and importlib.util.find_spec(missing) is None:
+        raise UserError(f"{where}: its package is not installed; pip install {missing}")
+    try:
+        return kind(**options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from None

@@ -1,0 +1,337 @@
+"""The Optuna study, the only state of a sweep: every point, every value on the way, and what became of each trial.
+
+One driver at a time asks and tells. Other processes may read it, and write down what they want of the driver
+(`want`). Knows no Ray.
+"""
+
+import fcntl
+import json
+import logging
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import BaseJournalFileLock
+from optuna.trial import FrozenTrial, TrialState
+
+from hrm_ray.errors import UserError, first_line
+from hrm_ray.training.storage import Storage
+from hrm_ray.tuning import samplers
+from hrm_ray.tuning.config import SweepConfig
+from hrm_ray.tuning.space import Point, as_sampled, as_text, suggest
+
+LOG = "study.log"
+STUDY_NAME = "sweep"
+# Attributes of the study.
+CONFIG = "config"  # the sweep as its last driver had it
+SETTINGS = "settings"  # what another process wants of the driver
+STOP = "stop"
+SPENT = "spent"  # in all commands so far
+ESTIMATE = "estimate"
+# Of a trial: what became of it.
+REASON = "reason"
+OUTCOME = "outcome"  # global_step, train_s, num_params, ...
+
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+logging.getLogger("optuna").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+class _FileLock(BaseJournalFileLock):
+    """A lock that ends with its process, unlike Optuna's own, whose next user waits for half a minute after a kill."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._held: IO[bytes] | None = None
+
+    def acquire(self) -> bool:
+        self._held = self._file.open("ab")
+        fcntl.flock(self._held, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        assert self._held is not None
+        self._held.close()
+
+
+def study_storage(folder: Storage, url: str | None) -> BaseStorage:
+    """Where the study of a sweep is kept.
+
+    Raises:
+        UserError: its journal is damaged, or its database does not answer.
+    """
+    if url is not None:
+        try:
+            return RDBStorage(url)
+        except Exception as error:  # of any kind: SQLAlchemy and its drivers have their own
+            raise UserError(f"study={url}: {first_line(error)}; check the address and its driver") from None
+    if folder.local_path is None:
+        raise UserError(
+            f"{folder}: a study cannot be appended to on this storage; give study=URL of a database for it, such as "
+            "postgresql://..., or a local storage="
+        )
+    file = folder.local_path / LOG
+    folder.local_path.mkdir(parents=True, exist_ok=True)
+    try:
+        return JournalStorage(JournalFileBackend(str(file), _FileLock(file)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file} is damaged{_where(file)}; bring it back from a copy, or choose another run_name="
+        ) from error
+
+
+def _where(file: Path) -> str:
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            json.loads(line)
+        except ValueError:
+            return f" in line {number}"
+    return ""
+
+
+def mend(folder: Storage) -> None:
+    """Cut off what a power cut left of a last line. Only for who holds the sweep's lock."""
+    if folder.local_path is None or not (folder.local_path / LOG).exists():
+        return
+    with (folder.local_path / LOG).open("r+b") as file:
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def load(folder: Storage, url: str | None = None) -> optuna.Study:
+    """The study of a sweep that exists, to be read. Raises UserError if there is none."""
+    is_there = url is not None or folder.read(LOG) is not None
+    if not is_there:
+        raise UserError(f"{folder} is no sweep: it holds no {LOG}; give the folder that `hrm-ray tune` named")
+    try:
+        return optuna.load_study(study_name=STUDY_NAME, storage=study_storage(folder, url))
+    except KeyError:
+        raise UserError(f"{folder}: the sweep has not begun yet") from None
+
+
+def earlier(folder: Storage, config: SweepConfig) -> dict[str, Any] | None:
+    """The attributes of the study, if it is there already."""
+    if config.study is None and folder.read(LOG) is None:
+        return None
+    mend(folder)
+    try:
+        return optuna.load_study(
+            study_name=STUDY_NAME, storage=study_storage(folder, config.study)
+        ).user_attrs
+    except KeyError:
+        return None
+
+
+class SweepStudy:
+    """The study in the hands of the one driver.
+
+    Args:
+        folder: of the sweep; its lock is held.
+        config: the sweep.
+        first_step, last_step: at which a trial reports its metric first, and last.
+
+    Raises:
+        UserError: a study of another space, metric or words; one that is damaged; a sampler or pruner that is unknown.
+    """
+
+    def __init__(self, folder: Storage, config: SweepConfig, *, first_step: int, last_step: int):
+        self.config = config
+        self._sampler(0)  # what is wrong with it is said before anything is written
+        pruner = samplers.pruner(config.prunes, first_step=first_step, last_step=last_step)
+        mend(folder)
+        storage = study_storage(folder, config.study)
+        self.study = optuna.create_study(
+            storage=storage,
+            study_name=STUDY_NAME,
+            directions=list(config.metric.values()),
+            load_if_exists=True,
+            pruner=pruner,
+        )
+        before = self.study.user_attrs.get(CONFIG)
+        if before is not None:
+            _check_same(before, _plain(config), folder)
+        else:
+            for given in config.try_first[: self.num_trials]:
+                self.study.enqueue_trial(as_sampled(config.space, given, "try_first"), skip_if_exists=True)
+        self.study.set_metric_names(list(config.metric))
+        self.study.set_user_attr(CONFIG, _plain(config))
+        self.study.set_user_attr(STOP, None)
+        self._asked: dict[int, optuna.trial.Trial] = {}
+        self._to_resume = [t.number for t in self.trials(TrialState.RUNNING)]
+        # Directions of the study's values and of the metric that is watched may differ.
+        self._sign = 1 if _watched_direction(config) == self.study.directions[0].name.lower() else -1
+
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        space = self.config.space
+        is_conditional = any(values.when for values in space.values())
+        return samplers.sampler(
+            self.config.sampler, number, grid=grid_of(self.config), is_conditional=is_conditional
+        )
+
+    @property
+    def num_trials(self) -> int:
+        """How many trials there are to be, as was said last."""
+        return num_trials_of(self.config)
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Those in one of `states`, or all, by number."""
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+    def next_trial(self) -> tuple[int, Point] | None:
+        """The trial to run next: one that was running when the last driver ended, else a new one; None if all are
+        there."""
+        if self._to_resume:
+            number = self._to_resume.pop(0)
+            trial = self._resumed(number)
+        elif len(self.trials()) < self.num_trials or self.trials(TrialState.WAITING):
+            trial = self._ask()
+        else:
+            return None
+        self._asked[trial.number] = trial
+        return trial.number, suggest(trial, self.config.space)
+
+    def _ask(self) -> optuna.trial.Trial:
+        waiting = self.trials(TrialState.WAITING)
+        self.study.sampler = self._sampler(waiting[0].number if waiting else len(self.trials()))
+        return self.study.ask()
+
+    def _resumed(self, number: int) -> optuna.trial.Trial:
+        """A trial that was asked for by an earlier driver; its parameters are stored, but for those that it was
+        killed before."""
+        self.study.sampler = self._sampler(number)
+        return optuna.trial.Trial(self.study, self.trials()[number]._trial_id)
+
+    def report(self, number: int, step: int, value: float) -> None:
+        """Write down the watched metric of a trial at an optimizer step."""
+        if len(self.config.metric) == 1 and step not in self.trials()[number].intermediate_values:
+            self._asked[number].report(self._sign * value, step)
+
+    def should_prune(self, number: int) -> bool:
+        """Whether the pruner gives the trial up, after its last report."""
+        return len(self.config.metric) == 1 and self._asked[number].should_prune()
+
+    def note(self, number: int, key: str, value: Any) -> None:
+        """An attribute of a trial."""
+        self._asked[number].set_user_attr(key, value)
+
+    def complete(self, number: int, values: Sequence[float]) -> None:
+        self.study.tell(self._asked.pop(number), list(values))
+
+    def prune(self, number: int, reason: str) -> None:
+        """The trial was given up, by the pruner or by hand."""
+        self.note(number, REASON, reason)
+        self.study.tell(self._asked.pop(number), state=TrialState.PRUNED)
+
+    def fail(self, number: int, reason: str) -> None:
+        """The trial has no value, and is not tried again."""
+        self.note(number, REASON, reason)
+        self.study.tell(self._asked.pop(number), state=TrialState.FAIL)
+
+    def settle(self, given: Collection[str]) -> None:
+        """Let what the user has given now hold, and else what another process has set."""
+        settings = {k: v for k, v in (self.study.user_attrs.get(SETTINGS) or {}).items() if k not in given}
+        self.study.set_user_attr(SETTINGS, settings)
+
+    def wanted(self) -> dict[str, Any]:
+        """What other processes want: `settings`, and `stop`."""
+        attrs = self.study.user_attrs
+        return {"settings": attrs.get(SETTINGS) or {}, "stop": attrs.get(STOP)}
+
+
+def _watched_direction(config: SweepConfig) -> str:
+    from hrm_ray.tuning.metrics import direction_of
+
+    return config.metric.get(config.watched) or direction_of(config.watched)
+
+
+def grid_of(config: SweepConfig) -> dict[str, list[Any]] | None:
+    """All values of every key; None if they cannot be listed."""
+    grid: dict[str, list[Any]] = {}
+    for key, values in config.space.items():
+        distribution = values.distribution
+        if values.when:
+            return None
+        if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+            grid[key] = list(distribution.choices)
+        elif isinstance(distribution, optuna.distributions.IntDistribution) and not distribution.log:
+            grid[key] = list(range(distribution.low, distribution.high + 1, distribution.step))
+        elif isinstance(distribution, optuna.distributions.FloatDistribution) and distribution.step:
+            count = round((distribution.high - distribution.low) / distribution.step) + 1
+            grid[key] = [distribution.low + i * distribution.step for i in range(count)]
+        else:
+            return None
+    return grid
+
+
+def num_trials_of(config: SweepConfig) -> int:
+    """`num_trials`, or what stands for it."""
+    if config.num_trials is not None:
+        return config.num_trials
+    grid = grid_of(config) if config.sampler.get("name") == "grid" else None
+    if grid is None:
+        return 20
+    count = 1
+    for values in grid.values():
+        count *= len(values)
+    return count
+
+
+def _plain(config: SweepConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", by_alias=True, exclude_defaults=False)
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Storage) -> None:
+    """Raise UserError if trials of the two cannot be compared."""
+    for key in ("train", "metric"):
+        if before[key] != now[key]:
+            raise _other(folder, key, _shown(before[key]), _shown(now[key]))
+    for key in sorted(before["space"].keys() | now["space"].keys()):
+        there, here = before["space"].get(key), now["space"].get(key)
+        if there != here:
+            raise _other(folder, f"space.{key}", _shown(there), _shown(here))
+
+
+def _other(folder: Storage, key: str, there: str, here: str) -> UserError:
+    return UserError(
+        f"{folder} is a sweep with {key} = {there}, not {here}; give the same to continue it, or --new-name for a "
+        "sweep of its own"
+    )
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, Mapping):
+        value = {k: v for k, v in value.items() if v not in (None, {})}
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return as_text(value)
+
+
+def want(folder: Storage, url: str | None, **values: Any) -> None:
+    """Write down what another process wants of the driver: `stop=True`, `stop=NUMBER`, or settings."""
+    study = load(folder, url)
+    stop = values.pop("stop", None)
+    if stop is not None:
+        study.set_user_attr(STOP, stop)
+    if values:
+        study.set_user_attr(SETTINGS, {**(study.user_attrs.get(SETTINGS) or {}), **values})
+
+
+def is_driven(folder: Storage) -> bool:
+    """Whether a driver is at work on a local sweep."""
+    path = folder.local_path
+    if path is None or not (path / "lock").exists():
+        return False
+    with (path / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
