@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hrm_ray.api import Solver
     from hrm_ray.data.format import Manifest
     from hrm_ray.data.recipe import Recipe
+    from hrm_ray.training.storage import Storage
 
 TRACEBACK = "HRM_RAY_TRACEBACK"  # set it to see where an error came from
 
@@ -58,6 +59,12 @@ class ImportOptions(OutOptions):
     """Of ``import-checkpoint``; `data` says which task the model was trained on."""
 
     data: str | None = None
+
+
+class PromoteOptions(Settings):
+    """Of ``tune promote``, beside words of ``train``."""
+
+    seeds: PositiveInt = 3
 
 
 class SolveOptions(Inference):
@@ -215,6 +222,98 @@ def _train(args: argparse.Namespace) -> int:
     print(f"{run}: step {summary['global_step']}, {summary['train_s']:.0f} s of training", end="")
     print(f", exact accuracy {exact:.1%}" if exact is not None else "")
     return 0
+
+
+def tune(args: argparse.Namespace) -> int:
+    verbs = {
+        "status": tune_status,
+        "stop": tune_stop,
+        "set": tune_set,
+        "promote": tune_promote,
+        "report": tune_report,
+    }
+    if args.sweep in verbs:
+        if not args.words:
+            raise UserError(
+                f"hrm-ray tune {args.sweep} needs the folder of a sweep, such as runs/quickstart_lr"
+            )
+        return verbs[args.sweep](args, args.words[0], args.words[1:]) or 0
+    with _interrupts_end_the_process():
+        return _tune(args)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from hrm_ray.tuning.config import SETTABLE, load_sweep
+    from hrm_ray.tuning.console import ConsoleView, ending
+    from hrm_ray.tuning.sweep import new_name, run_sweep
+
+    config = load_sweep(args.sweep, args.words)
+    if args.new_name:
+        config = new_name(config)
+    given = {word.partition("=")[0].partition(".")[0] for word in args.words} & set(SETTABLE)
+    result = run_sweep(config, given=given, yes=args.yes, dry_run=args.dry_run, view=ConsoleView())
+    if result is None:
+        return 0
+    if args.json:
+        print(json.dumps(result.summary))
+    else:
+        print("\n".join(ending(result)))
+    return 128 + result.stopped_by if result.stopped_by is not None else 0
+
+
+def _sweep(folder: str) -> "Storage":
+    from hrm_ray.training.storage import Storage
+
+    return Storage(folder)
+
+
+def tune_status(args: argparse.Namespace, folder: str, words: Sequence[str]) -> None:
+    from hrm_ray.tuning.console import print_status
+    from hrm_ray.tuning.status import status
+
+    study, summary, rows = status(_sweep(folder))
+    if args.json:
+        print(json.dumps({**summary, "trials": rows}))
+    else:
+        print_status(study, summary, rows)
+
+
+def tune_stop(args: argparse.Namespace, folder: str, words: Sequence[str]) -> None:
+    from hrm_ray.tuning.status import stop
+
+    if strange := [word for word in words if not word.isdigit()]:
+        raise UserError(f"'{strange[0]}' is no number of a trial")
+    print(stop(_sweep(folder), [int(word) for word in words]))
+
+
+def tune_set(args: argparse.Namespace, folder: str, words: Sequence[str]) -> None:
+    from hrm_ray.tuning.config import SETTABLE
+    from hrm_ray.tuning.status import change
+
+    if not words:
+        raise UserError(f"hrm-ray tune set {folder} needs key=value; keys: {', '.join(SETTABLE)}")
+    print(json.dumps(change(_sweep(folder), words)))
+
+
+def tune_promote(args: argparse.Namespace, folder: str, words: Sequence[str]) -> int:
+    from hrm_ray.tuning.console import ConsoleView, promoted_lines
+    from hrm_ray.tuning.sweep import promote
+
+    own = [word for word in words if word.startswith("seeds=")]
+    options = validated(PromoteOptions, read_words(own, PromoteOptions), "tune promote")
+    more = [word for word in words if word not in own]
+    found = promote(_sweep(folder), more, seeds=options.seeds, view=ConsoleView())
+    print(json.dumps(found) if args.json else "\n".join(promoted_lines(found)))
+    return 128 + found["stopped_by"] if found["stopped_by"] is not None else 0
+
+
+def tune_report(args: argparse.Namespace, folder: str, words: Sequence[str]) -> None:
+    from hrm_ray.tuning.report import PAGE, write
+    from hrm_ray.tuning.status import status
+
+    study, summary, _ = status(_sweep(folder))
+    write(_sweep(folder), study, summary)
+    print(_sweep(folder) / PAGE)
 
 
 def _load(checkpoint: str) -> "Solver":
@@ -409,6 +508,31 @@ def build_parser() -> argparse.ArgumentParser:
         "hrm-ray train experiment=quickstart scaling=local run_name=debug",
     )
     p.add_argument("words", **key_value, help="experiment=NAME and any key of the configuration")
+    p = _add(
+        commands,
+        "tune",
+        tune,
+        "run a sweep: many trials of one configuration; the same command again continues",
+        "hrm-ray tune quickstart_lr\n"
+        "hrm-ray tune quickstart_lr --dry-run\n"
+        "hrm-ray tune quickstart_lr storage=DIR run_name=s num_trials=6 max_steps=60\n"
+        "hrm-ray tune my_sweep.yaml budget.wall_hours=8 max_concurrent=2\n"
+        "hrm-ray tune status runs/quickstart_lr --json\n"
+        "hrm-ray tune set runs/quickstart_lr num_trials=64\n"
+        "hrm-ray tune stop runs/quickstart_lr [TRIAL ...]\n"
+        "hrm-ray tune report runs/quickstart_lr\n"
+        "hrm-ray tune promote runs/quickstart_lr seeds=3",
+    )
+    p.add_argument(
+        "sweep", metavar="FILE|NAME|status|stop|set|report|promote", help="a YAML, or a name in tune_configs/"
+    )
+    p.add_argument(
+        "words", nargs="*", metavar="key=value", help="keys of the sweep, and words of `train` for all trials"
+    )
+    p.add_argument("--dry-run", action="store_true", help="print what would be done, and what it would take")
+    p.add_argument("--yes", action="store_true", help="begin though the estimate exceeds the budget")
+    p.add_argument("--new-name", action="store_true", help="begin another sweep beside one of the same name")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
     p = _add(
         commands,
         "eval",

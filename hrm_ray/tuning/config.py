@@ -1,10 +1,11 @@
 """Every key of a sweep, with its meaning and unit; a sweep is one YAML file, here or in `tune_configs/`."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -15,6 +16,9 @@ from hrm_ray.tuning.metrics import AT_THE_END, DIRECTIONS, Direction, direction_
 from hrm_ray.tuning.space import Space, in_order
 
 Named = dict[str, Any]  # a name, and options of what it names
+
+
+BY_DEFAULT: dict[str, Direction] = {"eval/exact_accuracy": "maximize"}
 
 
 class Resources(Settings):
@@ -63,7 +67,7 @@ class SweepConfig(Settings):
 
     train: tuple[str, ...]  # words of `hrm-ray train` that hold for all trials
     space: Space
-    metric: dict[str, Direction] = Field(default_factory=lambda: {"eval/exact_accuracy": "maximize"})
+    metric: dict[str, Direction] = Field(default_factory=lambda: dict(BY_DEFAULT))
     sampler: Named = Field(default_factory=lambda: {"name": "tpe"})
     pruner: Named | None = Field(default_factory=lambda: {"name": "successive_halving"})
     population: Population | None = None  # instead of a pruner
@@ -112,6 +116,16 @@ class SweepConfig(Settings):
             return None
         return {"name": value} if isinstance(value, str) else value
 
+    @field_validator("study")
+    @classmethod
+    def _holds_no_password(cls, study: str | None) -> str | None:
+        if study is not None and urlsplit(study).password is not None:
+            raise ValueError(
+                "study: keep the password out of the address, which is written into the sweep's files; the database's "
+                "own variable or file holds it (PGPASSWORD, ~/.pgpass)"
+            )
+        return study
+
     @model_validator(mode="after")
     def _fits_together(self) -> "SweepConfig":
         if not self.space:
@@ -154,6 +168,19 @@ class SweepConfig(Settings):
         return (self.prunes or {}).get("metric") or next(iter(self.metric))
 
 
+SETTABLE = ("num_trials", "max_concurrent", "budget")  # of a sweep at work
+
+
+def plain(config: SweepConfig) -> dict[str, Any]:
+    """As a YAML would hold it."""
+    return config.model_dump(mode="json", by_alias=True)
+
+
+def with_settings(config: SweepConfig, settings: Mapping[str, Any]) -> SweepConfig:
+    """`config` with some of its `SETTABLE` keys. Raises UserError if a value does not fit."""
+    return validated(SweepConfig, {**plain(config), **settings}, "tune set")
+
+
 TEXT_KEYS = [key for key in SweepConfig.model_fields if is_text(SweepConfig, key)]
 
 
@@ -194,18 +221,10 @@ def sweep_config(
     values: Mapping[str, Any], words: Sequence[str] = (), *, name: str = "sweep", where: str = "sweep"
 ) -> SweepConfig:
     """A sweep from a mapping, as its YAML would hold it. For `words` and what is raised, see `load_sweep`."""
-    values = {str(key): value for key, value in values.items()}
     train = values.get("train", ())
-    more: list[str] = []
-    for word in words:
-        key, text = split_word(word)
-        first, _, rest = key.partition(".")
-        if first not in SweepConfig.model_fields or first == "train":
-            more.append(word)
-        elif first in TEXT_KEYS:
-            values[first] = as_typed(text)
-        else:
-            _put(values, first, rest, _value(word, text))
+    mine = [word for word in words if _first(word) in SweepConfig.model_fields and _first(word) != "train"]
+    more = [word for word in words if word not in mine]
+    values = override(values, mine, SweepConfig.model_fields)
     if isinstance(train, str):
         train = shlex.split(train)
     if isinstance(train, (list, tuple)):
@@ -214,6 +233,29 @@ def sweep_config(
         values["run_name"] = name
     _check_names(values, where)
     return validated(SweepConfig, values, where)
+
+
+def override(values: Mapping[str, Any], words: Sequence[str], keys: Collection[str]) -> dict[str, Any]:
+    """`values` with ``key=value`` words on top, of `keys` only; a dotted key changes a part of a value.
+
+    Raises:
+        UserError: another key, or no YAML.
+    """
+    changed = {str(key): value for key, value in values.items()}
+    for word in words:
+        key, text = split_word(word)
+        first, _, rest = key.partition(".")
+        if first not in keys:
+            raise UserError(f"unknown key '{key}'; {nearest(first, keys)}")
+        if first in TEXT_KEYS:
+            changed[first] = as_typed(text)
+        else:
+            _put(changed, first, rest, _value(word, text))
+    return changed
+
+
+def _first(word: str) -> str:
+    return split_word(word)[0].partition(".")[0]
 
 
 def _check_names(values: Mapping[str, Any], where: str) -> None:

@@ -242,7 +242,8 @@ class Asks(Stateless, Searcher):
         super().__init__(metric=None, mode=None)
         self._executor = executor
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
+        """The configuration of a trial, FINISHED, or None if there is none now."""
         executor = self._executor
         if executor.why_stop() is not None or not executor.has_room():
             return None

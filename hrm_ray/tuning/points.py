@@ -72,13 +72,12 @@ class Points:
     def plan(self, config: TrainConfig) -> Plan:
         """Its length and when it evaluates. Raises UserError if it cannot be, or has nothing to evaluate."""
         dataset = self._dataset(config.data_path)
-        if any(name.startswith("eval/") for name in [*self.config.metric, self.config.watched]):
-            if "test" not in dataset.splits:
-                metric = next(iter(self.config.metric))
-                raise UserError(
-                    f"metric {metric} is never reported: {config.data_path} has no test part; build it with "
-                    "num_test=N, or give a metric of training, such as metric=train/lm_loss"
-                )
+        evaluated = [name for name in (*self.config.metric, self.config.watched) if name.startswith("eval/")]
+        if evaluated and "test" not in dataset.splits:
+            raise UserError(
+                f"metric {evaluated[0]} is never reported: {config.data_path} has no test part; build it with "
+                "num_test=N, or give a metric of training, such as metric=train/lm_loss"
+            )
         return Plan.of(config, dataset.split("train"))
 
     def _dataset(self, path: str) -> Dataset:
@@ -96,7 +95,7 @@ class Points:
         for key, values in self.config.space.items():
             for value in _ends(values.distribution):
                 study.enqueue_trial({key: value})
-        found = []
+        found: list[tuple[Point, TrainConfig | str]] = []
         for _ in range(len(study.get_trials(deepcopy=False)) + NUM_SAMPLES):
             point = suggest(study.ask(), self.config.space)
             try:

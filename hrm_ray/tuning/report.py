@@ -1,4 +1,4 @@
-"""What came of a sweep, as files: trials.csv, best.yaml, summary.json and the page. All of it follows from the study."""
+"""What came of a sweep, as files: trials.csv, best.yaml, summary.json and the page. All follows from the study."""
 
 import csv
 import io
@@ -12,14 +12,15 @@ from optuna.trial import FrozenTrial, TrialState
 from hrm_ray.training.storage import Storage
 from hrm_ray.tuning.estimate import Spent
 from hrm_ray.tuning.points import Points
-from hrm_ray.tuning.study import ENDED, ESTIMATE, OUTCOME, REASON, SweepStudy
+from hrm_ray.tuning.study import ENDED, ESTIMATE, OUTCOME, REASON, ReadStudy
 
 TABLE = "trials.csv"
 BEST = "best.yaml"
 SUMMARY = "summary.json"
+PAGE = "index.html"
 
 
-def ranked(study: SweepStudy) -> list[FrozenTrial]:
+def ranked(study: ReadStudy) -> list[FrozenTrial]:
     """Complete trials, the best first; of several metrics those of the Pareto front before the others."""
     complete = study.trials(TrialState.COMPLETE)
     directions = list(study.config.metric.values())
@@ -38,7 +39,7 @@ def ranked(study: SweepStudy) -> list[FrozenTrial]:
     return sorted(complete, key=lambda t: (len(signs) > 1 and is_dominated(t), losses(t), t.number))
 
 
-def front(study: SweepStudy) -> list[FrozenTrial]:
+def front(study: ReadStudy) -> list[FrozenTrial]:
     """The best trial, or the Pareto front of several metrics."""
     found = ranked(study)
     if len(study.config.metric) == 1:
@@ -47,7 +48,7 @@ def front(study: SweepStudy) -> list[FrozenTrial]:
     return [trial for trial in found if trial.number in numbers]
 
 
-def row(study: SweepStudy, points: Points, trial: FrozenTrial) -> dict[str, Any]:
+def row(study: ReadStudy, trial: FrozenTrial) -> dict[str, Any]:
     """A trial as it stands in trials.csv."""
     outcome = trial.user_attrs.get(OUTCOME, {})
     values = trial.values if trial.state == TrialState.COMPLETE else [None] * len(study.config.metric)
@@ -61,35 +62,43 @@ def row(study: SweepStudy, points: Points, trial: FrozenTrial) -> dict[str, Any]
         "steps": outcome.get("global_step"),
         "train_s": outcome.get("train_s"),
         "num_params": outcome.get("num_params"),
-        "words": shlex.join(words(study, points, trial)),
+        "words": shlex.join(words(study, trial)),
     }
 
 
-def words(study: SweepStudy, points: Points, trial: FrozenTrial) -> list[str]:
+def words(study: ReadStudy, trial: FrozenTrial) -> list[str]:
     """Those of ``hrm-ray train`` that repeat a trial, under a name of its own."""
     point = {key: trial.params[key] for key in study.config.space if key in trial.params}
-    return [*points.words(point), f"run_name={study.config.run_name}-{trial.number:04d}"]
+    return [
+        *Points(study.config, study.gpus).words(point),
+        f"run_name={study.config.run_name}-{trial.number:04d}",
+    ]
 
 
-def write_table(folder: Storage, study: SweepStudy, points: Points) -> list[dict[str, Any]]:
+def table(study: ReadStudy) -> list[dict[str, Any]]:
+    """All rows of trials.csv."""
+    return [row(study, trial) for trial in study.trials() if trial.state != TrialState.WAITING]
+
+
+def write_table(folder: Storage, study: ReadStudy) -> list[dict[str, Any]]:
     """Write trials.csv and best.yaml; returns the rows."""
-    rows = [row(study, points, trial) for trial in study.trials() if trial.state != TrialState.WAITING]
+    rows = table(study)
     text = io.StringIO()
     if rows:
-        table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     folder.write(TABLE, text.getvalue().encode())
-    chosen = [describe(folder, study, points, trial) for trial in front(study)]
+    chosen = [describe(folder, study, trial) for trial in front(study)]
     if chosen:
         best = chosen[0] if len(study.config.metric) == 1 else chosen
         folder.write(BEST, yaml.safe_dump(best, sort_keys=False, width=1000).encode())
     return rows
 
 
-def describe(folder: Storage, study: SweepStudy, points: Points, trial: FrozenTrial) -> dict[str, Any]:
+def describe(folder: Storage, study: ReadStudy, trial: FrozenTrial) -> dict[str, Any]:
     """A trial as it stands in best.yaml."""
-    repeating = words(study, points, trial)
+    repeating = words(study, trial)
     return {
         "number": trial.number,
         "values": dict(zip(study.config.metric, trial.values, strict=True)),
@@ -100,23 +109,31 @@ def describe(folder: Storage, study: SweepStudy, points: Points, trial: FrozenTr
     }
 
 
-def write(
-    folder: Storage, study: SweepStudy, points: Points, spent: Spent, stop_reason: str | None
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Write all files; returns the summary and the rows."""
-    rows = write_table(folder, study, points)
+def summarise(
+    folder: Storage,
+    study: ReadStudy,
+    rows: list[dict[str, Any]],
+    spent: Spent,
+    stop_reason: str | None = None,
+    repeated: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """What summary.json holds."""
     states = {state.name: len(study.trials(state)) for state in (*ENDED, TrialState.RUNNING)}
     config = study.config
-    summary = {
+    return {
         "num_trials": study.num_trials,
         "states": states,
-        "finished": sum(len(study.trials(state)) for state in ENDED) >= study.num_trials,
+        "finished": sum(states[state.name] for state in ENDED) >= study.num_trials,
         "stop_reason": stop_reason,
         "metric": dict(config.metric),
-        "best": [describe(folder, study, points, trial) for trial in front(study)],
+        "best": [describe(folder, study, trial) for trial in front(study)],
         "num_steps": sum(r["steps"] or 0 for r in rows),
+        "repeat": repeated,
         "spent": {**vars(spent), "money": spent.money(config.price)},
         "estimate": study.study.user_attrs.get(ESTIMATE),
     }
+
+
+def write(folder: Storage, study: ReadStudy, summary: dict[str, Any]) -> None:
+    """Write summary.json and the page."""
     folder.write(SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
-    return summary, rows

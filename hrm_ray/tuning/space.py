@@ -48,16 +48,15 @@ class Range(Settings):
         given = [kind for kind in KINDS if self._of(kind) is not None]
         if len(given) != 1:
             raise ValueError(f"give one of {', '.join(f'{kind}: [...]' for kind in KINDS)}")
-        low, *more = self._of(given[0]) or (None,)
-        if given[0] == "choice":
-            if low is None and not more:
+        if self.choice is not None:
+            if not self.choice:
                 raise ValueError("choice: [] is empty; list the values")
-            if len(set(map(as_text, self.choice or ()))) != len(self.choice or ()):
+            if len(set(map(as_text, self.choice))) != len(self.choice):
                 raise ValueError("choice: holds a value twice")
             if self.step is not None:
                 raise ValueError("step: is for uniform and int")
             return self
-        high = more[0]
+        low, high = self._of(given[0])
         if not (math.isfinite(low) and math.isfinite(high)) or low > high:
             raise ValueError(f"{given[0]}: [{low:g}, {high:g}] is empty; give [LOW, HIGH]")
         if given[0].startswith("log") and low <= 0:

@@ -21,17 +21,18 @@ from optuna.trial import FrozenTrial, TrialState
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.training.storage import Storage
 from hrm_ray.tuning import samplers
-from hrm_ray.tuning.config import SweepConfig
+from hrm_ray.tuning.config import SETTABLE, SweepConfig, plain, with_settings
 from hrm_ray.tuning.space import Point, as_sampled, as_text, suggest
 
 LOG = "study.log"
-STUDY_NAME = "sweep"
 # Attributes of the study.
 CONFIG = "config"  # the sweep as its last driver had it
 SETTINGS = "settings"  # what another process wants of the driver
 STOP = "stop"
 SPENT = "spent"  # in all commands so far
 ESTIMATE = "estimate"
+STEPS = "steps"  # at which a trial reports its metric first, and last
+GPUS = "gpus"
 # Of a trial: what became of it.
 REASON = "reason"
 OUTCOME = "outcome"  # global_step, train_s, num_params, ...
@@ -104,68 +105,114 @@ def mend(folder: Storage) -> None:
             file.truncate(content.rfind(b"\n") + 1)
 
 
-def load(folder: Storage, url: str | None = None) -> optuna.Study:
+def load(folder: Storage, config: SweepConfig) -> optuna.Study:
     """The study of a sweep that exists, to be read. Raises UserError if there is none."""
-    is_there = url is not None or folder.read(LOG) is not None
-    if not is_there:
-        raise UserError(f"{folder} is no sweep: it holds no {LOG}; give the folder that `hrm-ray tune` named")
-    try:
-        return optuna.load_study(study_name=STUDY_NAME, storage=study_storage(folder, url))
-    except KeyError:
-        raise UserError(f"{folder}: the sweep has not begun yet") from None
+    attributes = earlier(folder, config)
+    if attributes is None:
+        raise UserError(f"{folder}: the sweep has not begun yet; start it with hrm-ray tune")
+    return optuna.load_study(study_name=config.run_name, storage=study_storage(folder, config.study))
 
 
 def earlier(folder: Storage, config: SweepConfig) -> dict[str, Any] | None:
     """The attributes of the study, if it is there already."""
     if config.study is None and folder.read(LOG) is None:
         return None
-    mend(folder)
+    storage = study_storage(folder, config.study)
     try:
-        return optuna.load_study(
-            study_name=STUDY_NAME, storage=study_storage(folder, config.study)
-        ).user_attrs
+        return optuna.load_study(study_name=config.run_name, storage=storage).user_attrs
     except KeyError:
         return None
 
 
-class SweepStudy:
+class ReadStudy:
+    """The study of a sweep, to be read.
+
+    Attributes:
+        study: Optuna's.
+        config: the sweep, as its driver has it now.
+    """
+
+    def __init__(self, study: optuna.Study, config: SweepConfig):
+        self.study, self.config = study, config
+        # Directions of the study's values and of the metric that is watched may differ.
+        self._sign = 1 if _watched_direction(config) == study.directions[0].name.lower() else -1
+
+    @property
+    def num_trials(self) -> int:
+        """How many trials there are to be, as was said last."""
+        return num_trials_of(self.config)
+
+    @property
+    def gpus(self) -> float:
+        """Of each worker of a trial."""
+        return self.study.user_attrs.get(GPUS, 0.0)
+
+    @property
+    def rungs(self) -> list[int]:
+        """Optimizer steps at which successive halving gives trials up."""
+        first, last = self.study.user_attrs[STEPS]
+        rungs = samplers.rungs(self.config.prunes, first_step=first, last_step=last)
+        return [step for step, _ in rungs if step < last]
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Those in one of `states`, or all, by number."""
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+    def seen(self, trial: FrozenTrial) -> dict[int, float]:
+        """The watched metric of a trial by optimizer step; in the study its sign may be turned."""
+        return {step: self._sign * value for step, value in trial.intermediate_values.items()}
+
+
+class SweepStudy(ReadStudy):
     """The study in the hands of the one driver.
 
     Args:
         folder: of the sweep; its lock is held.
         config: the sweep.
         first_step, last_step: at which a trial reports its metric first, and last.
+        gpus: of each worker of a trial.
+        given: which of `SETTABLE` the user has given now; the others hold as another process has set them.
 
     Raises:
         UserError: a study of another space, metric or words; one that is damaged; a sampler or pruner that is unknown.
     """
 
-    def __init__(self, folder: Storage, config: SweepConfig, *, first_step: int, last_step: int):
+    def __init__(
+        self,
+        folder: Storage,
+        config: SweepConfig,
+        *,
+        first_step: int,
+        last_step: int,
+        gpus: float = 0.0,
+        given: Collection[str] = (),
+    ):
         self.config = config
         self._sampler(0)  # what is wrong with it is said before anything is written
         pruner = samplers.pruner(config.prunes, first_step=first_step, last_step=last_step)
-        mend(folder)
         storage = study_storage(folder, config.study)
-        self.study = optuna.create_study(
+        study = optuna.create_study(
             storage=storage,
-            study_name=STUDY_NAME,
+            study_name=config.run_name,
             directions=list(config.metric.values()),
             load_if_exists=True,
             pruner=pruner,
         )
+        super().__init__(study, config)
         before = self.study.user_attrs.get(CONFIG)
         if before is not None:
-            _check_same(before, _plain(config), folder)
+            _check_same(before, plain(config), folder)
+            self._settle({*given, *(key for key in SETTABLE if before.get(key) != plain(config)[key])})
         else:
-            for given in config.try_first[: self.num_trials]:
-                self.study.enqueue_trial(as_sampled(config.space, given, "try_first"), skip_if_exists=True)
+            for point in config.try_first[: self.num_trials]:
+                self.study.enqueue_trial(as_sampled(config.space, point, "try_first"), skip_if_exists=True)
         self.study.set_metric_names(list(config.metric))
-        self.study.set_user_attr(CONFIG, _plain(config))
+        self.study.set_user_attr(CONFIG, plain(config))
+        self.study.set_user_attr(GPUS, gpus)
+        self.study.set_user_attr(STEPS, [first_step, last_step])
         self.study.set_user_attr(STOP, None)
         self._asked: dict[int, optuna.trial.Trial] = {}
         self._to_resume = [t.number for t in self.trials(TrialState.RUNNING)]
-        # Directions of the study's values and of the metric that is watched may differ.
-        self._sign = 1 if _watched_direction(config) == self.study.directions[0].name.lower() else -1
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         space = self.config.space
@@ -173,15 +220,6 @@ class SweepStudy:
         return samplers.sampler(
             self.config.sampler, number, grid=grid_of(self.config), is_conditional=is_conditional
         )
-
-    @property
-    def num_trials(self) -> int:
-        """How many trials there are to be, as was said last."""
-        return num_trials_of(self.config)
-
-    def trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """Those in one of `states`, or all, by number."""
-        return self.study.get_trials(deepcopy=False, states=states or None)
 
     def next_trial(self) -> tuple[int, Point] | None:
         """The trial to run next: one that was running when the last driver ended, else a new one; None if all are
@@ -233,10 +271,11 @@ class SweepStudy:
         self.note(number, REASON, reason)
         self.study.tell(self._asked.pop(number), state=TrialState.FAIL)
 
-    def settle(self, given: Collection[str]) -> None:
+    def _settle(self, given: Collection[str]) -> None:
         """Let what the user has given now hold, and else what another process has set."""
         settings = {k: v for k, v in (self.study.user_attrs.get(SETTINGS) or {}).items() if k not in given}
         self.study.set_user_attr(SETTINGS, settings)
+        self.config = with_settings(self.config, settings)
 
     def wanted(self) -> dict[str, Any]:
         """What other processes want: `settings`, and `stop`."""
@@ -282,10 +321,6 @@ def num_trials_of(config: SweepConfig) -> int:
     return count
 
 
-def _plain(config: SweepConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", by_alias=True, exclude_defaults=False)
-
-
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Storage) -> None:
     """Raise UserError if trials of the two cannot be compared."""
     for key in ("train", "metric"):
@@ -314,14 +349,21 @@ def _shown(value: Any) -> str:
     return as_text(value)
 
 
-def want(folder: Storage, url: str | None, **values: Any) -> None:
-    """Write down what another process wants of the driver: `stop=True`, `stop=NUMBER`, or settings."""
-    study = load(folder, url)
-    stop = values.pop("stop", None)
+def want(
+    folder: Storage, config: SweepConfig, *, stop: Any = None, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Write down what another process wants of the driver.
+
+    Args:
+        stop: True, or the numbers of trials.
+        settings: of `SETTABLE` keys.
+    """
+    study = load(folder, config)
     if stop is not None:
-        study.set_user_attr(STOP, stop)
-    if values:
-        study.set_user_attr(SETTINGS, {**(study.user_attrs.get(SETTINGS) or {}), **values})
+        before = study.user_attrs.get(STOP)
+        study.set_user_attr(STOP, [*before, *stop] if isinstance(before, list) and stop is not True else stop)
+    if settings:
+        study.set_user_attr(SETTINGS, {**(study.user_attrs.get(SETTINGS) or {}), **settings})
 
 
 def is_driven(folder: Storage) -> bool:

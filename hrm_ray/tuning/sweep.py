@@ -1,7 +1,8 @@
 """A sweep for its user: begin or continue it, tell of it, and write down what came of it.
 
 STORAGE/RUN_NAME/
-    study.log        the Optuna study, the only state (unless study=URL)
+    sweep.yaml       the sweep, as it was given
+        study.log        the Optuna study, the only state (unless study=URL)
     trial-0007/      an ordinary run
     trials.csv       a row a trial
     best.yaml        the best trial, with the words that repeat it
@@ -10,34 +11,35 @@ STORAGE/RUN_NAME/
 """
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import yaml
 from optuna.trial import TrialState
 
-from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import validated
 from hrm_ray.data.files import writing
 from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.every import Every
 from hrm_ray.training.checkpoint import FOLDER
-from hrm_ray.training.plan import Plan
 from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import StopRequest
-from hrm_ray.tuning import report, samplers
-from hrm_ray.tuning.config import SweepConfig
-from hrm_ray.tuning.estimate import Estimate, Spent, estimate, probe
-from hrm_ray.tuning.execute import ALIKE, Book, Executor, Live, Slot, check_fits, living_nodes, session
-from hrm_ray.tuning.points import Points, checked, value_of
+from hrm_ray.tuning import report
+from hrm_ray.tuning.config import Repeat, SweepConfig, plain, with_settings
+from hrm_ray.tuning.estimate import Spent
+from hrm_ray.tuning.execute import ALIKE, Book, Executor, Live, Slot, check_fits, session
+from hrm_ray.tuning.outline import Outline, check_budget, slot_of
+from hrm_ray.tuning.points import Points, value_of
+from hrm_ray.tuning.runs import SHORTENING, Planned, RunsBook, other_seeds, spread, with_seed, without
 from hrm_ray.tuning.space import words_of
-from hrm_ray.tuning.study import ENDED, ESTIMATE, OUTCOME, SPENT, SweepStudy, earlier, num_trials_of
+from hrm_ray.tuning.study import ENDED, ESTIMATE, OUTCOME, SPENT, SweepStudy, earlier, mend
 from hrm_ray.tuning.view import View
 
+CONFIG_FILE = "sweep.yaml"
 LOCK_S = 20.0  # workers of a killed driver live on for some seconds
 NOTE_S = 10.0  # how often what was spent is written down
-SETTABLE = ("num_trials", "max_concurrent", "budget")  # of a sweep at work
 BY_HAND = "stopped by hand"
 
 
@@ -68,6 +70,15 @@ def sweep_folder(config: SweepConfig) -> Storage:
     return Storage(config.storage) / (config.run_name or "sweep")
 
 
+def new_name(config: SweepConfig) -> SweepConfig:
+    """The same sweep under the first name that is free: NAME-2, NAME-3, ..."""
+    number, chosen = 2, config
+    while sweep_folder(chosen).exists():
+        chosen = config.model_copy(update={"run_name": f"{config.run_name}-{number}"})
+        number += 1
+    return chosen
+
+
 def trial_name(number: int) -> str:
     """The folder of trial `number`."""
     return f"trial-{number:04d}"
@@ -84,7 +95,7 @@ class SweepBook(Book):
     """
 
     def __init__(self, study: SweepStudy, points: Points, folder: Storage, view: View):
-        self.study, self.points, self.folder, self._view = study, points, folder, view
+        self.study, self.points, self.folder, self.view = study, points, folder, view
         self.config = points.config
         self.max_concurrent = self.study.config.max_concurrent
         self._cleared: set[int] = set()
@@ -137,8 +148,8 @@ class SweepBook(Book):
         self._ended(number)
 
     def _ended(self, number: int) -> None:
-        report.write_table(self.folder, self.study, self.points)
-        self._view.ended(self.study, number)
+        report.write_table(self.folder, self.study)
+        self.view.ended(self.study, number)
 
     def clear(self, wait_s: float = 0.0) -> None:
         """Delete the checkpoints that are not to be kept, of runs that have ended."""
@@ -221,85 +232,6 @@ class Driver:
             self._book.max_concurrent = self._study.config.max_concurrent
 
 
-def with_settings(config: SweepConfig, settings: Mapping[str, Any]) -> SweepConfig:
-    """`config` with some of its keys as another process has set them."""
-    values = config.model_dump(mode="json", by_alias=True)
-    return validated(SweepConfig, {**values, **settings}, "tune set")
-
-
-@dataclass(frozen=True)
-class Outline:
-    """What is known of a sweep before it starts.
-
-    Attributes:
-        points: of it.
-        run: one in the middle of the space.
-        first_step, last_step: of all points that were looked at, the first with a value, and the longest.
-        refused: reasons, of as many points of `num_sampled`.
-    """
-
-    points: Points
-    run: TrainConfig
-    first_step: int
-    last_step: int
-    refused: list[str]
-    num_sampled: int
-
-    @classmethod
-    def of(cls, config: SweepConfig) -> "Outline":
-        """Raises UserError if the sweep cannot run."""
-        points = Points(config)
-        sampled = checked(points)
-        runs = [run for _, run in sampled if isinstance(run, TrainConfig)]
-        plans = [points.plan(run) for run in runs]
-        first = min(_first_step(plan, config.watched) for plan in plans)
-        last = max(plan.last_step for plan in plans)
-        samplers.pruner(config.prunes, first_step=first, last_step=last)  # an unknown one is said now
-        refused = [run for _, run in sampled if isinstance(run, str)]
-        return cls(points, runs[len(runs) // 2], first, last, refused, len(sampled))
-
-    @property
-    def rungs(self) -> list[tuple[int, float]]:
-        return samplers.rungs(self.points.config.prunes, first_step=self.first_step, last_step=self.last_step)
-
-    def estimate(self, slot: Slot) -> Estimate:
-        """From a probe of the run in the middle, on the cluster."""
-        config = self.points.config
-        at_once = min(slot.trials_in(living_nodes()), config.max_concurrent or self.last_step)
-        return estimate(
-            probe(self.run, slot),
-            self.points.plan(self.run),
-            self.rungs,
-            num_trials_of(config),
-            slot,
-            at_once,
-        )
-
-
-def _first_step(plan: Plan, metric: str) -> int:
-    happens = plan.evaluates if metric.startswith("eval/") else plan.reports
-    return next(step for step in range(1, plan.last_step + 1) if happens(step))
-
-
-def slot_of(config: SweepConfig) -> Slot:
-    """What a trial takes on the present cluster."""
-    resources = config.resources
-    gpus = resources.gpus
-    if gpus == "auto":
-        on_cpu = any(word == "device=cpu" for word in config.train)
-        gpus = 0.0 if on_cpu or not any(node.get("GPU") for node in living_nodes()) else 1.0
-    return Slot(resources.num_workers, resources.cpus, gpus)
-
-
-def _check_budget(found: Estimate, config: SweepConfig, yes: bool) -> None:
-    over = found.spent.over(config.budget, config.price)
-    if over is not None and not yes:
-        raise UserError(
-            f"the sweep is estimated to take {found.spent.describe(config.price)}, more than budget.{over}; lower "
-            "num_trials or max_steps, raise the budget, or add --yes to begin and end when it is spent"
-        )
-
-
 @contextmanager
 def _held(folder: Storage) -> Iterator[None]:
     """Inside, no other driver is at work on the sweep."""
@@ -308,9 +240,8 @@ def _held(folder: Storage) -> Iterator[None]:
             folder.local_path.mkdir(parents=True, exist_ok=True)
     else:
         folder.create()
-    lock = folder.lock(
-        LOCK_S, f"another process is at work on the sweep {folder}; stop it, or choose another run_name="
-    )
+    taken = f"another process is at work on the sweep {folder}; stop it, or choose another run_name="
+    lock = folder.lock(LOCK_S, taken)
     try:
         yield
     finally:
@@ -354,28 +285,148 @@ def run_sweep(
         if dry_run:
             view.outline(config, outline, slot, outline.estimate(slot))
             return None
-        before = earlier(folder, config)
-        if before is None or ESTIMATE not in before:
-            found = outline.estimate(slot)
-            view.outline(config, outline, slot, found)
-            _check_budget(found, config, yes)
-            before = {ESTIMATE: found.plain()}
-        study = SweepStudy(folder, config, first_step=outline.first_step, last_step=outline.last_step)
-        study.study.set_user_attr(ESTIMATE, before[ESTIMATE])
-        study.settle(given)
+        study = _opened(folder, config, given, yes, outline, slot, view)
         book = SweepBook(study, Points(config, slot.gpus), folder, view)
         driver = Driver(book, signals, slot, view)
         executor = Executor(book, slot, is_private=is_private, stop=driver.why_stop, on_tick=driver.tick)
+        repeated = None
         try:
             if not book.is_over():
                 with view.live():
                     executor.run()
+            if book.is_over() and executor.why_stop() is None and config.repeat is not None:
+                repeated = _repeat(config.repeat, book, driver, slot, is_private)
         finally:
             driver.note()
             book.clear(wait_s=10)
-            result = report.write(folder, study, book.points, driver.spent, executor.stop_reason)
+            rows = report.write_table(folder, study)
+            summary = report.summarise(folder, study, rows, driver.spent, executor.stop_reason, repeated)
+            report.write(folder, study, summary)
     if executor.stop_reason == "failures":
         raise RunFailed(
             f"{ALIKE} trials failed alike, the last: {executor.last_failure}; mend that, and the same command goes on"
         )
-    return SweepResult(folder, *result, signals.signal)
+    return SweepResult(folder, summary, rows, signals.signal)
+
+
+def _opened(
+    folder: Storage,
+    config: SweepConfig,
+    given: Collection[str],
+    yes: bool,
+    outline: Outline,
+    slot: Slot,
+    view: View,
+) -> SweepStudy:
+    """The study of a sweep, begun if it is not there; its budget holds."""
+    mend(folder)
+    before = earlier(folder, config) or {}
+    if ESTIMATE not in before:
+        found = outline.estimate(slot)
+        view.outline(config, outline, slot, found)
+        check_budget(found, config, yes)
+        before[ESTIMATE] = found.plain()
+    study = SweepStudy(
+        folder, config, first_step=outline.first_step, last_step=outline.last_step, given=given
+    )
+    study.study.set_user_attr(ESTIMATE, before[ESTIMATE])
+    folder.write(CONFIG_FILE, yaml.safe_dump(plain(config), sort_keys=False).encode())
+    return study
+
+
+def _repeat(
+    repeat: Repeat, book: SweepBook, driver: Driver, slot: Slot, is_private: bool
+) -> list[dict[str, Any]]:
+    """Train the finalists with other seeds; a mapping a finalist, by the mean of the new runs, the best first."""
+    (metric, direction), *_ = book.config.metric.items()
+    finalists = report.ranked(book.study)[: repeat.top]
+    words = {trial.number: report.words(book.study, trial) for trial in finalists}
+    planned = [
+        Planned(number, f"repeat-{number:04d}-seed-{seed}", with_seed(own, seed))
+        for number, own in words.items()
+        for seed in other_seeds(own, repeat.seeds)
+    ]
+    runs = RunsBook(planned, book.folder, book.points, metric, book.view)
+    run_all(runs, slot, is_private, driver.why_stop, driver.tick)
+    found = []
+    for trial in finalists:
+        values = [
+            v for plan in planned if plan.number == trial.number and (v := runs.value(plan)) is not None
+        ]
+        if values:
+            curse = trial.values[0] - spread(values)["mean"]
+            found.append({"number": trial.number, "value": trial.values[0], "curse": curse, **spread(values)})
+    return sorted(found, key=lambda row: row["mean"], reverse=direction == "maximize")
+
+
+def run_all(
+    runs: RunsBook,
+    slot: Slot,
+    is_private: bool,
+    stop: Callable[[], str | None],
+    on_tick: Callable[[list[Live]], None] = lambda live: None,
+) -> str | None:
+    """Run what is planned; returns why it stopped early, if it did. Raises RunFailed if runs fail alike."""
+    executor = Executor(runs, slot, is_private=is_private, stop=stop, on_tick=on_tick)
+    if not runs.is_over():
+        executor.run()
+    if executor.stop_reason == "failures":
+        raise RunFailed(f"{ALIKE} runs failed alike, the last: {executor.last_failure}")
+    return executor.stop_reason
+
+
+def promote(
+    folder: Storage, words: Sequence[str], *, seeds: int = 3, view: View | None = None
+) -> dict[str, Any]:
+    """Train the best trial of a sweep at full length, with several seeds.
+
+    What shortens trials (`SHORTENING`) is left out of its words. The runs lie in the sweep's folder; the same command
+    goes on.
+
+    Args:
+        words: more of ``hrm-ray train``, for all of the runs.
+
+    Returns:
+        `runs` (folders), `values`, their `mean`, `std` and `half_width`, `words`, and the signal `stopped_by`.
+
+    Raises:
+        UserError: no trial is complete, or a word does not fit.
+    """
+    view = view or View()
+    config = config_of(folder)
+    best_file = folder.read(report.BEST)
+    if best_file is None:
+        raise UserError(f"{folder}: no trial is complete yet; let the sweep go on first")
+    best = yaml.safe_load(best_file)
+    best = best[0] if isinstance(best, list) else best
+    base = [*without(best["words"], (*SHORTENING, "seed", "run_name")), *words]
+    metric = next(iter(config.metric))
+    planned = [
+        Planned(best["number"], f"promoted-seed-{seed}", [*base, f"seed={seed}"]) for seed in range(seeds)
+    ]
+    signals = StopRequest()
+    with signals.listening(), session() as is_private:
+        slot = slot_of(config)
+        check_fits(slot, is_private)
+        runs = RunsBook(planned, folder, Points(config, slot.gpus), metric, view)
+        for plan in planned:
+            runs.run(plan)  # what does not fit is said now
+        run_all(runs, slot, is_private, signals.reason)
+    values = [value for plan in planned if (value := runs.value(plan)) is not None]
+    return {
+        "runs": [str(folder / plan.name) for plan in planned],
+        "words": base,
+        "metric": metric,
+        **(spread(values) if values else {"values": []}),
+        "stopped_by": signals.signal,
+    }
+
+
+def config_of(folder: Storage) -> SweepConfig:
+    """The sweep that lies in a folder. Raises UserError if there is none."""
+    content = folder.read(CONFIG_FILE)
+    if content is None:
+        raise UserError(
+            f"{folder} is no sweep: it holds no {CONFIG_FILE}; give the folder that `hrm-ray tune` named"
+        )
+    return validated(SweepConfig, yaml.safe_load(content), str(folder))

@@ -1,4 +1,4 @@
-"""A trial as Ray Tune runs it: the ordinary training loop in a thread of an actor, which serves one trial after another.
+"""A trial as Ray Tune runs it: the ordinary loop in a thread of an actor, which serves one trial after another.
 
 Tune asks for one result after another (`step`); the loop goes on meanwhile. What a trial has learned is in its run
 folder alone: an actor that starts again, here or on another node, goes on from the newest checkpoint there.

@@ -7,8 +7,8 @@ if TYPE_CHECKING:
     from hrm_ray.tuning.config import SweepConfig
     from hrm_ray.tuning.estimate import Estimate, Spent
     from hrm_ray.tuning.execute import Live, Slot
+    from hrm_ray.tuning.outline import Outline
     from hrm_ray.tuning.study import SweepStudy
-    from hrm_ray.tuning.sweep import Outline
 
 
 class View:
@@ -26,3 +26,6 @@ class View:
 
     def ended(self, study: "SweepStudy", number: int) -> None:
         """What became of a trial."""
+
+    def say(self, text: str) -> None:
+        """A line."""
