@@ -1,23 +1,26 @@
-"""Library use: load a trained model, solve puzzles with it, measure it.
+"""Library use: load a trained model, solve puzzles with it, measure it; train one, run a sweep.
 
 import hrm_ray
 for solution in hrm_ray.load("runs/quickstart").solve(["1...|..."]):
     print(solution.answer, solution.confidence, solution.is_valid)
 """
 
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from hrm_ray import machine, memory
+from hrm_ray.config.compose import train_config
 from hrm_ray.config.halting import HaltingConfig
 from hrm_ray.config.inference import Inference
-from hrm_ray.config.validate import validated
+from hrm_ray.config.schema import TrainConfig
+from hrm_ray.config.validate import as_text, validated
 from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.data.tasks.base import Task, get_task
 from hrm_ray.errors import UserError
@@ -26,7 +29,12 @@ from hrm_ray.models.inference import think_and_vote, thinking_for
 from hrm_ray.models.registry import build_model
 from hrm_ray.training.checkpoint import Checkpoint, find
 from hrm_ray.training.evaluate import OUTPUTS, evaluate
+from hrm_ray.training.storage import Storage
 from hrm_ray.training.world import World
+
+if TYPE_CHECKING:
+    from hrm_ray.tuning.config import SweepConfig
+    from hrm_ray.tuning.sweep import SweepResult
 
 
 @dataclass(frozen=True)
@@ -218,3 +226,89 @@ def load(checkpoint: str | Path, *, device: str = "auto", forward_dtype: str | N
         UserError: no such checkpoint, a damaged one, or too little memory for it.
     """
     return Solver(find(str(checkpoint)), device=device, forward_dtype=forward_dtype)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came of a run.
+
+    Attributes:
+        folder: of the run; `load` takes it.
+        summary: what summary.json holds: `best` and `final` metrics, `global_step`, `finished`, ...
+        stopped_by: the signal that stopped it early, if one did.
+    """
+
+    folder: Storage
+    summary: dict[str, Any]
+    stopped_by: int | None
+
+
+def train(config: TrainConfig | Sequence[str] | str, *, show_progress: bool = False, **keys: Any) -> TrainResult:
+    """Train, or continue, a run, as ``hrm-ray train`` does.
+
+    Args:
+        config: words of ``hrm-ray train`` ("experiment=quickstart lr=1e-3", or a list of them), or a configuration.
+        keys: more of them, as ``max_steps=100``; a key with a dot goes in ``**{"arch.H_cycles": 4}``.
+
+    Raises:
+        UserError: a mistake in them, before anything starts.
+        RunFailed: the run cannot go on.
+    """
+    from hrm_ray.training import trainer
+
+    if not isinstance(config, TrainConfig):
+        config = train_config([*_words(config), *_as_words(keys)])
+    elif keys:
+        raise UserError("give keys with words, or a whole TrainConfig")
+    summary, stopped_by = trainer.train(config, show_progress=show_progress)
+    return TrainResult(trainer.run_folder(config), summary, stopped_by)
+
+
+def tune(
+    sweep: "SweepConfig | Mapping[str, Any] | str",
+    words: Sequence[str] | str = (),
+    *,
+    yes: bool = False,
+    show_progress: bool = False,
+    **keys: Any,
+) -> "SweepResult":
+    """Begin or continue a sweep, as ``hrm-ray tune`` does.
+
+    Args:
+        sweep: a name of `tune_configs/`, the path of a YAML, what such a YAML holds, or a configuration.
+        words: ``key=value`` words on top of it.
+        yes: begin though the estimate exceeds the budget.
+        keys: more of them, as ``num_trials=6``.
+
+    Raises:
+        UserError: a mistake in them, before a trial starts.
+        RunFailed: three trials failed alike.
+    """
+    from hrm_ray.tuning.config import SETTABLE, SweepConfig, load_sweep, sweep_config
+    from hrm_ray.tuning.sweep import run_sweep
+    from hrm_ray.tuning.view import View
+
+    view = View()
+    if show_progress:
+        from hrm_ray.tuning.console import ConsoleView
+
+        view = ConsoleView()
+    given = [*_words(words), *_as_words(keys)]
+    if isinstance(sweep, SweepConfig):
+        if given:
+            raise UserError("give words with a name, a file or a mapping, or a whole SweepConfig")
+        config = sweep
+    else:
+        config = load_sweep(sweep, given) if isinstance(sweep, str) else sweep_config(sweep, given)
+    settings = {word.partition("=")[0].partition(".")[0] for word in given} & set(SETTABLE)
+    result = run_sweep(config, given=settings, yes=yes, view=view)
+    assert result is not None  # it is no dry run
+    return result
+
+
+def _words(words: Sequence[str] | str) -> list[str]:
+    return shlex.split(words) if isinstance(words, str) else list(words)
+
+
+def _as_words(keys: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={as_text(value) if not isinstance(value, Path) else value}" for key, value in keys.items()]

@@ -311,8 +311,8 @@ def tune_report(args: argparse.Namespace, folder: str, words: Sequence[str]) -> 
     from hrm_ray.tuning.report import PAGE, write
     from hrm_ray.tuning.status import status
 
-    study, summary, _ = status(_sweep(folder))
-    write(_sweep(folder), study, summary)
+    study, summary, rows = status(_sweep(folder))
+    write(_sweep(folder), study, summary, rows)
     print(_sweep(folder) / PAGE)
 
 

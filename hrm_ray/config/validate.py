@@ -5,6 +5,7 @@ are errors that name the nearest known key, wrong values are errors that name th
 """
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,6 +61,15 @@ def is_text(settings: type[Settings], key: str) -> bool:
 def as_typed(text: str) -> str:
     """`text`, but for a leading ``~/``, which not every shell replaces behind an equals sign."""
     return str(Path(text).expanduser()) if text.startswith("~/") else text
+
+
+def as_text(value: Any) -> str:
+    """A value as it is written behind ``key=``; a number with all its digits."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, separators=(",", ":"))
 
 
 def read_words(words: Sequence[str], *kinds: type[Settings]) -> dict[str, Any]:

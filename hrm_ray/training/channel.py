@@ -27,12 +27,15 @@ class Channel:
         """Add to the values under `key`."""
         self.put(f"{key}/{time.time_ns():020d}", value)
 
-    def added(self, key: str) -> dict[str, Any]:
-        """The values added to `key`, by the names under which they were, oldest first."""
+    def taken(self, key: str) -> list[Any]:
+        """The values added to `key` since it was last asked, oldest first; they are removed. For one reader."""
         from ray.experimental import internal_kv
 
-        names = sorted(internal_kv._internal_kv_list(self._key(f"{key}/")))
-        return {name.decode(): json.loads(internal_kv._internal_kv_get(name)) for name in names}
+        values = []
+        for name in sorted(internal_kv._internal_kv_list(self._key(f"{key}/"))):
+            values.append(json.loads(internal_kv._internal_kv_get(name)))
+            internal_kv._internal_kv_del(name)
+        return values
 
     def _key(self, key: str) -> bytes:
         return f"hrm_ray/{self.name}/{key}".encode()

@@ -22,11 +22,18 @@ from ray.actor import ActorHandle
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train import WorkerGroupError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
-from ray.train.v2._internal.execution.worker_group.placement_group_handle import PlacementGroupHandle
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import (
+    DefaultPlacementGroupHandle,
+    PlacementGroupHandle,
+)
+from ray.util.placement_group import PlacementGroup
 
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.training.channel import Channel
@@ -35,6 +42,10 @@ logger = logging.getLogger(__name__)
 
 # Of a worker, before its group is formed; by want of memory, if Ray's monitor has killed it.
 DEATHS = (RayActorError, OutOfMemoryError, WorkerGroupStartupFailedError)
+
+# Callbacks that would remove the group of a controller that was killed, and that start what hands out Ray Data's
+# datasets, of which there are none: it takes seconds, and a sweep starts many runs.
+NOT_LENT = (PlacementGroupCleanerCallback, DatasetsCallback)
 
 
 @dataclass
@@ -45,8 +56,26 @@ class Started:
     error: None = None
 
 
+def group_of(group_id: str) -> PlacementGroup:
+    """The placement group with this id, in hexadecimal."""
+    return PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
+
+
 class NonblockingTrainer(TorchTrainer):
-    """`TorchTrainer` that does not wait. To be kept while it trains: the controller fetches from it."""
+    """`TorchTrainer` that does not wait. To be kept while it trains: the controller fetches from it.
+
+    Where `train_loop_config["group"]` names a placement group, the workers are started in that one (see `Workers`).
+    """
+
+    @property
+    def _is_lent_its_group(self) -> bool:
+        loop_config: Any = self.train_loop_config  # type: ignore[attr-defined]  # the types are of Ray's older version
+        return bool(loop_config and loop_config.get("group"))
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """In a lent group without `NOT_LENT`."""
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+        return [c for c in callbacks if not (self._is_lent_its_group and isinstance(c, NOT_LENT))]
 
     def start(self) -> ActorHandle:
         """The controller, on this node: `run` trains, then `get_result` has the result.
@@ -61,11 +90,37 @@ class NonblockingTrainer(TorchTrainer):
         return self.fit().controller  # type: ignore[attr-defined]
 
     def _initialize_and_run_controller(self, **parameters: Any) -> Started:
+        if self._is_lent_its_group:
+            parameters["scaling_policy"] = AsksForNoNodes(parameters["scaling_policy"].scaling_config)
         self._parameters = parameters
         node = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         environment = {"env_vars": {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}}
-        controller: Any = ray.remote(num_cpus=0, label_selector=node, runtime_env=environment)(Controller)
+        # By the default strategy it is in no placement group, and nor is what it starts for the whole cluster.
+        controller: Any = ray.remote(
+            num_cpus=0, label_selector=node, runtime_env=environment, scheduling_strategy="DEFAULT"
+        )(Controller)
         return Started(controller.remote(**parameters))
+
+
+class AsksForNoNodes(FixedScalingPolicy):
+    """For workers whose place is reserved already.
+
+    Ray's own asks the autoscaler for all workers of all runs together, and for those of a controller that was killed
+    for 180 s more: beside the run that follows it, an autoscaling cluster would grow for nothing.
+    """
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+
+class LentGroup(DefaultPlacementGroupHandle):
+    """A placement group that stays."""
+
+    def shutdown(self) -> None:
+        pass
 
 
 class Workers(WorkerGroup):
@@ -96,9 +151,11 @@ class Workers(WorkerGroup):
                 self._clear_state()
 
     def _create_placement_group(self, *parameters: Any) -> PlacementGroupHandle:
-        """And tell the driver, should the controller die."""
-        handle = super()._create_placement_group(*parameters)
+        """The one that is lent, or a new one, of which the driver is told, should the controller die."""
         loop_config: Any = self._train_run_context.train_loop_config
+        if loop_config["group"]:
+            return LentGroup(group_of(loop_config["group"]))
+        handle = super()._create_placement_group(*parameters)
         Channel(loop_config["channel"]).put("reservation", handle.placement_group.id.hex())
         return handle
 

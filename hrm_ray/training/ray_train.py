@@ -14,10 +14,11 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import MayPass, RunFailed, UserError
+from hrm_ray.errors import MayPass, NotFinite, RunFailed, TooLittleMemory, UserError
 from hrm_ray.every import Every
 from hrm_ray.memory import ONE_ARENA
 from hrm_ray.training.channel import Channel
@@ -28,6 +29,7 @@ from hrm_ray.training.world import World
 
 if TYPE_CHECKING:
     from ray import ObjectRef
+    from ray.util.placement_group import PlacementGroup
 
     from hrm_ray.training import ray_overrides
 
@@ -41,51 +43,72 @@ BEAT_S = 5.0  # how often the first worker says that it is there
 COMING_S = 60.0  # beyond `watchdog_s`, how long there may be none
 LINGER_S = 3.0  # how long Ray may take to end a run in a session of the caller's before nobody waits for it
 SHUTDOWN_TIMEOUT_S = "5"  # and for workers that hang to leave their process group, before it kills them
+STOP_TIMEOUT_S = 8.0  # how long there may be no worker in a lent group that could take note of a wish to stop
+KINDS = {
+    kind.__name__: kind for kind in (NotFinite, TooLittleMemory)
+}  # of failures that a caller tells apart
 
 
 class NobodyCame(Exception):
     """No worker has been heard of for so many seconds."""
 
 
-def train_on_ray(config: TrainConfig, run: Storage, driver: Driver) -> dict[str, Any]:
-    """Train `config` in the folder `run`; returns the summary. For what is raised, see `trainer.train`."""
+def train_on_ray(
+    config: TrainConfig, run: Storage, driver: Driver, group: "PlacementGroup | None" = None
+) -> dict[str, Any]:
+    """Train `config` in the folder `run`; returns the summary. For what is raised, see `trainer.train`.
+
+    Args:
+        group: a placement group that has a bundle for each worker, and stays when the run has ended, with nothing in
+            it; None: one is made.
+    """
     from hrm_ray.ray_session import ray_session
 
     with _environment(_ray_settings(config)):
         while True:
             with ray_session() as is_ours:
                 try:
-                    return _fit(config, run, driver, is_ours)
+                    return _fit(config, run, driver, is_ours, group)
                 except NobodyCame as wait:
                     driver.say(f"no worker for {wait} s, though there is room: Ray is joined anew")
 
 
-def _fit(config: TrainConfig, run: Storage, driver: Driver, is_ours: bool) -> dict[str, Any]:
+def _fit(
+    config: TrainConfig, run: Storage, driver: Driver, is_ours: bool, group: "PlacementGroup | None"
+) -> dict[str, Any]:
     """Train in the present session of Ray; `is_ours` if it ends with this command."""
     import ray
 
     channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
     cpus, use_gpu = _resources(config)
-    trainer = _ray_trainer(config, run, channel, cpus, use_gpu)
+    trainer = _ray_trainer(config, run, channel, cpus, use_gpu, driver.wants_reports, group)
     with _ray_may_give_up():
         controller = trainer.start()
         training: ObjectRef = controller.run.remote()
-    patience_s = config.watchdog_s + COMING_S if is_ours and config.watchdog_s is not None else None
+    patience = Patience(
+        none_s=config.watchdog_s + COMING_S if is_ours and config.watchdog_s is not None else None,
+        stop_s=None if group is None else STOP_TIMEOUT_S,
+        end_s=0.0 if is_ours or group is not None else LINGER_S,
+    )
     look_ahead = LookAhead(config, cpus, use_gpu)
-    summary = _accompany(training, channel, driver, look_ahead, is_ours, patience_s)
-    if summary is not None:
-        return summary
-    with _ray_may_give_up():
-        try:
-            ray.get(training)
-            result = ray.get(controller.get_result.remote())
-            if result.error:
-                raise result.error
-        except Exception:
-            with suppress(Exception):
-                _give_back(channel)
-            raise
-    return result.return_value
+    try:
+        summary = _accompany(training, channel, driver, look_ahead, patience)
+        if summary is not None:
+            return summary
+        with _ray_may_give_up():
+            try:
+                ray.get(training)
+                result = ray.get(controller.get_result.remote())
+                if result.error:
+                    raise result.error
+            except Exception:
+                with suppress(Exception):
+                    _give_back(channel)
+                raise
+        return result.return_value
+    finally:
+        if group is not None:
+            ray.kill(controller)  # and with it the workers, of which the next run's would wait to be gone
 
 
 def _give_back(channel: Channel) -> None:
@@ -93,12 +116,13 @@ def _give_back(channel: Channel) -> None:
 
     (Where there is a dashboard, an actor of Ray Train's does the same after a controller that was killed.)
     """
-    import ray
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
+    from ray.util.placement_group import remove_placement_group
+
+    from hrm_ray.training.ray_overrides import group_of
 
     reservation = channel.get("reservation")
     if reservation is not None:
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(reservation))))
+        remove_placement_group(group_of(reservation))
 
 
 @contextmanager
@@ -114,21 +138,30 @@ def _ray_may_give_up() -> Iterator[None]:
         ) from error
 
 
+@dataclass(frozen=True)
+class Patience:
+    """How many seconds are waited for what.
+
+    Attributes:
+        none_s: while there is no worker though the living nodes could hold them; None: for ever.
+        stop_s: for workers that are gone to come back, if they are to stop then; None: for ever.
+        end_s: for Ray to end the run when its workers have. Nothing, if all of it is ended anyway; else some, since
+            without a dashboard Ray 2.60 takes 12 s, to stop an actor that would clean up after it.
+    """
+
+    none_s: float | None
+    stop_s: float | None
+    end_s: float
+
+
 def _accompany(
     training: "ObjectRef",
     channel: Channel,
     driver: Driver,
     look_ahead: "LookAhead",
-    is_ours: bool,
-    patience_s: float | None,
+    patience: Patience,
 ) -> dict[str, Any] | None:
     """Tell the driver of what the workers say and them of what is wanted, until `training` ends.
-
-    Args:
-        is_ours: nothing of Ray's session is wanted after the run, so its end is not waited for. In a session of the
-            caller's it is for `LINGER_S`: without a dashboard Ray 2.60 takes 12 s, to stop an actor that would clean
-            up after it.
-        patience_s: how long there may be no worker while the living nodes could hold them; None: for ever.
 
     Returns:
         the summary, if the run has ended before `training`, or was stopped while it had no workers; else None.
@@ -139,43 +172,44 @@ def _accompany(
     """
     import ray
 
-    heard: set[str] = set()
     told_to_stop = False
     beat, heard_at = None, time.monotonic()
     has_ended = False
     while not has_ended:
         has_ended = bool(ray.wait([training], timeout=POLL_S)[0])
-        summary = channel.get("summary")  # before the events, of which the last comes first
-        for name, entry in channel.added("events").items():
-            if name not in heard:
-                driver.event(entry)
-                heard.add(name)
+        summary = channel.get("summary")  # before the events and reports, of which the last comes first
+        for entry in channel.taken("events"):
+            driver.event(entry)
+        if driver.wants_reports:
+            for record in channel.taken("reports"):
+                driver.report(record)
         failure = channel.get("failure")
         if failure is not None:
-            raise (RunFailed if failure["exit_code"] == RunFailed.exit_code else UserError)(
-                failure["message"]
-            )
+            usual = RunFailed if failure["exit_code"] == RunFailed.exit_code else UserError
+            raise KINDS.get(failure.get("kind"), usual)(failure["message"])
         progress = channel.get("progress")
         if progress is not None:
             driver.progress(Progress(**progress))
         if summary is not None:
-            if not is_ours:
-                ray.wait([training], timeout=LINGER_S)
+            if patience.end_s:
+                ray.wait([training], timeout=patience.end_s)
             return summary
         reason = driver.stop.reason()
         if reason is not None and not told_to_stop:
             channel.put("stop", reason)
             told_to_stop = True
-        if told_to_stop and (driver.num_workers == 0 or not look_ahead.has_room_for_least()):
-            return driver.nothing_ran(str(reason))  # nobody is there, or can be, who would heed it
-        if look_ahead.asks_to_save(driver):
-            channel.put("save", time.time())
         now, last_beat, beat = time.monotonic(), beat, channel.get("beat")
         if beat != last_beat:
             heard_at = now
-        elif patience_s is not None and now - heard_at > patience_s:
+        if told_to_stop and (driver.num_workers == 0 or not look_ahead.has_room_for_least()):
+            return driver.nothing_ran(str(reason))  # nobody is there, or can be, who would heed it
+        if told_to_stop and patience.stop_s is not None and now - heard_at > patience.stop_s:
+            return driver.nothing_ran(str(reason))
+        if look_ahead.asks_to_save(driver):
+            channel.put("save", time.time())
+        if patience.none_s is not None and now - heard_at > patience.none_s:
             if look_ahead.has_room_for_least():
-                raise NobodyCame(f"{patience_s:g}")
+                raise NobodyCame(f"{patience.none_s:g}")
             heard_at = now  # the cluster has to grow first
     return None
 
@@ -270,7 +304,13 @@ def _draining_nodes() -> dict[str, float]:
 
 
 def _ray_trainer(
-    config: TrainConfig, run: Storage, channel: Channel, cpus: int, use_gpu: bool
+    config: TrainConfig,
+    run: Storage,
+    channel: Channel,
+    cpus: int,
+    use_gpu: bool,
+    wants_reports: bool,
+    group: "PlacementGroup | None",
 ) -> "ray_overrides.NonblockingTrainer":
     import ray.train.torch
 
@@ -289,6 +329,8 @@ def _ray_trainer(
             "storage": str(run),
             "channel": channel.name,
             "cpus": cpus,
+            "reports": wants_reports,
+            "group": group and group.id.hex(),
         },
         torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -343,7 +385,7 @@ def absolute(path: str) -> str:
     return path if "://" in path else os.path.abspath(path)  # noqa: PTH100 - a path may be a URI
 
 
-def worker_hooks(channel: Channel, world: World) -> Hooks:
+def worker_hooks(channel: Channel, world: World, wants_reports: bool = False) -> Hooks:
     """Hooks that talk to the driver through `channel`, most at most every `POLL_S`; only the first worker does."""
     due_progress, due_stop, due_save = Every(POLL_S), Every(POLL_S), Every(POLL_S)
     reason: str | None = None
@@ -366,7 +408,17 @@ def worker_hooks(channel: Channel, world: World) -> Hooks:
             asked_to_save = channel.get("save")
         return asked_to_save != before
 
-    return Hooks(progress=progress, stop=stop, save=save, event=lambda entry: channel.add("events", entry))
+    def report(record: dict[str, Any]) -> None:
+        if wants_reports:
+            channel.add("reports", record)
+
+    return Hooks(
+        progress=progress,
+        report=report,
+        stop=stop,
+        save=save,
+        event=lambda entry: channel.add("events", entry),
+    )
 
 
 def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -384,7 +436,7 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
     config = TrainConfig.model_validate(parameters["config"])
     try:
-        hooks = worker_hooks(channel, world)
+        hooks = worker_hooks(channel, world, parameters.get("reports", False))
         summary = Trainer(config, Storage(parameters["storage"]), world, hooks).train()
         if world.is_first:
             channel.put("summary", summary)
@@ -392,7 +444,9 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     except MayPass:  # Ray starts the workers again
         raise
     except UserError as error:
-        channel.put("failure", {"message": str(error), "exit_code": error.exit_code})
+        failure = {"message": str(error), "exit_code": error.exit_code}
+        kind = type(error).__name__
+        channel.put("failure", failure | ({"kind": kind} if kind in KINDS else {}))
         raise  # also where this worker is the only one that fails; whoever is started again finds the message
 
 

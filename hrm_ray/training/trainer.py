@@ -109,6 +109,8 @@ class Driver:
         bar: shows progress and events; None: nothing is shown.
     """
 
+    wants_reports = False  # whether `report` is to be called, which costs a message for each
+
     def __init__(self, config: TrainConfig, bar: ProgressBar | None = None):
         self.stop = StopRequest(config.max_time_s)
         self._run = run_folder(config)
@@ -120,6 +122,9 @@ class Driver:
     def progress(self, progress: Progress) -> None:
         if self._bar:
             self._bar.show(progress)
+
+    def report(self, record: dict[str, Any]) -> None:
+        """Take note of a record of metrics.jsonl; a run that starts again repeats some (see `Hooks.report`)."""
 
     def event(self, entry: dict[str, Any]) -> None:
         """Say what has happened, but for what is said anyway: the first start and the end."""

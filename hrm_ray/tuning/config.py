@@ -8,7 +8,15 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from hrm_ray.config.validate import Settings, as_typed, is_text, nearest, split_word, validated
 from hrm_ray.errors import UserError
@@ -18,6 +26,7 @@ from hrm_ray.tuning.space import Space, in_order
 Named = dict[str, Any]  # a name, and options of what it names
 
 
+DEFAULT_NAMES = {"sampler": "tpe", "pruner": "successive_halving"}
 BY_DEFAULT: dict[str, Direction] = {"eval/exact_accuracy": "maximize"}
 
 
@@ -68,8 +77,12 @@ class SweepConfig(Settings):
     train: tuple[str, ...]  # words of `hrm-ray train` that hold for all trials
     space: Space
     metric: dict[str, Direction] = Field(default_factory=lambda: dict(BY_DEFAULT))
-    sampler: Named = Field(default_factory=lambda: {"name": "tpe"})
-    pruner: Named | None = Field(default_factory=lambda: {"name": "successive_halving"})
+    sampler: Named = Field(
+        default_factory=dict, validate_default=True
+    )  # `name`, `seed` and options of Optuna's
+    pruner: Named | None = Field(
+        default_factory=dict, validate_default=True
+    )  # `name`, `metric` if another, options
     population: Population | None = None  # instead of a pruner
     num_trials: PositiveInt | None = None  # also those that fail; null: all points of a grid, else 20
     max_concurrent: PositiveInt | None = None  # null: as many as the cluster holds
@@ -111,9 +124,11 @@ class SweepConfig(Settings):
 
     @field_validator("sampler", "pruner", mode="before")
     @classmethod
-    def _name_alone(cls, value: Any) -> Any:
+    def _with_a_name(cls, value: Any, info: ValidationInfo) -> Any:
         if value in ("none", "null", False):
             return None
+        if isinstance(value, Mapping):
+            return {"name": DEFAULT_NAMES[str(info.field_name)], **value}
         return {"name": value} if isinstance(value, str) else value
 
     @field_validator("study")
@@ -135,8 +150,6 @@ class SweepConfig(Settings):
         for name in self.metric:
             direction_of(name)
         in_order(self.space)
-        if "name" not in self.sampler:
-            raise ValueError("sampler: has no name; give sampler: tpe, or {name: tpe, ...}")
         several = len(self.metric) > 1
         if several and self.pruner is not None and "pruner" in self.model_fields_set:
             raise ValueError(
@@ -149,6 +162,16 @@ class SweepConfig(Settings):
             raise ValueError(f"pruner: metric '{watched}' is never reported; {nearest(watched, DIRECTIONS)}")
         if watched in AT_THE_END:
             raise ValueError(f"pruner: metric {watched} is known at the end of a run only; give another")
+        if self.population and self.watched in AT_THE_END:
+            raise ValueError(
+                f"population: metric {self.watched} is known at the end of a run only; give another"
+            )
+        if self.population and self.num_trials == 1:
+            raise ValueError("population: of num_trials=1 has nobody to learn from; give at least 2")
+        if self.population and self.max_concurrent is not None:
+            raise ValueError(
+                "max_concurrent: the members of a population take turns where the cluster holds fewer; leave it out"
+            )
         if self.population and self.resources.num_workers > 1:
             raise ValueError("population: is for trials of one worker; set resources.num_workers=1")
         if self.run_name is not None and ("/" in self.run_name or self.run_name in (".", "..")):
@@ -173,7 +196,7 @@ SETTABLE = ("num_trials", "max_concurrent", "budget")  # of a sweep at work
 
 def plain(config: SweepConfig) -> dict[str, Any]:
     """As a YAML would hold it."""
-    return config.model_dump(mode="json", by_alias=True)
+    return config.model_dump(mode="json", by_alias=True) | {"pruner": config.prunes}
 
 
 def with_settings(config: SweepConfig, settings: Mapping[str, Any]) -> SweepConfig:
@@ -227,8 +250,8 @@ def sweep_config(
     values = override(values, mine, SweepConfig.model_fields)
     if isinstance(train, str):
         train = shlex.split(train)
-    if isinstance(train, (list, tuple)):
-        values["train"] = [*map(str, train), *more]
+    if isinstance(train, (list, tuple)) and (train or more):
+        values["train"] = _last_of_each([*map(str, train), *more])
     if values.get("run_name") is None:
         values["run_name"] = name
     _check_names(values, where)
@@ -252,6 +275,12 @@ def override(values: Mapping[str, Any], words: Sequence[str], keys: Collection[s
         else:
             _put(changed, first, rest, _value(word, text))
     return changed
+
+
+def _last_of_each(words: Sequence[str]) -> list[str]:
+    """The words without those whose key is given again later."""
+    last = {word.partition("=")[0]: word for word in words}
+    return list(last.values())
 
 
 def _first(word: str) -> str:

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.live import Live as LiveDisplay
 from rich.table import Table
 
+from hrm_ray.config.validate import as_text
 from hrm_ray.tuning.config import SweepConfig
 from hrm_ray.tuning.estimate import Estimate, Spent, duration
 from hrm_ray.tuning.execute import Live, Slot
 from hrm_ray.tuning.outline import Outline
 from hrm_ray.tuning.report import PAGE, front
-from hrm_ray.tuning.space import as_text
 from hrm_ray.tuning.study import ENDED, OUTCOME, REASON, ReadStudy, SweepStudy, num_trials_of
 from hrm_ray.tuning.sweep import SweepResult
 from hrm_ray.tuning.view import View
@@ -128,11 +128,13 @@ def outline_lines(config: SweepConfig, outline: Outline, slot: Slot, found: Esti
 def trial_line(study: ReadStudy, trial: FrozenTrial) -> str:
     """What became of a trial, in one line."""
     outcome = trial.user_attrs.get(OUTCOME, {})
-    parts = [f"trial {trial.number} {STATES.get(trial.state, trial.state.name)}"]
+    reason = trial.user_attrs.get(REASON)
     if trial.state == TrialState.COMPLETE:
-        parts[0] += f": {values_text(study, trial)}"
-    elif trial.user_attrs.get(REASON):
-        parts[0] += f": {trial.user_attrs[REASON]}"
+        parts = [f"trial {trial.number} complete: {values_text(study, trial)}"]
+    elif trial.state == TrialState.PRUNED:
+        parts = [f"trial {trial.number} {reason}"]
+    else:
+        parts = [f"trial {trial.number} {STATES[trial.state]}: {reason}"]
     if outcome.get("global_step"):
         parts.append(f"{outcome['global_step']} steps")
     parts.append(params_text(trial))
@@ -178,7 +180,7 @@ def ending(result: SweepResult) -> list[str]:
 
 def _took(summary: dict[str, Any]) -> str:
     spent, estimate = summary["spent"], summary["estimate"]
-    text = f"{duration(spent['wall_s'])} ({spent['cpu_s'] / 3600:.3g} CPU hours)"
+    text = f"{duration(spent['wall_s'])} ({duration(spent['cpu_s'])} of CPUs)"
     return f"{text}, estimated {duration(estimate['wall_s'])}" if estimate else text
 
 
@@ -188,6 +190,11 @@ def states_text(summary: dict[str, Any]) -> str:
     counts = [f"{count} {names[name]}" for name, count in summary["states"].items() if count]
     ended = sum(count for name, count in summary["states"].items() if name != TrialState.RUNNING.name)
     return f"{ended} of {summary['num_trials']} trials: {', '.join(counts) or 'none yet'}"
+
+
+def _state(name: str, is_running: bool) -> str:
+    state = TrialState[name]
+    return "to be continued" if state == TrialState.RUNNING and not is_running else STATES[state]
 
 
 def mean_text(row: dict[str, Any]) -> str:
@@ -218,6 +225,7 @@ def print_status(study: ReadStudy, summary: dict[str, Any], rows: list[dict[str,
         table.add_column(name)
     best = {row["number"] for row in summary["best"]}
     for row in rows:
+        row = {**row, "state": _state(row["state"], summary["is_running"])}
         shown = [_short(row[name]) if row[name] is not None else "" for name in columns]
         table.add_row(*shown, style="bold" if row["number"] in best else None)
     console.print(table)

@@ -2,11 +2,14 @@
 
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from hrm_ray.config.schema import TrainConfig
+from hrm_ray.errors import UserError
 from hrm_ray.training.plan import Plan
+from hrm_ray.training.ray_train import absolute
 from hrm_ray.tuning.config import Budget, Price
 from hrm_ray.tuning.execute import Slot
 
@@ -46,10 +49,10 @@ class Spent:
         return None
 
     def describe(self, price: Price) -> str:
-        """For a person: "12 min, 0.4 CPU hours"."""
-        parts = [duration(self.wall_s), f"{self.cpu_s / HOUR_S:.3g} CPU hours"]
+        """For a person: "12 min, 24 min of CPUs"."""
+        parts = [duration(self.wall_s), f"{duration(self.cpu_s)} of CPUs"]
         if self.gpu_s:
-            parts.append(f"{self.gpu_s / HOUR_S:.3g} GPU hours")
+            parts.append(f"{duration(self.gpu_s)} of GPUs")
         if self.money(price):
             parts.append(f"{self.money(price):.2f} of money")
         return ", ".join(parts)
@@ -113,21 +116,36 @@ def measure(run: TrainConfig, cpus: int) -> Probe:
     return Probe(step_s, eval_s, start_s)
 
 
-def probe(run: TrainConfig, slot: Slot) -> Probe:
-    """`measure` where the trials will run; several workers are taken to share the steps of one evenly."""
+def probe(runs: Sequence[TrainConfig], slot: Slot) -> Probe:
+    """`measure` the first of `runs` that can train, where the trials will run.
+
+    Several workers are taken to share the steps of one evenly.
+
+    Raises:
+        UserError: none of them can.
+    """
     import ray
 
-    values = run.model_dump(mode="json")
-    values["scaling"] = {"mode": "ray", "num_workers": 1}
-    if not slot.gpus:
-        values["device"] = "cpu"
     task: Any = ray.remote(num_cpus=slot.cpus, num_gpus=slot.gpus, max_retries=0)(_measured)
-    one = ray.get(task.remote(values, slot.cpus))
-    return Probe(one.step_s / slot.num_workers, one.eval_s / slot.num_workers, one.start_s)
+    problem = ""
+    for run in runs:
+        values = run.model_dump(mode="json") | {"data_path": absolute(run.data_path)}
+        values["scaling"] = {"mode": "ray", "num_workers": 1}
+        if not slot.gpus:
+            values["device"] = "cpu"
+        found = ray.get(task.remote(values, slot.cpus))
+        if isinstance(found, Probe):
+            return Probe(found.step_s / slot.num_workers, found.eval_s / slot.num_workers, found.start_s)
+        problem = problem or found
+    raise UserError(f"no trial can train: {problem}")
 
 
-def _measured(values: dict[str, Any], cpus: int) -> Probe:
-    return measure(TrainConfig.model_validate(values), cpus)
+def _measured(values: dict[str, Any], cpus: int) -> Probe | str:
+    """What was measured, or why that failed."""
+    try:
+        return measure(TrainConfig.model_validate(values), cpus)
+    except UserError as error:
+        return str(error)
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ class Live:
     phase: str = "waiting"
     started: float | None = None  # when it came to hold its resources, by time.monotonic
     end: dict[str, str] | None = None  # the outcome that it is to have at once, if any
+    copy: int = 0  # of a population: how often it went on from another's checkpoint
 
 
 class Stateless:
@@ -182,11 +183,25 @@ class Executor:
 
     def has_room(self) -> bool:
         """Whether one more trial may be asked for. With none at work always: what waits makes a cluster grow."""
-        if not self.live:
+        if not self.live or self.book.takes_turns:
             return True
         most = self.book.max_concurrent
         fit = self.slot.trials_in(living_nodes()) + (0 if self.is_private else 1)
         return len(self.live) < min(fit, most or fit)
+
+    def config_of(self, live: Live) -> dict[str, Any]:
+        """What its actor is told."""
+        run = live.run
+        values = run.model_dump(mode="json") | {"data_path": absolute(run.data_path)}
+        if not self.slot.gpus:  # Ray hides no GPU from an actor that asked for none
+            values["device"] = "cpu"
+        return {
+            "number": live.number,
+            "run": values,
+            "cpus": self.slot.cpus,
+            "metrics": self.book.metrics,
+            "copy": live.copy,
+        }
 
     def end(self, trial_id: str, outcome: dict[str, Any]) -> None:
         """What became of a trial."""
@@ -205,9 +220,11 @@ class Book:
     Attributes:
         max_concurrent: trials at once; None: as many as fit.
         max_failures: lost workers of a trial before it counts as failed; lost nodes do not count.
+        takes_turns: all trials begin, and take turns where the cluster holds fewer.
     """
 
     max_concurrent: int | None = None
+    takes_turns = False
     max_failures = 3
 
     def next(self) -> Live | None:
@@ -252,16 +269,7 @@ class Asks(Stateless, Searcher):
             # Only then, since "finished" cannot be taken back, and somebody may want more trials meanwhile.
             return Searcher.FINISHED if executor.book.is_over() and not executor.live else None
         executor.live[trial_id] = following
-        run = following.run
-        values = run.model_dump(mode="json") | {"data_path": absolute(run.data_path)}
-        if not executor.slot.gpus:  # Ray hides no GPU from an actor that asked for none
-            values["device"] = "cpu"
-        return {
-            "number": following.number,
-            "run": values,
-            "cpus": executor.slot.cpus,
-            "metrics": executor.book.metrics,
-        }
+        return executor.config_of(following)
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         """Called for trials that ended by themselves, were pruned, or failed beyond recovery; not at a stop."""

@@ -12,6 +12,8 @@ from hrm_ray.tuning.execute import Slot, living_nodes
 from hrm_ray.tuning.points import Points, checked
 from hrm_ray.tuning.study import num_trials_of
 
+NUM_PROBED = 5  # points at most, until one can train
+
 
 @dataclass(frozen=True)
 class Outline:
@@ -19,13 +21,13 @@ class Outline:
 
     Attributes:
         points: of it.
-        run: one in the middle of the space.
+        runs: some of the space, to be probed.
         first_step, last_step: of all points that were looked at, the first with a value, and the longest.
         refused: reasons, of as many points of `num_sampled`.
     """
 
     points: Points
-    run: TrainConfig
+    runs: list[TrainConfig]
     first_step: int
     last_step: int
     refused: list[str]
@@ -42,19 +44,19 @@ class Outline:
         last = max(plan.last_step for plan in plans)
         samplers.pruner(config.prunes, first_step=first, last_step=last)  # an unknown one is said now
         refused = [run for _, run in sampled if isinstance(run, str)]
-        return cls(points, runs[len(runs) // 2], first, last, refused, len(sampled))
+        return cls(points, runs[-NUM_PROBED:], first, last, refused, len(sampled))
 
     @property
     def rungs(self) -> list[tuple[int, float]]:
         return samplers.rungs(self.points.config.prunes, first_step=self.first_step, last_step=self.last_step)
 
     def estimate(self, slot: Slot) -> Estimate:
-        """From a probe of the run in the middle, on the cluster."""
+        """From a probe of one of them, on the cluster."""
         config = self.points.config
         at_once = min(slot.trials_in(living_nodes()), config.max_concurrent or self.last_step)
         return estimate(
-            probe(self.run, slot),
-            self.points.plan(self.run),
+            probe(self.runs, slot),
+            self.points.plan(self.runs[0]),
             self.rungs,
             num_trials_of(config),
             slot,

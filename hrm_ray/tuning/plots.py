@@ -8,38 +8,42 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import Any, TypeAlias
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from hrm_ray.config.validate import as_text
 from hrm_ray.errors import first_line
-from hrm_ray.tuning.space import as_text
+from hrm_ray.tuning.space import Range, as_category
 from hrm_ray.tuning.statistics import confidence
 from hrm_ray.tuning.study import ReadStudy
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+# Of matplotlib, which is loaded where it is used.
+Figure: TypeAlias = Any
+Axes: TypeAlias = Any
+Axis: TypeAlias = Any
 
 DPI = 130
 SLICES_IN_A_ROW = 4
 NUM_FOR_IMPORTANCES = 8  # complete trials; of fewer, the best tenth is one or two
 FAR_APART = 50  # values whose ratio is larger stand on a logarithmic axis
 INK, GRID = "#222222", "#dddddd"
-BEST = "#111111"
-STATES = {  # how a learning curve looks, by the state of its trial
+BEST, RUNG = "#111111", "#aaaaaa"
+STATES: dict[TrialState, tuple[str, str, Any]] = {  # how a learning curve looks, by the state of its trial
     TrialState.COMPLETE: ("complete", "#2f78b7", "-"),
     TrialState.PRUNED: ("pruned", "#e08a1e", "-"),
     TrialState.FAIL: ("failed", "#c9302c", "--"),
     TrialState.RUNNING: ("running", "#2a9d5c", ":"),
 }
-STYLE = {
+STYLE: Any = {
     "figure.facecolor": "white",
     "figure.figsize": (8.0, 4.2),
     "font.family": "sans-serif",
     "font.size": 10.0,
     "savefig.facecolor": "white",
+    "text.parse_math": False,  # a "$" in a value is no formula
 }
 
 Target = Callable[[FrozenTrial], float]
@@ -58,11 +62,9 @@ class Plots(dict[str, bytes]):
 
 
 def plots(study: ReadStudy) -> Plots:
-    """All plots that can say something of a sweep; one that fails is left out. Never raises."""
+    """All plots that can say something of a sweep; one that fails is left out."""
     found = Plots()
-    try:
-        import matplotlib.pyplot
-    except ImportError:
+    if find_spec("matplotlib") is None:
         found.failed["plots"] = "matplotlib is not installed; pip install matplotlib"
         return found
     for name, draw in _wanted(study):
@@ -86,7 +88,7 @@ def is_over_seeds(study: ReadStudy) -> bool:
     return list(study.config.space) == ["seed"]
 
 
-def _wanted(study: ReadStudy) -> Iterator[tuple[str, Callable[[], "Figure"]]]:
+def _wanted(study: ReadStudy) -> Iterator[tuple[str, Callable[[], Figure]]]:
     metrics = list(study.config.metric)
     complete = [t for t in study.trials(TrialState.COMPLETE) if all(map(math.isfinite, t.values))]
     params = sorted({key for trial in complete for key in trial.params})
@@ -100,16 +102,17 @@ def _wanted(study: ReadStudy) -> Iterator[tuple[str, Callable[[], "Figure"]]]:
         yield from _of_each(study, "history", _history)
         if len(complete) >= NUM_FOR_IMPORTANCES and len(params) > 1:
             yield from _of_each(study, "importances", _importances)
-        yield from _of_each(study, "slice", _slice)
         if len(params) > 1:
-            yield "parallel_coordinate", lambda: _parallel_coordinate(study)
+            yield "parallel_coordinate", lambda: _parallel_coordinate(study, params)
+    if complete and len(complete) + len(study.trials(TrialState.PRUNED)) > 1 and not is_over_seeds(study):
+        yield from _of_each(study, "slice", _slice)
     if not several and len({step for trial in study.trials() for step in trial.intermediate_values}) > 1:
         yield "rungs", lambda: _rungs(study)
 
 
 def _of_each(
-    study: ReadStudy, name: str, draw: Callable[[ReadStudy, int], "Figure"]
-) -> Iterator[tuple[str, Callable[[], "Figure"]]]:
+    study: ReadStudy, name: str, draw: Callable[[ReadStudy, int], Figure]
+) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """A plot, of several metrics one for each."""
     metrics = list(study.config.metric)
     for index, metric in enumerate(metrics):
@@ -138,26 +141,21 @@ def _off_screen() -> Iterator[None]:
                 pyplot.switch_backend(backend)
             else:
                 matplotlib.rcParams["backend"] = backend
-                pyplot._backend_mod = None  # type: ignore[attr-defined]
+                pyplot._backend_mod = None
 
 
-def _png(figure: "Figure") -> bytes:
+def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.12)
     return file.getvalue()
 
 
-def _figure_of(axes: "Axes") -> "Figure":
-    figure = axes.get_figure(root=True) if axes is not None else None
-    assert figure is not None
-    return figure
-
-
-def _dress(figure: "Figure") -> None:
+def _dress(figure: Figure) -> None:
     """The look of all plots, on top of that of Optuna's; titles stand on the page."""
     figure.suptitle("")
     for axes in figure.axes:
-        axes.set_title("")
+        for place in ("left", "center", "right"):
+            axes.set_title("", loc=place)
         axes.set_facecolor("white")
         axes.tick_params(colors=INK, labelsize=9)
         axes.xaxis.label.set(color=INK, size=10)
@@ -166,7 +164,7 @@ def _dress(figure: "Figure") -> None:
             spine.set(color="#888888", visible=spine.get_visible() and side not in ("top", "right"))
 
 
-def _grid(axes: "Axes") -> None:
+def _grid(axes: Axes) -> None:
     axes.set_axisbelow(True)
     axes.grid(True, color=GRID, linewidth=0.8)
     axes.grid(False, which="minor")
@@ -181,28 +179,45 @@ def _metric_names(study: ReadStudy) -> list[str]:
     return list(short_names(study.config.metric).values())
 
 
-def _scale_far_apart(axis: Any, values: Iterable[float]) -> None:
-    """A logarithmic axis for losses of which one has exploded."""
+def _scale_losses(axes: Axes, metric: str, values: Iterable[float]) -> None:
+    """A logarithmic axis for losses that are far apart, as where one has exploded."""
     finite = [value for value in values if math.isfinite(value)]
-    if finite and min(finite) > 0 and max(finite) > FAR_APART * min(finite):
-        axis.set_yscale("log")
+    is_far = bool(finite) and min(finite) > 0 and max(finite) > FAR_APART * min(finite)
+    if metric.endswith("loss") and is_far:
+        axes.set_yscale("log")
+        _tick_log(axes.yaxis)
 
 
-def _all_values(study: ReadStudy, index: int) -> list[float]:
-    return [trial.values[index] for trial in study.trials(TrialState.COMPLETE)]
+def _tick_log(axis: Axis) -> None:
+    """Ticks at plain numbers; few enough to have room, also on an axis of less than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    subs = (1.0,) if decades > 2.2 else (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 4.0, 7.0)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=8) if decades > 0.35 else MaxNLocator(4))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
 
 
-def _history(study: ReadStudy, index: int) -> "Figure":
+def _values(study: ReadStudy, index: int) -> tuple[str, list[float]]:
+    metric = list(study.config.metric)[index]
+    return metric, [trial.values[index] for trial in study.trials(TrialState.COMPLETE)]
+
+
+def _history(study: ReadStudy, index: int) -> Figure:
     from optuna.visualization import matplotlib as visual
 
     name = _metric_names(study)[index]
-    axes = visual.plot_optimization_history(study.study, target=_target(study, index), target_name=name)
-    figure = _figure_of(axes)
+    axes: Axes = visual.plot_optimization_history(study.study, target=_target(study, index), target_name=name)
+    figure = axes.get_figure()
     _dress(figure)
     _grid(axes)
-    _scale_far_apart(axes, _all_values(study, index))
+    _scale_losses(axes, *_values(study, index))
     axes.set_xlabel("trial")
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.collections[0].set_label("complete trial")
     best = [line for line in axes.lines if line.get_label() == "Best Value"]
     for line in best:
         line.set(color=BEST, alpha=1, linewidth=1.5, drawstyle="steps-post", label="best so far")
@@ -213,22 +228,22 @@ def _history(study: ReadStudy, index: int) -> "Figure":
     return figure
 
 
-def _legend_above(axes: "Axes", **options: Any) -> None:
+def _legend_above(axes: Axes, **options: Any) -> None:
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, fontsize=9, labelcolor=INK, **options
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False, fontsize=9, labelcolor=INK, **options
     )
 
 
-def _importances(study: ReadStudy, index: int) -> "Figure":
+def _importances(study: ReadStudy, index: int) -> Figure:
     from optuna.visualization import matplotlib as visual
 
-    axes = visual.plot_param_importances(
+    axes: Axes = visual.plot_param_importances(
         study.study,
         evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
         target=_loss(study, index),
         target_name=_metric_names(study)[index],
     )
-    figure = _figure_of(axes)
+    figure = axes.get_figure()
     _dress(figure)
     names = short_names(study.config.space)
     ticks = axes.get_yticks()
@@ -249,124 +264,186 @@ def _loss(study: ReadStudy, index: int) -> Target | None:
     return lambda trial: sign * trial.values[index]
 
 
-def _slice(study: ReadStudy, index: int) -> "Figure":
+def _slice(study: ReadStudy, index: int) -> Figure:
     from optuna.visualization import matplotlib as visual
 
-    found = visual.plot_slice(
-        study.study, target=_target(study, index), target_name=_metric_names(study)[index]
-    )
+    name = _metric_names(study)[index]
+    found: Any = visual.plot_slice(study.study, target=_target(study, index), target_name=name)
     every = list(found.flat) if hasattr(found, "flat") else [found]
-    figure = _figure_of(every[0])
-    figure.set_layout_engine("constrained")
-    colorbar = next(axes for axes in figure.axes if axes not in every)
+    figure = every[0].get_figure()
+    columns = _in_rows(figure, every)
     _dress(figure)
-    _in_rows(figure, every, colorbar)
-    _scale_far_apart(every[0], _all_values(study, index))
+    _scale_losses(every[0], *_values(study, index))
     names = short_names(study.config.space)
     for number, axes in enumerate(every):
         key = axes.get_xlabel()
-        _grid(axes)
-        axes.set_xlabel(names[key])
-        is_first = number % SLICES_IN_A_ROW == 0
-        axes.tick_params(labelleft=is_first, labelbottom=True)
-        axes.set_ylabel(_metric_names(study)[index] if is_first else "")
         for points in axes.collections:
-            points.set(cmap="viridis_r", edgecolor="white", linewidth=0.5)
-        if study.config.space[key].choice is not None:
-            _label_choices(axes)
+            points.set(
+                cmap="viridis_r", edgecolor="#555555", linewidth=0.5, clim=(0, len(study.trials()) - 1)
+            )
+        _add_pruned(study, axes, key)
+        _grid(axes)
+        _span(axes, study.config.space[key])
+        is_first = number % columns == 0
+        axes.tick_params(labelleft=is_first, labelbottom=True)
+        axes.set(xlabel=names[key], ylabel=name if is_first else "")
+    handles, labels = every[0].get_legend_handles_labels()
+    if "pruned, at its last value" in labels:
+        figure.legend(handles[-1:], labels[-1:], loc="outside upper left", frameon=False, fontsize=9)
     return figure
 
 
-def _in_rows(figure: "Figure", every: list["Axes"], colorbar: "Axes") -> None:
-    """Optuna puts all slices into one row."""
-    columns = min(len(every), SLICES_IN_A_ROW)
+def _in_rows(figure: Figure, every: list[Axes]) -> int:
+    """Optuna puts all slices into one row. Returns the number of columns."""
+    from matplotlib.ticker import MaxNLocator
+
     rows = math.ceil(len(every) / SLICES_IN_A_ROW)
-    figure.set_size_inches(8 if len(every) < 4 else 11, 3.6 if rows == 1 else 2.9 * rows)
-    grid = figure.add_gridspec(rows, columns + 1, width_ratios=[1.0] * columns + [0.05])
+    columns = math.ceil(len(every) / rows)
+    figure.set_layout_engine("constrained")
+    figure.set_size_inches((8, 4.2) if len(every) == 1 else (max(8, 2.6 * columns), 0.4 + 2.9 * rows))
+    grid = figure.add_gridspec(rows, columns)
     for number, axes in enumerate(every):
         axes.set_subplotspec(grid[number // columns, number % columns])
-    colorbar.set_subplotspec(grid[:, columns])
-    colorbar.set_box_aspect(None)
-    colorbar.set_ylabel("trial (later is darker)")
+    for axes in [axes for axes in figure.axes if axes not in every]:
+        axes.remove()
+    colorbar = figure.colorbar(every[-1].collections[0], ax=every, pad=0.02, aspect=40, label="trial")
+    colorbar.locator = MaxNLocator(integer=True)
+    return columns
 
 
-def _label_choices(axes: "Axes") -> None:
-    """The choices without quotes, aslant where they are long."""
-    ticks = axes.get_xticks()
-    texts = [_cut(label.get_text().strip("'\"")) for label in axes.get_xticklabels()]
-    is_long = sum(map(len, texts)) > 16
-    axes.set_xticks(ticks, texts, rotation=30 if is_long else 0, ha="right" if is_long else "center")
-    low, high = axes.get_xlim()
-    axes.set_xlim(min(low, -0.4), max(high, len(ticks) - 0.6))
+def _add_pruned(study: ReadStudy, axes: Axes, key: str) -> None:
+    """Where the best are few, as under successive halving, those that were given up say most of a key."""
+    if list(study.config.metric) != [study.config.watched]:
+        return
+    is_choice = study.config.space[key].choice is not None
+    x, y = [], []
+    for trial in study.trials(TrialState.PRUNED):
+        curve = _finite(study.seen(trial))
+        if key in trial.params and curve:
+            x.append(repr(trial.params[key]) if is_choice else trial.params[key])
+            y.append(curve[max(curve)])
+    _, color, _ = STATES[TrialState.PRUNED]
+    if x:
+        label = "pruned, at its last value"
+        axes.scatter(x, y, s=18, facecolors="none", edgecolors=color, linewidths=1, zorder=0.5, label=label)
+
+
+def _span(axes: Axes, values: Range) -> None:
+    """The whole range of a key, with ticks that can be read."""
+    if values.choice is not None:
+        ticks = axes.get_xticks()
+        known = {repr(as_category(value)): as_text(value) for value in values.choice}
+        texts = [_cut(known[label.get_text()]) for label in axes.get_xticklabels()]
+        slant = 0 if sum(map(len, texts)) <= 20 else 25 if len(texts) <= 5 else 90
+        axes.set_xticks(ticks, texts, rotation=slant, ha="right" if slant == 25 else "center")
+        axes.set_xlim(-0.4, len(texts) - 0.6)
+        return
+    low, high = values.distribution.low, values.distribution.high  # type: ignore[attr-defined]
+    if values.kind.startswith("log"):
+        margin = (high / low) ** 0.05
+        axes.set_xlim(low / margin, high * margin)
+        _tick_log(axes.xaxis)
+    else:
+        margin = 0.05 * (high - low) or 0.5
+        axes.set_xlim(low - margin, high + margin)
+        axes.xaxis.get_major_locator().set_params(nbins=5, integer=values.kind == "int")
 
 
 def _cut(text: str, most: int = 18) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _parallel_coordinate(study: ReadStudy) -> "Figure":
+def _parallel_coordinate(study: ReadStudy, params: list[str]) -> Figure:
     from optuna.visualization import matplotlib as visual
 
-    metrics = list(study.config.metric)
-    target_name = _metric_names(study)[0]
-    axes = visual.plot_parallel_coordinate(study.study, target_name=target_name)
-    figure = _figure_of(axes)
+    metrics = _metric_names(study)
+    axes: Axes = visual.plot_parallel_coordinate(study.study, target_name=metrics[0])
+    figure = axes.get_figure()
+    colorbar = figure.axes[1]
     _dress(figure)
-    lines = axes.collections[0]
-    lines.set(cmap="viridis_r" if _smaller_is_better(study) else "viridis", alpha=0.75, linewidth=1.4)
-    names = {**short_names(study.config.space), **short_names(metrics)}
-    ticks = axes.get_xticks()
-    labels = [names.get(label.get_text(), label.get_text()) for label in axes.get_xticklabels()]
-    axes.set_xticks(ticks, labels, rotation=-25, ha="left", rotation_mode="anchor")
-    figure.set_size_inches(max(8.0, 1.5 * len(labels) + 1.5), 4.6)
+    axes.collections[0].set(cmap=_best_is_dark(study), alpha=0.8, linewidth=1.4)
+    names = [*metrics, *(short_names(study.config.space)[key] for key in params)]
+    axes.set_xticks(axes.get_xticks(), names, rotation=-20, ha="left", rotation_mode="anchor")
+    figure.set_size_inches(max(8.0, 1.4 * len(names) + 1.5), 4.4)
+    if len(metrics) > 1:
+        colorbar.set_ylabel("Pareto rank (0: the front)")
+    spaces = [None] * (len(metrics) - 1) + [study.config.space[key] for key in params]
+    for other, values in zip(figure.axes[2:], spaces, strict=True):
+        _tick_parallel(other, values)
     for other in figure.axes:
         other.grid(False)
-        for side in ("left", "right"):
-            other.spines[side].set_visible(True)
-        texts = [_cut(label.get_text().strip("'\""), 12) for label in other.get_yticklabels()]
-        if other not in (axes, figure.axes[1]) and not _are_numbers(texts):
-            other.set_yticks(other.get_yticks(), texts)
+        if other is not colorbar:
+            _halo(other)
     return figure
 
 
-def _smaller_is_better(study: ReadStudy) -> bool:
-    """Of several metrics the colour is the rank, which is best when small."""
-    return len(study.config.metric) > 1 or "minimize" in study.config.metric.values()
+def _best_is_dark(study: ReadStudy) -> str:
+    """A color map; of several metrics the colour is the rank, which is best when small."""
+    smaller_is_better = len(study.config.metric) > 1 or "minimize" in study.config.metric.values()
+    return "viridis" if smaller_is_better else "viridis_r"
 
 
-def _are_numbers(texts: list[str]) -> bool:
-    return all(text == "" or text[0] in "0123456789-−$" for text in texts)
+def _tick_parallel(axes: Axes, values: Range | None) -> None:
+    """Ticks of one key; None: of a metric."""
+    axes.spines["right"].set_visible(True)
+    if axes.get_yscale() == "log":
+        _tick_log(axes.yaxis)
+        return
+    ticks = list(zip(axes.get_yticks(), [label.get_text() for label in axes.get_yticklabels()], strict=True))
+    missing = [(tick, "none") for tick, text in ticks if text == "None"]  # the key's condition does not hold
+    if values is None:
+        return
+    if values.kind == "int":
+        low, high = axes.get_ylim()
+        begin = values.distribution.low if missing else math.ceil(low)  # type: ignore[attr-defined]
+        every = max(1, math.ceil((high - begin) / 8))
+        ticks = [*missing, *((tick, str(tick)) for tick in range(begin, math.floor(high) + 1, every))]
+    elif values.choice is not None or missing:
+        known = {str(as_category(value)): as_text(value) for value in values.choice or ()}
+        ticks = [(tick, _cut(known.get(text, text), 14)) for tick, text in ticks if text != "None"] + missing
+    else:
+        return
+    axes.set_yticks([tick for tick, _ in ticks], [text for _, text in ticks])
 
 
-def _pareto_front(study: ReadStudy) -> "Figure":
+def _halo(axes: Axes) -> None:
+    """Labels that stand among lines."""
+    from matplotlib.patheffects import withStroke
+
+    for label in axes.get_yticklabels():
+        label.set_path_effects([withStroke(linewidth=3, foreground="white")])
+
+
+def _pareto_front(study: ReadStudy) -> Figure:
     from optuna.visualization import matplotlib as visual
 
-    axes = visual.plot_pareto_front(study.study, target_names=_metric_names(study))
-    figure = _figure_of(axes)
+    axes: Axes = visual.plot_pareto_front(study.study, target_names=_metric_names(study))
+    figure = axes.get_figure()
     figure.set_size_inches(8, 4.6)
     _dress(figure)
     if len(study.config.metric) == 2:
         _grid(axes)
     for points in axes.collections:
         is_best = points.get_label() == "Best Trial"
-        points.set(label="none is better in all" if is_best else "others", alpha=1)
-        points.set_facecolor(BEST if is_best else "#8fb8da")
+        color = BEST if is_best else "#8fb8da"
+        points.set(label="Pareto front" if is_best else "other", facecolor=color, edgecolor=color)
     _legend_above(axes)
     return figure
 
 
-def _rungs(study: ReadStudy) -> "Figure":
+def _rungs(study: ReadStudy) -> Figure:
     """Learning curves of the watched metric, one line a trial."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(layout="constrained")
     trials = study.trials()
-    best = study.study.best_trial.number if study.trials(TrialState.COMPLETE) else None
+    has_best = bool(study.trials(TrialState.COMPLETE)) and not is_over_seeds(study)
+    best = study.study.best_trial.number if has_best else None
     curves = {trial.number: _finite(study.seen(trial)) for trial in trials}
     last_step = max((step for curve in curves.values() for step in curve), default=0)
     for step in study.rungs:
         if step < last_step:
-            axes.axvline(step, color="#aaaaaa", linewidth=0.8, zorder=0)
+            axes.axvline(step, color=RUNG, linewidth=0.8, zorder=0)
     for trial in trials:
         curve = curves[trial.number]
         if not curve:
@@ -379,7 +456,8 @@ def _rungs(study: ReadStudy) -> "Figure":
             color, line, width, order = BEST, "-", 2.4, 4
         axes.plot(steps, values, color=color, linestyle=line, linewidth=width, alpha=0.85, zorder=order)
         axes.plot(steps[-1], values[-1], "o", color=color, markersize=3.5, zorder=order)
-    _scale_far_apart(axes, [value for curve in curves.values() for value in curve.values()])
+    seen = [value for curve in curves.values() for value in curve.values()]
+    _scale_losses(axes, study.config.watched, seen)
     _dress(figure)
     _grid(axes)
     axes.grid(False, axis="x")
@@ -396,15 +474,21 @@ def _finite(curve: Mapping[int, float]) -> dict[int, float]:
 def _curve_legend(study: ReadStudy, best: int | None, curves: Mapping[int, Mapping[int, float]]) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    shown = [] if best is None else [Line2D([], [], color=BEST, linewidth=2.4, label=f"best: trial {best}")]
+    shown = []
+    if best is not None:
+        shown.append(Line2D([], [], color=BEST, linewidth=2.4, label=f"best: trial {best}"))
     for state, (text, color, line) in STATES.items():
-        count = sum(bool(curves[trial.number]) for trial in study.trials(state))
-        if count:
-            shown.append(Line2D([], [], color=color, linestyle=line, label=f"{count} {text}"))
+        numbers = {trial.number for trial in study.trials(state) if curves[trial.number]}
+        other = "other " if best in numbers else ""
+        if numbers - {best}:
+            count = len(numbers - {best})
+            shown.append(Line2D([], [], color=color, linestyle=line, label=f"{count} {other}{text}"))
+    if study.rungs:
+        shown.append(Line2D([], [], color=RUNG, linewidth=0.8, label="rungs"))
     return shown
 
 
-def _seeds(study: ReadStudy, complete: list[FrozenTrial]) -> "Figure":
+def _seeds(study: ReadStudy, complete: list[FrozenTrial]) -> Figure:
     """The value of every seed, and the mean of all with its 95 % confidence interval."""
     from matplotlib import pyplot
 

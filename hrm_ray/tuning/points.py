@@ -10,13 +10,13 @@ import optuna
 from hrm_ray.config.arch import architectures
 from hrm_ray.config.compose import ALIASES, GROUPS, train_config
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.config.validate import known_keys, nearest, split_word
+from hrm_ray.config.validate import as_text, known_keys, nearest, split_word
 from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.errors import UserError
 from hrm_ray.training.plan import Plan
 from hrm_ray.tuning.config import SweepConfig
 from hrm_ray.tuning.metrics import AT_THE_END
-from hrm_ray.tuning.space import Point, as_text, suggest, words_of
+from hrm_ray.tuning.space import Point, suggest, words_of
 
 NUM_SAMPLES = 12  # points that are looked at before a sweep starts
 OF_THE_SWEEP = {  # keys that a sweep sets for its trials, and by which of its own

@@ -11,6 +11,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hrm_ray.training.storage import Storage
 from hrm_ray.tuning.estimate import Spent
+from hrm_ray.tuning.lineage import history, point_of
+from hrm_ray.tuning.page import page
+from hrm_ray.tuning.plots import plots
 from hrm_ray.tuning.points import Points
 from hrm_ray.tuning.study import ENDED, ESTIMATE, OUTCOME, REASON, ReadStudy
 
@@ -18,6 +21,7 @@ TABLE = "trials.csv"
 BEST = "best.yaml"
 SUMMARY = "summary.json"
 PAGE = "index.html"
+PLOTS = "plots"
 
 
 def ranked(study: ReadStudy) -> list[FrozenTrial]:
@@ -52,7 +56,7 @@ def row(study: ReadStudy, trial: FrozenTrial) -> dict[str, Any]:
     """A trial as it stands in trials.csv."""
     outcome = trial.user_attrs.get(OUTCOME, {})
     values = trial.values if trial.state == TrialState.COMPLETE else [None] * len(study.config.metric)
-    params = {key: trial.params.get(key) for key in study.config.space}
+    params = dict.fromkeys(study.config.space) | point_of(trial, study.config.space)
     return {
         "number": trial.number,
         "state": trial.state.name,
@@ -68,9 +72,8 @@ def row(study: ReadStudy, trial: FrozenTrial) -> dict[str, Any]:
 
 def words(study: ReadStudy, trial: FrozenTrial) -> list[str]:
     """Those of ``hrm-ray train`` that repeat a trial, under a name of its own."""
-    point = {key: trial.params[key] for key in study.config.space if key in trial.params}
     return [
-        *Points(study.config, study.gpus).words(point),
+        *Points(study.config, study.gpus).words(point_of(trial, study.config.space)),
         f"run_name={study.config.run_name}-{trial.number:04d}",
     ]
 
@@ -102,7 +105,8 @@ def describe(folder: Storage, study: ReadStudy, trial: FrozenTrial) -> dict[str,
     return {
         "number": trial.number,
         "values": dict(zip(study.config.metric, trial.values, strict=True)),
-        "params": dict(trial.params),
+        "params": point_of(trial, study.config.space),
+        **({"history": history(trial)} if history(trial) else {}),
         "words": repeating,
         "command": f"hrm-ray train {shlex.join(repeating)}",
         "run": str(folder / f"trial-{trial.number:04d}"),
@@ -134,6 +138,10 @@ def summarise(
     }
 
 
-def write(folder: Storage, study: ReadStudy, summary: dict[str, Any]) -> None:
-    """Write summary.json and the page."""
+def write(folder: Storage, study: ReadStudy, summary: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write summary.json, the plots and the page."""
     folder.write(SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+    pngs = plots(study)
+    for name, png in pngs.items():
+        folder.write(f"{PLOTS}/{name}.png", png)
+    folder.write(PAGE, page(study, summary, rows, pngs).encode())

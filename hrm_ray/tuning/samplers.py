@@ -15,10 +15,18 @@ import optuna
 from hrm_ray.config.validate import nearest
 from hrm_ray.errors import UserError
 
+
+class Grid(optuna.samplers.GridSampler):
+    """Optuna's, which at the end of the grid stops a loop of Optuna's own; here there is none."""
+
+    def after_trial(self, *about: Any) -> None:
+        pass
+
+
 SAMPLERS: dict[str, type[optuna.samplers.BaseSampler]] = {
     "tpe": optuna.samplers.TPESampler,
     "random": optuna.samplers.RandomSampler,
-    "grid": optuna.samplers.GridSampler,
+    "grid": Grid,
     "gp": optuna.samplers.GPSampler,
     "cmaes": optuna.samplers.CmaEsSampler,
     "qmc": optuna.samplers.QMCSampler,

@@ -10,15 +10,15 @@
 A point of the space is a value for every key whose condition holds; its words are those of ``hrm-ray train``.
 """
 
-import json
 import math
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Annotated, Any
 
 import optuna
 from pydantic import BeforeValidator, Field, PositiveFloat, field_validator, model_validator
 
-from hrm_ray.config.validate import Settings, nearest
+from hrm_ray.config.validate import Settings, as_text, nearest
 from hrm_ray.errors import UserError
 
 Point = dict[str, Any]
@@ -85,7 +85,8 @@ class Range(Settings):
             high = low + (high - low) // step * step
             return optuna.distributions.IntDistribution(low, high, log=self.kind == "log_int", step=step)
         if self.step is not None:
-            high = low + math.floor((high - low) / self.step + 1e-9) * self.step
+            start, width = Decimal(str(low)), Decimal(str(self.step))  # as Optuna counts the steps
+            high = float(start + (Decimal(str(high)) - start) // width * width)
         return optuna.distributions.FloatDistribution(low, high, log=self.kind == "log", step=self.step)
 
     def holds(self, point: Point) -> bool:
@@ -113,15 +114,6 @@ def _as_range(value: Any) -> Any:
 
 
 Space = dict[str, Annotated[Range, BeforeValidator(_as_range)]]
-
-
-def as_text(value: Any) -> str:
-    """A value as it is written behind ``key=``; a number with all its digits."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, float):
-        return repr(value)
-    return json.dumps(value, separators=(",", ":"))
 
 
 def as_category(value: Any) -> Any:

@@ -7,6 +7,7 @@ One driver at a time asks and tells. Other processes may read it, and write down
 import fcntl
 import json
 import logging
+import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +19,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import FrozenTrial, TrialState
 
+from hrm_ray.config.validate import as_text
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.training.storage import Storage
 from hrm_ray.tuning import samplers
 from hrm_ray.tuning.config import SETTABLE, SweepConfig, plain, with_settings
-from hrm_ray.tuning.space import Point, as_sampled, as_text, suggest
+from hrm_ray.tuning.space import Point, as_sampled, suggest
 
 LOG = "study.log"
 # Attributes of the study.
@@ -37,6 +39,7 @@ GPUS = "gpus"
 REASON = "reason"
 OUTCOME = "outcome"  # global_step, train_s, num_params, ...
 
+NUM_TRIALS = 20  # unless the sweep says
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 logging.getLogger("optuna").setLevel(logging.ERROR)
@@ -191,17 +194,17 @@ class SweepStudy(ReadStudy):
         self._sampler(0)  # what is wrong with it is said before anything is written
         pruner = samplers.pruner(config.prunes, first_step=first_step, last_step=last_step)
         storage = study_storage(folder, config.study)
-        study = optuna.create_study(
-            storage=storage,
-            study_name=config.run_name,
-            directions=list(config.metric.values()),
-            load_if_exists=True,
-            pruner=pruner,
-        )
+        before = earlier(folder, config)
+        if before is None:
+            directions = list(config.metric.values())
+            study = optuna.create_study(storage=storage, study_name=config.run_name, directions=directions)
+        else:
+            _check_same(before.get(CONFIG, plain(config)), plain(config), folder)
+            study = optuna.load_study(storage=storage, study_name=config.run_name)
+        study.pruner = pruner
         super().__init__(study, config)
         before = self.study.user_attrs.get(CONFIG)
         if before is not None:
-            _check_same(before, plain(config), folder)
             self._settle({*given, *(key for key in SETTABLE if before.get(key) != plain(config)[key])})
         else:
             for point in config.try_first[: self.num_trials]:
@@ -252,7 +255,7 @@ class SweepStudy(ReadStudy):
 
     def should_prune(self, number: int) -> bool:
         """Whether the pruner gives the trial up, after its last report."""
-        return len(self.config.metric) == 1 and self._asked[number].should_prune()
+        return len(self.config.metric) == 1 and bool(self._asked[number].should_prune())
 
     def note(self, number: int, key: str, value: Any) -> None:
         """An attribute of a trial."""
@@ -309,16 +312,12 @@ def grid_of(config: SweepConfig) -> dict[str, list[Any]] | None:
 
 
 def num_trials_of(config: SweepConfig) -> int:
-    """`num_trials`, or what stands for it."""
-    if config.num_trials is not None:
-        return config.num_trials
+    """`num_trials`, or what stands for it; of a grid not more than it has points."""
     grid = grid_of(config) if config.sampler.get("name") == "grid" else None
     if grid is None:
-        return 20
-    count = 1
-    for values in grid.values():
-        count *= len(values)
-    return count
+        return config.num_trials or NUM_TRIALS
+    size = math.prod(map(len, grid.values()))
+    return min(config.num_trials or size, size)
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Storage) -> None:

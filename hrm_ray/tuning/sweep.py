@@ -18,7 +18,9 @@ from typing import Any
 
 import yaml
 from optuna.trial import TrialState
+from ray.tune.schedulers import TrialScheduler
 
+from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import validated
 from hrm_ray.data.files import writing
 from hrm_ray.errors import RunFailed, UserError
@@ -30,10 +32,12 @@ from hrm_ray.tuning import report
 from hrm_ray.tuning.config import Repeat, SweepConfig, plain, with_settings
 from hrm_ray.tuning.estimate import Spent
 from hrm_ray.tuning.execute import ALIKE, Book, Executor, Live, Slot, check_fits, session
+from hrm_ray.tuning.explore import changeable
+from hrm_ray.tuning.lineage import drop_unknown, history, point_of
 from hrm_ray.tuning.outline import Outline, check_budget, slot_of
 from hrm_ray.tuning.points import Points, value_of
 from hrm_ray.tuning.runs import SHORTENING, Planned, RunsBook, other_seeds, spread, with_seed, without
-from hrm_ray.tuning.space import words_of
+from hrm_ray.tuning.space import Point, words_of
 from hrm_ray.tuning.study import ENDED, ESTIMATE, OUTCOME, SPENT, SweepStudy, earlier, mend
 from hrm_ray.tuning.view import View
 
@@ -92,28 +96,55 @@ class SweepBook(Book):
         points: what its points mean.
         folder: of the sweep.
         view: told of every trial that has ended.
+        changeable: keys that change in the members of a population.
     """
 
-    def __init__(self, study: SweepStudy, points: Points, folder: Storage, view: View):
+    def __init__(
+        self,
+        study: SweepStudy,
+        points: Points,
+        folder: Storage,
+        view: View,
+        changeable: Sequence[str] = (),
+    ):
         self.study, self.points, self.folder, self.view = study, points, folder, view
+        self.changeable = changeable
         self.config = points.config
+        self.takes_turns = self.config.population is not None
         self.max_concurrent = self.study.config.max_concurrent
         self._cleared: set[int] = set()
+        self._last_steps: dict[int, int] = {}
 
     def next(self) -> Live | None:
         while True:
             following = self.study.next_trial()
             if following is None:
                 return None
-            number, point = following
+            number, _ = following
+            trial = self.study.trials()[number]
+            point = point_of(trial, self.config.space)
             try:
-                run = self.points.run(point, str(self.folder), trial_name(number))
+                run = self.run_of(number, point)
             except UserError as error:
                 self.study.fail(number, str(error))
                 self._ended(number)
                 continue
             self.max_failures = run.failure.max_failures
-            return Live(number, run, self.points.plan(run).last_step, " ".join(words_of(point)))
+            last_step = self._last_steps[number] = self.points.plan(run).last_step
+            copy = len(history(trial))
+            drop_unknown(self.folder / trial_name(number), copy)
+            return Live(number, run, last_step, " ".join(words_of(point)), copy=copy)
+
+    def run_of(self, number: int, point: Point) -> TrainConfig:
+        """The run of a trial. Raises UserError if its point is refused."""
+        return self.points.run(point, str(self.folder), trial_name(number))
+
+    def scheduler(self, executor: Executor) -> TrialScheduler:
+        if self.config.population is None:
+            return super().scheduler(executor)
+        from hrm_ray.tuning.population import Evolves
+
+        return Evolves(executor, self)
 
     def is_over(self) -> bool:
         return len(self.study.trials(*ENDED)) >= self.study.num_trials
@@ -127,7 +158,8 @@ class SweepBook(Book):
         if watched not in metrics:
             return None
         self.study.report(number, step, metrics[watched])
-        return f"pruned at step {step}" if self.study.should_prune(number) else None
+        prunes = self.study.should_prune(number) and step < self._last_steps[number]
+        return f"pruned at step {step}" if prunes else None
 
     def end(self, live: Live, outcome: dict[str, Any]) -> None:
         number, study = live.number, self.study
@@ -274,6 +306,7 @@ def run_sweep(
     """
     view = view or View()
     outline = Outline.of(config)
+    changes = changeable(outline.points, outline.last_step) if config.population is not None else []
     folder = sweep_folder(config)
     signals = StopRequest()
     with signals.listening(), ExitStack() as stack:
@@ -286,7 +319,7 @@ def run_sweep(
             view.outline(config, outline, slot, outline.estimate(slot))
             return None
         study = _opened(folder, config, given, yes, outline, slot, view)
-        book = SweepBook(study, Points(config, slot.gpus), folder, view)
+        book = SweepBook(study, Points(config, slot.gpus), folder, view, changes)
         driver = Driver(book, signals, slot, view)
         executor = Executor(book, slot, is_private=is_private, stop=driver.why_stop, on_tick=driver.tick)
         repeated = None
@@ -301,7 +334,7 @@ def run_sweep(
             book.clear(wait_s=10)
             rows = report.write_table(folder, study)
             summary = report.summarise(folder, study, rows, driver.spent, executor.stop_reason, repeated)
-            report.write(folder, study, summary)
+            report.write(folder, study, summary, rows)
     if executor.stop_reason == "failures":
         raise RunFailed(
             f"{ALIKE} trials failed alike, the last: {executor.last_failure}; mend that, and the same command goes on"

@@ -20,6 +20,7 @@ from hrm_ray.errors import NotFinite, TooLittleMemory, UserError, first_line
 from hrm_ray.training.logging import METRICS_FILE
 from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import run_folder
+from hrm_ray.tuning.lineage import take_over
 
 HEARTBEAT_S = 1.0  # a result comes at least so often
 STOP_TIMEOUT_S = 600.0  # how long a run may take for its step and checkpoint when it is told to stop
@@ -107,7 +108,8 @@ def _earlier(run: Storage) -> Iterator[dict[str, Any]]:
 
 
 class Trial(tune.Trainable):
-    """Its `config`: `number`, `run` (a TrainConfig as a mapping), `cpus`, and `metrics` to tell of."""
+    """Its `config`: `number`, `run` (a TrainConfig as a mapping), `cpus`, `metrics` to tell of, and of a population the
+    number of the `copy` that it goes on from."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self._run: Run | None = None
@@ -125,7 +127,9 @@ class Trial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """What has come since the last call: `reports` [(global_step, metrics)], and at the end the `outcome`."""
         if self._run is None:
-            self._run = Run(TrainConfig.model_validate(self._point["run"]), self._point["cpus"])
+            config = TrainConfig.model_validate(self._point["run"])
+            take_over(run_folder(config), self._point["copy"], STOP_TIMEOUT_S)
+            self._run = Run(config, self._point["cpus"])
         run = self._run
         reports = self._new_reports(run)
         result: dict[str, Any] = {
@@ -153,6 +157,10 @@ class Trial(tune.Trainable):
             if told:
                 found.append([record["global_step"], told])
         return found
+
+    def let_go(self) -> None:
+        """End the loop, with a checkpoint, since the trial is to pause."""
+        self._end()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: the loop writes its own."""

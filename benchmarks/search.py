@@ -1,0 +1,134 @@
+"""Does choosing pay? TPE with pruning against random search without, by the steps that all their trials train.
+
+    python -m benchmarks.search data=data/sudoku-4x4 out=docs/search.png
+
+For each of three seeds both search the same space (lr, weight decay, warm-up, halting's exploration) with as many
+trials. The result is the share of random search's steps in which TPE with pruning reaches what random search has found
+in the end. Steps, not seconds: so other load on the machine changes nothing.
+"""
+
+import statistics
+import tempfile
+from itertools import accumulate
+from pathlib import Path
+
+from benchmarks import front
+from hrm_ray.errors import UserError
+from hrm_ray.tuning.config import SweepConfig, sweep_config
+from hrm_ray.tuning.status import opened
+from hrm_ray.tuning.study import ENDED, OUTCOME
+from hrm_ray.tuning.sweep import run_sweep, sweep_folder
+
+SEEDS = (0, 1, 2)
+KINDS = {
+    "random": {"sampler": "random", "pruner": None},
+    "tpe": {"sampler": "tpe", "pruner": {"name": "successive_halving", "reduction_factor": 3}},
+}
+
+
+def sweep_of(data: str, folder: str, kind: str, seed: int, trials: int, steps: int) -> SweepConfig:
+    train = (
+        f"experiment=quickstart data={data} global_batch_size=32 arch.H_layers=1 arch.L_layers=1 arch.hidden_size=64 "
+        f"arch.num_heads=2 epochs=1 max_steps={steps} eval_interval_steps={steps // 9} num_eval_examples=200 "
+        "tensorboard=false keep_last=1"
+    )
+    space = {
+        "lr": {"log": [1e-4, 3e-2]},
+        "weight_decay": {"log": [1e-2, 10]},
+        "lr_warmup_ratio": {"uniform": [0.01, 0.5]},
+        "arch.halt_exploration_prob": {"uniform": [0, 1]},
+    }
+    values = KINDS[kind]
+    return sweep_config(
+        {
+            "train": train,
+            "space": space,
+            "metric": "eval/accuracy",
+            "num_trials": trials,
+            "storage": folder,
+            "run_name": f"{kind}-{seed}",
+            "keep": 1,
+            **values,
+            "sampler": {"name": values["sampler"], "seed": seed},
+        }
+    )
+
+
+def curve(config: SweepConfig) -> tuple[list[int], list[float]]:
+    """Steps of all trials that have ended, one after another, and the best value of those that are complete."""
+    trials = sorted(opened(sweep_folder(config)).trials(*ENDED), key=lambda trial: trial.datetime_complete)
+    steps = list(accumulate(trial.user_attrs[OUTCOME]["global_step"] for trial in trials))
+    best = list(accumulate((trial.values[0] if trial.values else 0.0 for trial in trials), max))
+    return steps, best
+
+
+def measure(data: str, out: str, trials: int, steps: int) -> dict:
+    if steps < 18:
+        raise UserError(f"steps={steps}: at least 18, for two evaluations")
+    curves: dict[str, list[tuple[list[int], list[float]]]] = {kind: [] for kind in KINDS}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in SEEDS:
+            for kind in KINDS:
+                config = sweep_of(data, folder, kind, seed, trials, steps)
+                run_sweep(config)
+                curves[kind].append(curve(config))
+    shares = []
+    for random, tpe in zip(curves["random"], curves["tpe"], strict=True):
+        target, total = random[1][-1], random[0][-1]
+        reached = next((step for step, best in zip(*tpe, strict=True) if best >= target), None)
+        shares.append(None if reached is None else round(reached / total, 3))
+    _plot(curves, Path(out))
+    known = [share for share in shares if share is not None]
+    return {
+        "benchmark": "search",
+        "share_of_steps": shares,
+        "median": statistics.median(known) if len(known) == len(shares) else None,
+        "random": [{"steps": s[-1], "best": round(b[-1], 4)} for s, b in curves["random"]],
+        "tpe": [{"steps": s[-1], "best": round(b[-1], 4)} for s, b in curves["tpe"]],
+        "trials": trials,
+        "steps": steps,
+        "plot": out,
+    }
+
+
+def _plot(curves: dict[str, list[tuple[list[int], list[float]]]], out: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for kind, color, label in (
+        ("random", "tab:gray", "random search, no pruning"),
+        ("tpe", "tab:blue", "TPE with successive halving"),
+    ):
+        for seed, (steps, best) in enumerate(curves[kind]):
+            axes.step(
+                [0, *steps],
+                [0.0, *best],
+                where="post",
+                color=color,
+                alpha=1 - 0.25 * seed,
+                label=label if seed == 0 else None,
+            )
+    axes.set(xlabel="optimizer steps of all trials", ylabel="best eval/accuracy so far")
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
+    figure.savefig(out, dpi=130)
+
+
+def tell(result: dict) -> str:
+    lines = ["seed  random: best, steps    TPE: best, steps    share of the steps to reach random's best"]
+    for seed, share in enumerate(result["share_of_steps"]):
+        random, tpe = result["random"][seed], result["tpe"][seed]
+        lines.append(
+            f"{seed:4}  {random['best']:12.4f} {random['steps']:7}  {tpe['best']:10.4f} {tpe['steps']:7}    "
+            f"{'never' if share is None else share}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    front.run(__doc__, measure, tell, {"data": str, "out": "search.png", "trials": 20, "steps": 270})
+
+
+if __name__ == "__main__":
+    main()

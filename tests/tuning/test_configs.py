@@ -1,0 +1,233 @@
+"""The sweeps that ship: each is what its file says, and every key of a sweep is checked before it starts."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hrm_ray.config.schema import TrainConfig
+from hrm_ray.data.pipeline import build
+from hrm_ray.data.recipe import load_recipe
+from hrm_ray.errors import UserError
+from hrm_ray.tuning.config import load_sweep, sweep_config, sweep_folders, sweep_names
+from hrm_ray.tuning.outline import Outline
+from hrm_ray.tuning.points import Points, checked, value_of
+from hrm_ray.tuning.study import grid_of, num_trials_of
+from tests.toy import toy_dataset
+
+SHIPPED = ("architectures", "lr_wd_anneal", "multi_objective", "pbt", "quickstart_lr", "seeds")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, Path]:
+    """Small ones of the data sets that the sweeps name."""
+    folder = tmp_path_factory.mktemp("data")
+    found = {}
+    for size in (4, 6):
+        toy_dataset(folder / str(size), num_train=12_000, num_test=300, vocab_size=size + 1, seq_len=size**2)
+        found[f"data/sudoku-{size}x{size}"] = folder / str(size)
+    return found
+
+
+def test_these_are_all():
+    assert sweep_names() == list(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_sweep_that_ships_can_start(name, data, monkeypatch):
+    """All points that are tried compose, and the pruner has rungs to look at."""
+    config = load_sweep(name)
+    assert config.run_name == name
+    monkeypatch.setattr(Points, "_dataset", lambda self, path: _opened(data[path]))
+    outline = Outline.of(config)
+    assert not outline.refused
+    if config.prunes:
+        assert len(outline.rungs) > 1 or config.prunes["name"] != "successive_halving"
+        assert outline.first_step < outline.last_step
+    text = (sweep_folders()[0] / f"{name}.yaml").read_text()
+    assert text.startswith("# ") and f"#   hrm-ray tune {name}" in text
+
+
+def _opened(folder: Path):
+    from hrm_ray.data.shards import open_dataset
+
+    return open_dataset(folder)
+
+
+def test_the_shortest_sweep_is_a_few_lines(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: experiment=quickstart\nspace:\n  lr: {log: [1e-4, 1e-2]}\n")
+    config = load_sweep(str(file))
+    assert (config.run_name, config.metric) == ("mine", {"eval/exact_accuracy": "maximize"})
+    assert (config.sampler["name"], config.prunes["name"], num_trials_of(config)) == (
+        "tpe",
+        "successive_halving",
+        20,
+    )
+
+
+def test_words_change_the_sweep_or_all_its_trials():
+    words = [
+        "storage=DIR",
+        "run_name=s",
+        "num_trials=6",
+        "max_steps=60",
+        "sampler.seed=3",
+        "budget.cpu_hours=2",
+    ]
+    config = load_sweep("quickstart_lr", [*words, "space.weight_decay={uniform: [0, 1]}", "epochs=3"])
+    assert (config.storage, config.run_name, config.num_trials) == ("DIR", "s", 6)
+    assert config.sampler == {"name": "tpe", "seed": 3} and config.budget.cpu_hours == 2
+    assert config.train[-2:] == ("num_eval_examples=256", "max_steps=60") and "epochs=3" in config.train
+    assert "epochs=4" not in config.train  # said again, it holds
+    assert list(config.space) == ["lr", "weight_decay"]
+    assert load_sweep("quickstart_lr", ["pruner=median"]).pruner == {"name": "median"}
+    assert load_sweep("quickstart_lr", ["pruner=none"]).pruner is None
+
+
+def test_a_grid_has_as_many_trials_as_points():
+    config = load_sweep("seeds")
+    assert grid_of(config) == {"seed": list(range(8))} and num_trials_of(config) == 8
+    assert num_trials_of(load_sweep("seeds", ["num_trials=3"])) == 3
+    assert num_trials_of(load_sweep("seeds", ["num_trials=30"])) == 8
+
+
+BASE = {"train": "experiment=quickstart", "space": {"lr": {"log": [1e-4, 1e-2]}}}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"metric": "eval/exact"},
+            "metric 'eval/exact' is never reported; did you mean 'eval/exact_accuracy'",
+        ),
+        ({"metric": {"eval/accuracy": "up"}}, "metric.eval/accuracy='up': "),
+        ({"metric": []}, "metric: is empty"),
+        (
+            {"metric": ["eval/accuracy", "eval/steps"], "pruner": "median"},
+            "pruner: median cannot weigh several metrics",
+        ),
+        ({"metric": ["eval/accuracy", "eval/steps"], "repeat": {}}, "repeat: is for one metric"),
+        (
+            {"pruner": {"name": "median", "metric": "train_s"}},
+            "metric train_s is known at the end of a run only",
+        ),
+        ({"pruner": {"name": "median", "metric": "x"}}, "pruner: metric 'x' is never reported"),
+        ({"num_trial": 3}, "unknown key 'num_trial'; did you mean 'num_trials'"),
+        ({"num_trials": 0}, "num_trials=0: input should be greater than 0"),
+        ({"num_trials": "many"}, "num_trials='many'"),
+        ({"resources": {"cpu": 1}}, "unknown key 'resources.cpu'; did you mean 'resources.cpus'"),
+        ({"budget": {"hours": 1}}, "unknown key 'budget.hours'"),
+        ({"run_name": "a/b"}, "run_name=a/b is no plain folder name"),
+        ({"study": "postgresql://me:secret@host/db"}, "keep the password out of the address"),
+        ({"keep": "best"}, "keep"),
+        ({"train": None}, "train"),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_one_line(values, message):
+    with pytest.raises(UserError, match=message) as info:
+        sweep_config({**BASE, **values})
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("train: [", "is no valid YAML"),
+        ("- a\n- b\n", "is no sweep: it needs 'train:' and 'space:'"),
+        ("lr: 3\n", "is no sweep: it needs 'train:' and 'space:'"),
+        ("", "is no sweep"),
+        ("space: {lr: [1, 2]}\n", "'train' is not given"),
+    ],
+)
+def test_a_file_that_is_no_sweep(tmp_path, content, message):
+    file = tmp_path / "s.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_sweep(str(file))
+
+
+def test_a_sweep_that_is_not_there():
+    with pytest.raises(UserError, match="unknown sweep 'quickstart'; did you mean 'quickstart_lr'"):
+        load_sweep("quickstart")
+    with pytest.raises(UserError, match=r"sweep file no\.yaml does not exist"):
+        load_sweep("no.yaml")
+
+
+@pytest.mark.parametrize(
+    ("train", "space", "message"),
+    [
+        ("experiment=quickstart", {"irr": [1]}, "space: unknown key 'irr'"),
+        (
+            "experiment=quickstart",
+            {"arch.H_cycle": [1]},
+            "unknown key 'arch.H_cycle'; did you mean 'arch.H_cycles'",
+        ),
+        ("experiment=quickstart weight_decy=1", {"lr": [1]}, "train: unknown key 'weight_decy'"),
+        ("experiment=quickstart lr=1", {"lr": [1]}, "lr is among the words of train: and in the space"),
+        (
+            "experiment=quickstart scaling=local",
+            {"lr": [1]},
+            "scaling is set by the sweep; give resources.num_workers",
+        ),
+        ("experiment=quickstart run_name=a", {"lr": [1]}, "run_name is set by the sweep"),
+        ("experiment=quickstart", {"storage": ["a", "b"]}, "storage is set by the sweep"),
+        (
+            "experiment=quickstart",
+            {"lr": [-1, 0]},
+            "every point of the space is refused, the first since: .*lr=-1",
+        ),
+        ("experiment=quickstart", {"H": [1]}, "unknown key 'H'"),
+        ("experiment=quickstar", {"lr": [1]}, "every point .*unknown experiment 'quickstar'"),
+        (
+            "experiment=quickstart",
+            {"q_temperature_anneal_ratio": [0.5]},
+            "every point .* has no effect with halting=act; add halting=q_learning",
+        ),
+        (
+            "experiment=quickstart arch.num_heads=5",
+            {"arch.hidden_size": [64, 128]},
+            "every point .*is not a multiple of arch.num_heads=5",
+        ),
+    ],
+)
+def test_points_are_checked_against_the_configuration_before_anything_starts(
+    train, space, message, data, monkeypatch
+):
+    monkeypatch.setattr(Points, "_dataset", lambda self, path: _opened(data[path]))
+    with pytest.raises(UserError, match=message):
+        checked(Points(sweep_config({"train": train, "space": space})))
+
+
+def test_a_metric_that_nobody_reports_is_said_before_anything_starts(tmp_path):
+    build(load_recipe("sudoku_4x4", {"num_train": 20, "num_test": 0, "num_aug": 0}), str(tmp_path / "d"))
+    train = f"experiment=quickstart data={tmp_path / 'd'} lr_warmup_ratio=0.1"
+    with pytest.raises(UserError, match=r"eval/exact_accuracy is never reported: .* has no test part"):
+        checked(Points(sweep_config({**BASE, "train": train})))
+    found = checked(Points(sweep_config({**BASE, "train": train, "metric": "train/lm_loss"})))
+    assert all(isinstance(run, TrainConfig) for _, run in found)
+
+
+def test_the_value_of_a_trial_is_that_of_its_best_checkpoint():
+    summary = {
+        "best": {"eval/accuracy": 0.9},
+        "final": {"eval/accuracy": 0.8, "train/loss": 1.5},
+        "num_params": 7,
+    }
+    found = [value_of(summary, name) for name in ("eval/accuracy", "train/loss", "num_params", "eval/steps")]
+    assert found == [0.9, 1.5, 7, None]
+    assert value_of({"best": {}, "final": {}}, "eval/accuracy") is None
+
+
+def test_words_of_a_trial_name_everything_that_its_run_depends_on():
+    config = sweep_config({**BASE, "resources": {"cpus": 2}})
+    assert Points(config).words({"lr": 0.003}) == [
+        "experiment=quickstart",
+        "lr=0.003",
+        "best_metric=eval/exact_accuracy",
+        "scaling.num_workers=1",
+        "scaling.cpus_per_worker=2",
+        "scaling.use_gpu=false",
+    ]
+    assert yaml.safe_load("a: 1") == {"a": 1}

@@ -1,0 +1,314 @@
+"""The page of a sweep and its plots, from small real studies."""
+
+import math
+import random
+from html.parser import HTMLParser
+
+import matplotlib
+import optuna.visualization.matplotlib as visual
+import pytest
+from matplotlib import pyplot
+
+from hrm_ray.training.storage import Storage
+from hrm_ray.tuning import report
+from hrm_ray.tuning.config import sweep_config
+from hrm_ray.tuning.estimate import Spent
+from hrm_ray.tuning.page import page
+from hrm_ray.tuning.plots import Plots, plots, short_names
+from hrm_ray.tuning.study import SweepStudy
+
+PNG = b"\x89PNG\r\n\x1a\n"
+HOSTILE = "<script>alert('&')</script>"
+SPACE = {
+    "lr": {"log": [1e-4, 1e-2]},
+    "arch": ["hrm", "trm", None],
+    "arch.H_cycles": {"int": [1, 4], "when": {"arch": ["hrm", "trm"]}},
+    "arch.hidden_size": {"log_int": [32, 512]},
+    "arch.mlp_t": [True, False, "$x_{<b>"],
+}
+VOID = {"meta", "img", "br"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def coarse():
+    """Fewer pixels, sooner drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hrm_ray.tuning.plots.DPI", 30)
+        yield
+
+
+def begun(folder, **values) -> SweepStudy:
+    plain = {"train": "experiment=quickstart", "space": SPACE, "pruner": None, **values}
+    return SweepStudy(Storage(str(folder)), sweep_config(plain, name="mini"), first_step=10, last_step=90)
+
+
+def run(study, number, *, quality=1.0, last=90):
+    """Learn for a while."""
+    for step in range(10, last + 1, 10):
+        study.report(number, step, quality * (1 - math.exp(-step / 40)))
+    study.note(number, "outcome", {"global_step": last, "train_s": last / 7, "num_params": 100})
+
+
+def fill(study, count, *, leave_running=False):
+    """Trials of all states."""
+    draw = random.Random(0)
+    for index in range(count):
+        number, _ = study.next_trial()
+        if leave_running and index == count - 1:
+            return run(study, number, last=40)
+        if index % 7 == 5:
+            study.fail(number, HOSTILE)
+        elif index % 7 == 3:
+            run(study, number, quality=draw.random(), last=30)
+            study.prune(number, "pruned at step 30")
+        else:
+            run(study, number, quality=draw.random())
+            study.complete(number, [draw.random() for _ in study.config.metric])
+
+
+def page_of(study, pngs=None, **changes) -> str:
+    folder = Storage("runs/mini")
+    rows = report.table(study)
+    summary = report.summarise(folder, study, rows, Spent(3600.0, 0.0, 1800.0))
+    return page(study, {**summary, **changes}, rows, plots(study) if pngs is None else pngs)
+
+
+class Checker(HTMLParser):
+    """Elements are closed in order, and nothing is fetched."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.counts, self.text = [], {}, []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        assert tag not in ("link", "iframe", "object", "base")
+        for name, value in attrs:
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "srcset", "action"):
+                assert value.startswith("data:image/png;base64,"), value[:80]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    study = begun(tmp_path_factory.mktemp("single"), num_trials=16, pruner="successive_halving")
+    fill(study, 16, leave_running=True)
+    return study, plots(study)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    study = begun(tmp_path_factory.mktemp("tiny"), num_trials=3, space={"lr": SPACE["lr"]})
+    fill(study, 3)
+    return study
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    metric = ["eval/exact_accuracy", "eval/steps"]
+    study = begun(tmp_path_factory.mktemp("several"), num_trials=16, metric=metric)
+    fill(study, 16)
+    return study, plots(study)
+
+
+def test_plots_of_one_metric(single):
+    _, pngs = single
+    assert set(pngs) == {"history", "importances", "parallel_coordinate", "slice", "rungs"}
+    assert all(png.startswith(PNG) for png in pngs.values())
+    assert pngs.failed == {}
+
+
+def test_plots_of_several_metrics(several):
+    _, pngs = several
+    per_metric = {
+        f"{name}_eval_{metric}"
+        for name in ("history", "importances", "slice")
+        for metric in ("exact_accuracy", "steps")
+    }
+    assert set(pngs) == {"pareto_front", "parallel_coordinate", *per_metric}
+    assert all(png.startswith(PNG) for png in pngs.values())
+    assert pngs.failed == {}
+
+
+def test_pyplot_is_as_before(tiny):
+    figure = pyplot.figure()
+
+    def state():
+        plain = matplotlib.rcParams.copy()
+        return plain, plain["backend"], pyplot.get_fignums(), pyplot.isinteractive()
+
+    before = state()
+    plots(tiny)
+    assert state() == before
+    pyplot.close(figure)
+
+
+def test_page_of_one_metric(single):
+    study, pngs = single
+    html = page_of(study, pngs)
+    seen = Checker(html)
+    assert seen.counts["img"] == len(pngs)
+    assert seen.counts["script"] == 1  # that which sorts
+    text = "".join(seen.text)
+    best = report.front(study)[0]
+    assert f"Trial {best.number}: eval/exact_accuracy" in text
+    assert f"lr={best.params['lr']!r}" in text
+    assert f"run_name=mini-{best.number:04d}" in text
+    assert "0.0001 .. 0.01, log" in text
+    assert "1 running" in text
+    assert text.count("pruned at step 30") == 2
+    assert HOSTILE in text and HOSTILE not in html
+    first = html.index('<table class="trials">')
+    rows = html[first:].split("<tr")[2:]
+    assert rows[0].startswith(" class=best") and f'data-v="{best.number}"' in rows[0]
+    assert len(rows) == 16
+
+
+def test_page_of_several_metrics(several):
+    study, pngs = several
+    seen = Checker(page_of(study, pngs))
+    front = report.front(study)
+    assert f"Pareto front: {len(front)} trials" in "".join(seen.text)
+    assert seen.counts["details"] == len(front)
+
+
+@pytest.mark.parametrize(("count", "num_metrics"), [(0, 1), (1, 1), (1, 2), (2, 2)])
+def test_few_trials(tmp_path, count, num_metrics):
+    metric = ["train/lm_loss", "eval/steps"][:num_metrics]
+    study = begun(tmp_path, num_trials=4, metric=metric, space={"lr": SPACE["lr"]})
+    fill(study, count)
+    pngs = plots(study)
+    assert pngs.failed == {}
+    assert ("rungs" in pngs) == (count > 0 and num_metrics == 1)
+    assert any(name.startswith("history") for name in pngs) == (count > 1)
+    Checker(page_of(study, pngs))
+
+
+def test_one_key_has_no_coordinates(tiny):
+    pngs = plots(tiny)
+    assert set(pngs) == {"history", "slice", "rungs"}
+    assert pngs.failed == {}
+
+
+def test_values_all_alike_or_infinite(tmp_path):
+    study = begun(
+        tmp_path, num_trials=10, metric="train/lm_loss", space={"lr": SPACE["lr"], "arch": ["a", "b"]}
+    )
+    for index in range(10):
+        number, _ = study.next_trial()
+        study.report(number, 10, math.nan)
+        study.report(number, 20, 1e9 if index else 1.0)
+        study.complete(number, [math.inf if index == 9 else 0.5])
+    pngs = plots(study)
+    assert pngs.failed == {}
+    Checker(page_of(study, pngs))
+
+
+def test_watched_metric_of_the_other_direction(tmp_path, monkeypatch):
+    """The study keeps its sign turned; the plot does not."""
+    pruner = {"name": "successive_halving", "metric": "train/lm_loss"}
+    study = begun(tmp_path, num_trials=2, pruner=pruner, space={"lr": SPACE["lr"]})
+    for _ in range(2):
+        number, _ = study.next_trial()
+        study.report(number, 10, 3.0)
+        study.report(number, 90, 2.0)
+        study.complete(number, [0.5])
+    limits = []
+    savefig = matplotlib.figure.Figure.savefig
+
+    def look(figure, *args, **options):
+        limits.append((figure.axes[0].get_ylabel(), figure.axes[0].get_ylim()))
+        return savefig(figure, *args, **options)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", look)
+    plots(study)
+    (low, high) = dict(limits)["lm_loss"]
+    assert 1.8 < low < 2 < 3 < high < 3.2
+
+
+def test_over_seeds(tmp_path):
+    study = begun(tmp_path, num_trials=4, space={"seed": [0, 1, 2, 3]})
+    for value in (0.5, 0.6, 0.7, 0.8):
+        number, _ = study.next_trial()
+        run(study, number)
+        study.complete(number, [value])
+    pngs = plots(study)
+    assert set(pngs) == {"seeds", "rungs"}
+    seen = Checker(page_of(study, pngs))
+    assert "0.65 ± 0.21" in "".join(seen.text)
+
+
+def test_plot_that_fails_is_left_out(tiny, monkeypatch):
+    def broken(*_, **__):
+        pyplot.figure()
+        raise RuntimeError(f"no such {HOSTILE}\nsecond line")
+
+    monkeypatch.setattr(visual, "plot_slice", broken)
+    found = plots(tiny)
+    assert set(found) == {"history", "rungs"}
+    assert pyplot.get_fignums() == []
+    html = page_of(tiny, found)
+    text = "".join(Checker(html).text)
+    assert f"Left out: slice (RuntimeError: no such {HOSTILE})." in text
+    assert HOSTILE not in html
+
+
+def test_without_matplotlib(single, monkeypatch):
+    study, _ = single
+    monkeypatch.setattr("hrm_ray.tuning.plots.find_spec", lambda name: None)
+    found = plots(study)
+    assert found == {}
+    assert "matplotlib is not installed" in page_of(study, found)
+
+
+def test_without_what_was_spent(single):
+    study, _ = single
+    Checker(page_of(study, Plots(), spent=None, estimate=None))
+    summary = {"states": {}, "best": []}
+    text = "".join(Checker(page(study, summary, [], {})).text)
+    assert "No trial has begun yet" in text
+
+
+def test_estimate_and_repeats(single):
+    study, _ = single
+    estimate = {"step_s": 0.1, "eval_s": 1.0, "start_s": 2.0, "cpu_s": 7200.0, "gpu_s": 0.0, "wall_s": 3600.0}
+    repeat = [
+        {
+            "number": 3,
+            "value": 0.9,
+            "curse": 0.1,
+            "values": [0.8, 0.82],
+            "mean": 0.81,
+            "std": 0.01,
+            "half_width": 0.13,
+        },
+        {
+            "number": 2,
+            "value": 0.8,
+            "curse": 0.1,
+            "values": [0.7],
+            "mean": 0.7,
+            "std": None,
+            "half_width": None,
+        },
+    ]
+    html = page_of(study, Plots(), estimate=estimate | {"num_steps": 12345}, repeat=repeat)
+    text = "".join(Checker(html).text)
+    assert "12,345" in text and "60 min" in text and "0.81 ± 0.13" in text
+    assert "GPU time" not in text
+
+
+def test_short_names():
+    names = ["eval/steps", "train/steps", "arch.H_cycles", "lr"]
+    assert list(short_names(names).values()) == ["eval/steps", "train/steps", "H_cycles", "lr"]
