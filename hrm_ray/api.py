@@ -243,7 +243,9 @@ class TrainResult:
     stopped_by: int | None
 
 
-def train(config: TrainConfig | Sequence[str] | str, *, show_progress: bool = False, **keys: Any) -> TrainResult:
+def train(
+    config: TrainConfig | Sequence[str] | str, *, show_progress: bool = False, **keys: Any
+) -> TrainResult:
     """Train, or continue, a run, as ``hrm-ray train`` does.
 
     Args:
@@ -311,4 +313,6 @@ def _words(words: Sequence[str] | str) -> list[str]:
 
 
 def _as_words(keys: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={as_text(value) if not isinstance(value, Path) else value}" for key, value in keys.items()]
+    return [
+        f"{key}={as_text(value) if not isinstance(value, Path) else value}" for key, value in keys.items()
+    ]

@@ -18,7 +18,8 @@ def test_links_lead_somewhere_and_nothing_is_left_to_fill_in(page):
     assert not re.findall(r"\b[A-Z]{3,}_[A-Z_]{3,}\b", re.sub(r"`[^`]*`|RAY_ADDRESS", "", text))
 
 
-def test_every_recipe_and_experiment_is_in_the_readme():
+def test_every_recipe_experiment_and_sweep_is_in_the_readme():
     readme = (ROOT / "README.md").read_text()
-    for file in [*(ROOT / "datasets").glob("*.yaml"), *(ROOT / "hrm_ray/config/experiment").glob("*.yaml")]:
-        assert f"`{file.stem}`" in readme, file
+    for folder in ("datasets", "hrm_ray/config/experiment", "tune_configs"):
+        for file in (ROOT / folder).glob("*.yaml"):
+            assert f"`{file.stem}`" in readme, file

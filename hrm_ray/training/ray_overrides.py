@@ -10,6 +10,9 @@ then waits for itself for ever. And if one dies while it is told to train, or is
 or another worker says so first, whose connection to it broke, Ray ends the run, as if the controller had failed. Here
 the reservation is given back, and each of these is a failure of a worker like others: the next start follows, up to
 `max_failures` times.
+
+And workers may be started in a placement group that is lent to the run, such as a trial's of Ray Tune. It stays when
+they end; of a lost node Ray itself moves its part elsewhere.
 """
 
 import logging

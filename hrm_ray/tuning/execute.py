@@ -150,9 +150,12 @@ class Executor:
         self.book, self.slot, self.is_private = book, slot, is_private
         self.stop, self.on_tick = stop, on_tick
         self.live: dict[str, Live] = {}  # by Tune's name of the trial
+        self.again: list[Live] = []  # to be handed out to Tune once more
+        self.never_begun: Counter[int] = Counter()  # by number: how often an idle worker was lost
         self.failures: Counter[str] = Counter()
         self.stop_reason: str | None = None
         self.last_failure = ""
+        self.error: UserError | None = None  # that ended the sweep
 
     def run(self) -> None:
         """Until the end, or the stop; then `stop_reason` says why. Raises UserError if failures are alike."""
@@ -169,12 +172,17 @@ class Executor:
                 callbacks=[Watches(self)],
                 resources_per_trial=self.slot.request,
                 reuse_actors=True,
-                max_failures=self.book.max_failures,
+                max_failures=-1,  # see `limit_failures`
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
                 raise_on_failed_trial=False,
                 trial_dirname_creator=lambda trial: trial.trial_id,
                 verbose=0,
             )
+
+    def limit_failures(self, trial: TuneTrial) -> None:
+        """Let a new trial lose as many workers as its run says."""
+        if trial.run_metadata.num_failures == 0:
+            trial.max_failures = self.live[trial.trial_id].run.failure.max_failures
 
     def why_stop(self) -> str | None:
         if self.stop_reason is None:
@@ -219,13 +227,11 @@ class Book:
 
     Attributes:
         max_concurrent: trials at once; None: as many as fit.
-        max_failures: lost workers of a trial before it counts as failed; lost nodes do not count.
         takes_turns: all trials begin, and take turns where the cluster holds fewer.
     """
 
     max_concurrent: int | None = None
     takes_turns = False
-    max_failures = 3
 
     def next(self) -> Live | None:
         """The trial to run next; None if there is none (more)."""
@@ -262,21 +268,36 @@ class Asks(Stateless, Searcher):
     def suggest(self, trial_id: str) -> Any:
         """The configuration of a trial, FINISHED, or None if there is none now."""
         executor = self._executor
-        if executor.why_stop() is not None or not executor.has_room():
+        if executor.why_stop() is None and not executor.has_room():
             return None
-        following = executor.book.next()
+        following = None if executor.why_stop() is not None else self._next()
         if following is None:
-            # Only then, since "finished" cannot be taken back, and somebody may want more trials meanwhile.
-            return Searcher.FINISHED if executor.book.is_over() and not executor.live else None
+            # "Finished" cannot be taken back, and somebody may want more trials while others are at work.
+            return None if executor.live else Searcher.FINISHED
         executor.live[trial_id] = following
         return executor.config_of(following)
 
+    def _next(self) -> Live | None:
+        executor = self._executor
+        if executor.again:
+            return executor.again.pop()
+        try:
+            return executor.book.next()
+        except UserError as error:  # of no single point: the data are gone, say
+            executor.stop_reason, executor.error = "error", error
+            return None
+
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         """Called for trials that ended by themselves, were pruned, or failed beyond recovery; not at a stop."""
-        if trial_id not in self._executor.live:
+        executor = self._executor
+        live = executor.live.get(trial_id)
+        if live is None or not error:
             return
-        if error:
-            self._executor.end(trial_id, {"kind": "failed", "reason": "its worker was lost too often"})
+        if live.phase == "never begun" and executor.never_begun[live.number] <= live.run.failure.max_failures:
+            live.phase = "waiting"
+            executor.again.append(executor.live.pop(trial_id))
+        else:
+            executor.end(trial_id, {"kind": "failed", "reason": "its worker was lost too often"})
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is the state."""
@@ -291,6 +312,9 @@ class Decides(Stateless, FIFOScheduler):
     def __init__(self, executor: Executor):
         super().__init__()
         self._executor = executor
+
+    def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
+        self._executor.limit_failures(trial)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         executor = self._executor
@@ -316,6 +340,13 @@ class Decides(Stateless, FIFOScheduler):
             self._executor.book.report(live.number, step, metrics)
         live.step = result["global_step"]
         self._executor.end(trial.trial_id, json.loads(result["outcome"]))
+
+    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Tune gives a trial up whose worker was lost while it was idle, which shows when it is to take the trial."""
+        live = self._executor.live.get(trial.trial_id)
+        if live is not None and trial.status == TuneTrial.PENDING:
+            live.phase = "never begun"
+            self._executor.never_begun[live.number] += 1
 
 
 class Watches(Stateless, tune.Callback):

@@ -15,7 +15,7 @@ from hrm_ray.data.shards import open_dataset
 from hrm_ray.errors import UserError
 from hrm_ray.training.checkpoint import Checkpoint
 from hrm_ray.training.resume import misfit
-from hrm_ray.tuning.points import NUM_SAMPLES, Points
+from hrm_ray.tuning.points import NUM_SAMPLES, Points, Refused
 from hrm_ray.tuning.space import Point, Range, in_order, suggest
 
 FACTORS = (0.8, 1.2)  # of a value whose logarithm is uniform
@@ -139,7 +139,7 @@ def _is_changeable(points: Points, drawn: Sequence[Point], key: str) -> bool:
 def _run(points: Points, point: Point) -> TrainConfig | None:
     try:
         return points.run(point, "runs", "point")
-    except UserError:  # it is refused
+    except Refused:
         return None
 
 

@@ -63,7 +63,7 @@ def stage(source: Storage, step: int, run: Storage, number: int) -> Checkpoint |
     for name in (at_step, *reversed(later)):
         try:
             return _copied(Checkpoint(source / FOLDER / name), run / TAKEN / _name(number))
-        except Damaged:  # or deleted, since there are newer ones
+        except (Damaged, OSError):  # or deleted, since there are newer ones; or the storage says no
             continue
     return None
 

@@ -30,6 +30,10 @@ OF_THE_SWEEP = {  # keys that a sweep sets for its trials, and by which of its o
 }
 
 
+class Refused(UserError):
+    """The configuration does not allow this point."""
+
+
 @dataclass(frozen=True)
 class Points:
     """The runs of a sweep.
@@ -63,9 +67,13 @@ class Points:
         """The configuration of a trial.
 
         Raises:
-            UserError: the point is refused.
+            Refused: by the configuration.
+            UserError: something else is wrong, with the data.
         """
-        config = train_config([*self.words(point), f"storage={storage}", f"run_name={run_name}"])
+        try:
+            config = train_config([*self.words(point), f"storage={storage}", f"run_name={run_name}"])
+        except UserError as error:
+            raise Refused(str(error)) from None
         self.plan(config)
         return config
 
@@ -78,7 +86,10 @@ class Points:
                 f"metric {evaluated[0]} is never reported: {config.data_path} has no test part; build it with "
                 "num_test=N, or give a metric of training, such as metric=train/lm_loss"
             )
-        return Plan.of(config, dataset.split("train"))
+        try:
+            return Plan.of(config, dataset.split("train"))
+        except UserError as error:
+            raise Refused(str(error)) from None
 
     def _dataset(self, path: str) -> Dataset:
         if path not in self._datasets:

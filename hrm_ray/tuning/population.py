@@ -18,11 +18,11 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import UserError
 from hrm_ray.tuning.execute import Decides, Executor, Live
 from hrm_ray.tuning.explore import fits, mutated
 from hrm_ray.tuning.lineage import HISTORY, history, point_of, stage
 from hrm_ray.tuning.metrics import direction_of
+from hrm_ray.tuning.points import Refused
 from hrm_ray.tuning.space import Point, words_of
 from hrm_ray.tuning.sweep import SweepBook, trial_name
 
@@ -61,6 +61,7 @@ class Evolves(Decides, PopulationBasedTraining):
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
         if trial in self._trial_state:  # its worker was lost, and it starts again
             return
+        self._executor.limit_failures(trial)
         # Tune refuses searchers here, since most of them would choose the values as well.
         without: Any = SimpleNamespace(search_alg=None)
         PopulationBasedTraining.on_trial_add(self, without, trial)
@@ -103,6 +104,9 @@ class Evolves(Decides, PopulationBasedTraining):
 
     def _look(self, trials: list[TuneTrial]) -> None:
         """Let Tune compare the members, all of which wait."""
+        # Tune lets the order of this decide between equal scores.
+        in_order = sorted(self._trial_state, key=lambda trial: trial.config["number"])
+        self._trial_state = {trial: self._trial_state[trial] for trial in in_order}
         last = max(trials, key=lambda trial: self._trial_state[trial].last_train_time)
         seen = self._trial_state[last].last_result
         assert seen is not None
@@ -181,7 +185,7 @@ def explored(book: SweepBook, number: int, before: Point, random: Random) -> tup
         point = mutated(before, book.config.space, book.changeable, population.resample, random)
         try:
             run = book.run_of(number, point)
-        except UserError:  # it is refused
+        except Refused:
             continue
         if fits(there, run):
             return point, run

@@ -66,6 +66,7 @@ def row(study: ReadStudy, trial: FrozenTrial) -> dict[str, Any]:
         "steps": outcome.get("global_step"),
         "train_s": outcome.get("train_s"),
         "num_params": outcome.get("num_params"),
+        **({"history": json.dumps(history(trial))} if study.config.population else {}),
         "words": shlex.join(words(study, trial)),
     }
 

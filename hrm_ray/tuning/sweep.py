@@ -35,7 +35,7 @@ from hrm_ray.tuning.execute import ALIKE, Book, Executor, Live, Slot, check_fits
 from hrm_ray.tuning.explore import changeable
 from hrm_ray.tuning.lineage import drop_unknown, history, point_of
 from hrm_ray.tuning.outline import Outline, check_budget, slot_of
-from hrm_ray.tuning.points import Points, value_of
+from hrm_ray.tuning.points import Points, Refused, value_of
 from hrm_ray.tuning.runs import SHORTENING, Planned, RunsBook, other_seeds, spread, with_seed, without
 from hrm_ray.tuning.space import Point, words_of
 from hrm_ray.tuning.study import ENDED, ESTIMATE, OUTCOME, SPENT, SweepStudy, earlier, mend
@@ -125,18 +125,17 @@ class SweepBook(Book):
             point = point_of(trial, self.config.space)
             try:
                 run = self.run_of(number, point)
-            except UserError as error:
+            except Refused as error:
                 self.study.fail(number, str(error))
                 self._ended(number)
                 continue
-            self.max_failures = run.failure.max_failures
             last_step = self._last_steps[number] = self.points.plan(run).last_step
             copy = len(history(trial))
             drop_unknown(self.folder / trial_name(number), copy)
             return Live(number, run, last_step, " ".join(words_of(point)), copy=copy)
 
     def run_of(self, number: int, point: Point) -> TrainConfig:
-        """The run of a trial. Raises UserError if its point is refused."""
+        """The run of a trial. Raises Refused if its point cannot be."""
         return self.points.run(point, str(self.folder), trial_name(number))
 
     def scheduler(self, executor: Executor) -> TrialScheduler:
@@ -335,6 +334,8 @@ def run_sweep(
             rows = report.write_table(folder, study)
             summary = report.summarise(folder, study, rows, driver.spent, executor.stop_reason, repeated)
             report.write(folder, study, summary, rows)
+    if executor.error is not None:
+        raise executor.error
     if executor.stop_reason == "failures":
         raise RunFailed(
             f"{ALIKE} trials failed alike, the last: {executor.last_failure}; mend that, and the same command goes on"

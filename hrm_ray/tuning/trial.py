@@ -38,10 +38,6 @@ class Run:
         self._config, self._cpus = config, cpus
         self._stop: str | None = None
         self.reports: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        for record in _earlier(
-            run_folder(config)
-        ):  # of which the driver may have been killed before it heard
-            self.reports.put(record)
         self.step, self.phase = 0, "start"
         self.setup = ""
         self.outcome: dict[str, Any] | None = None
@@ -86,6 +82,8 @@ class Run:
             return self._stop or deadline.reason()
 
         run = run_folder(self._config)
+        for record in _earlier(run):  # of which the driver may have been killed before it heard
+            self.reports.put(record)
         if self._config.scaling.max_workers > 1:
             from hrm_ray.tuning.workers import train_in_reservation
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 
 import optuna
+import psutil
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -20,7 +21,7 @@ from hrm_ray.training.checkpoint import FOLDER, Checkpoint, finished, step_name
 from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.storage import Storage
 from hrm_ray.training.world import World
-from hrm_ray.tuning import lineage
+from hrm_ray.tuning import lineage, population
 from hrm_ray.tuning.config import sweep_config
 from hrm_ray.tuning.explore import changeable, mutated
 from hrm_ray.tuning.lineage import drop_unknown, stage, take_over
@@ -136,7 +137,9 @@ def test_only_what_a_run_may_change_when_it_goes_on_is_changed(tmp_path):
     points = Points(points.config.model_copy(update={"train": words}))
     assert changeable(points, 40) == list(changing)
     points = population_of(tmp_path, {"arch.L_cycles": [1, 2], "seed": [0, 1]})
-    with pytest.raises(UserError, match=r"population: a run cannot change arch\.L_cycles, seed when it goes on; add"):
+    with pytest.raises(
+        UserError, match=r"population: a run cannot change arch\.L_cycles, seed when it goes on; add"
+    ):
         changeable(points, 40)
     points = population_of(tmp_path, {"lr": {"log": [1e-4, 1e-2]}}, population={"interval": 40})
     with pytest.raises(UserError, match="population: interval=40 is not within a run of 40 steps"):
@@ -152,7 +155,11 @@ def test_only_what_a_run_may_change_when_it_goes_on_is_changed(tmp_path):
     ],
 )
 def test_what_does_not_suit_a_population_is_refused(values, message):
-    sweep = {"train": "experiment=quickstart", "space": {"lr": {"log": [1e-4, 1e-2]}}, "population": {"interval": 9}}
+    sweep = {
+        "train": "experiment=quickstart",
+        "space": {"lr": {"log": [1e-4, 1e-2]}},
+        "population": {"interval": 9},
+    }
     with pytest.raises(UserError, match=message):
         sweep_config({**sweep, **values})
 
@@ -309,8 +316,26 @@ class Interrupts(View):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.fixture
+def killed(monkeypatch) -> list[int]:
+    """The idle workers that are killed when the population is looked at for the first time in a command."""
+    pids = []
+
+    class Evolves(population.Evolves):
+        def _look(self, trials):
+            if not pids:
+                for process in psutil.Process().children(recursive=True):
+                    if process.is_running() and process.name().startswith("ray::Trial"):
+                        pids.append(process.pid)
+                        process.kill()
+            super()._look(trials)
+
+    monkeypatch.setattr(population, "Evolves", Evolves)
+    return pids
+
+
 @pytest.mark.ray
-def test_bad_members_go_on_as_copies_of_good_ones(tmp_path, ray_cluster):
+def test_bad_members_go_on_as_copies_of_good_ones(tmp_path, ray_cluster, killed):
     config = toy_sweep(
         tmp_path,
         space={"lr": {"log": [1e-9, 1e-2]}, "weight_decay": {"uniform": [0, 1]}},
@@ -326,6 +351,8 @@ def test_bad_members_go_on_as_copies_of_good_ones(tmp_path, ray_cluster):
     assert view.did and first.stopped_by == signal.SIGTERM and first.summary["states"]["RUNNING"] == 4
     before = {t.number: lineage.history(t) for t in opened(folder).trials()}
     assert [move["step"] for move in before[0]] == [8] and before[0][0]["from_trial"] != 0
+
+    assert killed
 
     result = run_sweep(config)
     assert result.summary["states"] == {"COMPLETE": 4, "PRUNED": 0, "FAIL": 0, "RUNNING": 0}
@@ -344,9 +371,15 @@ def test_bad_members_go_on_as_copies_of_good_ones(tmp_path, ray_cluster):
                 assert report["train/lr"] == pytest.approx(point["lr"] * min(1, step / 4))
         (row,) = [row for row in result.trials if row["number"] == trial.number]
         assert row["lr"] == points[-1]["point"]["lr"] and row["steps"] == 24
+        assert json.loads(row["history"]) == moves
         assert f"lr={as_text(row['lr'])} " in row["words"]
         assert (run / FOLDER / step_name(24)).exists() and not (run / lineage.TAKEN).exists()
-    assert moved == 2  # one at each of steps 8 and 16
+    assert moved == 2
+    for step in (8, 16):  # the worst goes on from the best, whatever came between
+        scores = {trial.number: study.seen(trial)[step] for trial in study.trials()}
+        moves = {t.number: m for t in study.trials() for m in lineage.history(t) if m["step"] == step}
+        assert list(moves) == [max(scores, key=scores.get)]
+        assert [move["from_trial"] for move in moves.values()] == [min(scores, key=scores.get)]
     best = yaml.safe_load(folder.read("best.yaml"))
     assert best.get("history", []) == lineage.history(study.trials()[best["number"]])
     # The copy learns as its source did, with a learning rate near the other's.

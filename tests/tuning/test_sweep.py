@@ -118,22 +118,34 @@ def test_points_that_cannot_train_fail_with_their_reason_and_do_not_stop_the_swe
         assert not (sweep_folder(config).local_path / trial_name(int(refused["number"]))).exists()
 
 
-def test_three_alike_failures_of_another_kind_stop_the_sweep(tmp_path, ray_cluster, monkeypatch):
+def test_three_alike_failures_of_another_kind_stop_the_sweep(tmp_path, ray_cluster):
+    """Such as folders of trials in which nothing can be written."""
     config = toy_sweep(tmp_path, num_trials=9)
 
-    class Damages(View):
-        """Once the sweep has begun, the data are damaged."""
-
+    class InTheWay(View):
         def outline(self, *about):
-            shard = next((tmp_path / "data" / "train").glob("*.arrow"))
-            shard.write_bytes(b"x" + shard.read_bytes()[1:])
-            shard.unlink()
+            for number in range(9):
+                (sweep_folder(config).local_path / trial_name(number)).write_text("a file")
 
     with pytest.raises(RunFailed, match=r"3 trials failed alike, the last: .*; mend that") as info:
-        run_sweep(config, view=Damages())
+        run_sweep(config, view=InTheWay())
     assert "\n" not in str(info.value)
     rows = rows_of(config)
-    assert 3 <= len([row for row in rows if row["state"] == "FAIL"]) <= 4
+    assert 3 <= len([row for row in rows if row["state"] == "FAIL"]) <= 4 and len(rows) <= 5
+
+
+def test_data_that_are_gone_end_the_sweep_and_fail_no_trial(tmp_path, ray_cluster):
+    config = toy_sweep(tmp_path, num_trials=3)
+
+    class Removes(View):
+        def outline(self, *about):
+            (tmp_path / "data").rename(tmp_path / "elsewhere")
+
+    with pytest.raises(UserError, match="data"):
+        run_sweep(config, view=Removes())
+    (tmp_path / "elsewhere").rename(tmp_path / "data")
+    result = run_sweep(config)
+    assert sum(result.summary["states"].values()) == 3 and result.summary["states"]["FAIL"] == 0
 
 
 class Watching(View):

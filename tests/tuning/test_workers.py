@@ -3,6 +3,7 @@
 import json
 import shlex
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -26,13 +27,22 @@ FREE_S = 10.0  # a trial that is over has given back everything after so long
 
 
 def processes(name: str) -> list[psutil.Process]:
-    ours = psutil.Process().children(recursive=True)
-    return [p for p in ours if p.is_running() and f"ray::{name}" in "".join(p.cmdline())]
+    """Those of Ray's actors of this class."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            if f"ray::{name}" in "".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def all_is_free() -> bool:
     there = [p for name in ("RayTrainWorker", "Controller", "Trial") for p in processes(name)]
     return not there and ray.available_resources().get("CPU") == 2
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def wait_for(condition, timeout_s: float = FREE_S) -> None:
@@ -90,7 +100,7 @@ def test_trials_of_two_workers_are_bit_equal_to_two_processes_whatever_is_killed
     result = run_sweep(config, view=Disturbs(trial_0=kill_worker, trial_1=kill_actor))
     wait_for(all_is_free)
     assert result.summary["states"] == {"COMPLETE": 3, "PRUNED": 0, "FAIL": 0, "RUNNING": 0}
-    assert len(killed) == 2 and len(left) == 3 and not any(process.is_running() for process in left)
+    assert len(killed) == 2 and len(left) == 3 and not any(is_alive(process) for process in left)
     runs = [sweep_folder(config) / trial_name(number) for number in range(3)]
     assert [len(events(run, "started")) for run in runs] == [2, 2, 1]
     again = train_config([*shlex.split(result.trials[2]["words"]), f"storage={tmp_path / 'again'}"])

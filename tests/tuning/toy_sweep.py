@@ -6,7 +6,13 @@ from typing import Any
 from hrm_ray.tuning.config import SweepConfig, sweep_config
 from tests.toy import ARCH, toy_dataset
 
-LENGTH = {"global_batch_size": 8, "epochs": 30, "max_steps": 40, "eval_interval_steps": 5, "lr_warmup_steps": 4}
+LENGTH = {
+    "global_batch_size": 8,
+    "epochs": 30,
+    "max_steps": 40,
+    "eval_interval_steps": 5,
+    "lr_warmup_steps": 4,
+}
 MACHINE = {"device": "cpu", "forward_dtype": "float32", "tensorboard": "false", "log_interval": 5}
 
 
