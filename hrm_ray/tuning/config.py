@@ -39,6 +39,15 @@ class Resources(Settings):
         "auto"  # of each worker, also a part of one; auto: 1 where there are
     )
 
+    @model_validator(mode="after")
+    def _parts_are_for_one_worker(self) -> "Resources":
+        if self.num_workers > 1 and self.gpus not in ("auto", 0, 1):
+            raise ValueError(
+                f"resources.gpus={self.gpus:g} with resources.num_workers={self.num_workers}: several workers have a "
+                "whole GPU each, or none; give 0 or 1"
+            )
+        return self
+
 
 class Budget(Settings):
     """What a sweep may take in all its commands together; it ends well when any of them is spent."""

@@ -14,6 +14,7 @@ from hrm_ray.config.validate import as_text
 from hrm_ray.tuning.config import SweepConfig
 from hrm_ray.tuning.estimate import Estimate, Spent, duration
 from hrm_ray.tuning.execute import Live, Slot
+from hrm_ray.tuning.lineage import point_of
 from hrm_ray.tuning.outline import Outline
 from hrm_ray.tuning.report import PAGE, front
 from hrm_ray.tuning.study import ENDED, OUTCOME, REASON, ReadStudy, SweepStudy, num_trials_of
@@ -78,7 +79,7 @@ class ConsoleView(View):
         best = front(study)
         title = f"{study.config.run_name}: {ended} of {study.num_trials} trials, {spent.describe(study.config.price)}"
         if best:
-            title += f"; best {values_text(study, best[0])} (trial {best[0].number}: {params_text(best[0])})"
+            title += f"; best {values_text(study, best[0])} (trial {best[0].number}: {params_text(study, best[0])})"
         left = self._left(study, ended)
         caption = f"about {duration(left)} left; Ctrl-C stops with checkpoints" if left else None
         table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
@@ -89,7 +90,7 @@ class ConsoleView(View):
             seen = study.seen(trials[trial.number])
             watched = f"{seen[max(seen)]:.4g}" if seen else ""
             row = (str(trial.number), str(trial.step), str(trial.last_step), trial.phase, watched)
-            table.add_row(*row, params_text(trials[trial.number]))
+            table.add_row(*row, params_text(study, trials[trial.number]))
         return table
 
     def _left(self, study: SweepStudy, ended: int) -> float | None:
@@ -135,9 +136,9 @@ def trial_line(study: ReadStudy, trial: FrozenTrial) -> str:
         parts = [f"trial {trial.number} {reason}"]
     else:
         parts = [f"trial {trial.number} {STATES[trial.state]}: {reason}"]
-    if outcome.get("global_step"):
+    if outcome.get("global_step") and not str(reason).endswith(f" {outcome['global_step']}"):
         parts.append(f"{outcome['global_step']} steps")
-    parts.append(params_text(trial))
+    parts.append(params_text(study, trial))
     return ", ".join(parts)
 
 
@@ -147,9 +148,10 @@ def values_text(study: ReadStudy, trial: FrozenTrial) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in zip(names, trial.values, strict=True))
 
 
-def params_text(trial: FrozenTrial) -> str:
+def params_text(study: ReadStudy, trial: FrozenTrial) -> str:
     """ "lr=0.003 arch=trm", numbers shortened."""
-    return " ".join(f"{key}={_short(value)}" for key, value in trial.params.items())
+    point = point_of(trial, study.config.space)
+    return " ".join(f"{key}={_short(value)}" for key, value in point.items())
 
 
 def _short(value: Any) -> str:

@@ -118,6 +118,10 @@ BASE = {"train": "experiment=quickstart", "space": {"lr": {"log": [1e-4, 1e-2]}}
         ({"num_trials": 0}, "num_trials=0: input should be greater than 0"),
         ({"num_trials": "many"}, "num_trials='many'"),
         ({"resources": {"cpu": 1}}, "unknown key 'resources.cpu'; did you mean 'resources.cpus'"),
+        (
+            {"resources": {"num_workers": 2, "gpus": 0.5}},
+            "several workers have a whole GPU each, or none; give 0 or 1",
+        ),
         ({"budget": {"hours": 1}}, "unknown key 'budget.hours'"),
         ({"run_name": "a/b"}, "run_name=a/b is no plain folder name"),
         ({"study": "postgresql://me:secret@host/db"}, "keep the password out of the address"),

@@ -335,6 +335,7 @@ def killed(monkeypatch) -> list[int]:
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_bad_members_go_on_as_copies_of_good_ones(tmp_path, ray_cluster, killed):
     config = toy_sweep(
         tmp_path,

@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def sha_of_weights(run) -> str:
     return finished(run)[-1].manifest.files[WEIGHTS].sha256
 
 
-def retrained(row: dict, storage: Path, **more) -> str:
+def retrained(row: dict, storage: Path) -> str:
     """SHA-256 of the weights that `hrm-ray train` has in the end with the words of a trial."""
     config = train_config([*shlex.split(row["words"]), f"storage={storage}", "scaling.mode=local"])
     torch.set_num_threads(1)
@@ -88,6 +87,7 @@ def test_a_sweep_from_beginning_to_end(tmp_path, ray_cluster):
     assert rows_of(config)[:6] == rows
 
 
+@pytest.mark.long
 def test_a_ray_train_run_with_the_words_of_a_trial_is_bit_equal(tmp_path, ray_cluster):
     config = toy_sweep(tmp_path, num_trials=1)
     run_sweep(config)
@@ -134,6 +134,7 @@ def test_three_alike_failures_of_another_kind_stop_the_sweep(tmp_path, ray_clust
     assert 3 <= len([row for row in rows if row["state"] == "FAIL"]) <= 4 and len(rows) <= 5
 
 
+@pytest.mark.long
 def test_data_that_are_gone_end_the_sweep_and_fail_no_trial(tmp_path, ray_cluster):
     config = toy_sweep(tmp_path, num_trials=3)
 
@@ -194,6 +195,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_trial_is_as_if_undisturbed(
     assert max(starts) == 2
 
 
+@pytest.mark.long
 def test_a_worker_that_is_lost_too_often_fails_its_trial(tmp_path, ray_cluster):
     config = toy_sweep(
         tmp_path,
@@ -222,6 +224,7 @@ def test_a_trial_is_stopped_by_hand_and_the_sweep_goes_on(tmp_path, ray_cluster)
     assert finished(folder / trial_name(stopped["number"]))  # its last checkpoint is kept
 
 
+@pytest.mark.long
 def test_a_budget_ends_the_sweep_well_and_a_larger_one_continues_it(tmp_path, ray_cluster):
     config = toy_sweep(
         tmp_path,
@@ -244,6 +247,7 @@ def test_a_budget_ends_the_sweep_well_and_a_larger_one_continues_it(tmp_path, ra
         assert sha_of_weights(run) == retrained(row, tmp_path / "again")
 
 
+@pytest.mark.long
 def test_several_metrics_give_a_front(tmp_path, ray_cluster):
     metric = {"eval/accuracy": "maximize", "eval/learned_steps": "minimize"}
     result = run_sweep(toy_sweep(tmp_path, metric=metric, pruner=None, num_trials=3))
@@ -257,6 +261,7 @@ def test_several_metrics_give_a_front(tmp_path, ray_cluster):
         )
 
 
+@pytest.mark.long
 def test_finalists_are_repeated_with_other_seeds(tmp_path, ray_cluster):
     config = toy_sweep(tmp_path, num_trials=2, pruner=None, repeat={"seeds": 2, "top": 1})
     result = run_sweep(config)
@@ -267,6 +272,7 @@ def test_finalists_are_repeated_with_other_seeds(tmp_path, ray_cluster):
     assert run_sweep(config).summary["repeat"] == result.summary["repeat"]  # from what lies there
 
 
+@pytest.mark.long
 def test_parts_of_a_gpu_are_shared_by_trials(tmp_path):
     """By what Ray is told: there is none here."""
     code = (
@@ -339,7 +345,7 @@ def test_a_killed_driver_is_followed_by_another_that_loses_nothing(tmp_path, yam
     assert "look at" in out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_signal_stops_the_sweep_with_checkpoints_and_two_drivers_are_one_too_many(
     tmp_path, yaml_file, number
 ):
@@ -356,9 +362,6 @@ def test_a_signal_stops_the_sweep_with_checkpoints_and_two_drivers_are_one_too_m
             assert finished(status_folder(folder) / trial_name(int(row["number"])))
     assert not psutil.pid_exists(first.pid)
     lock = status_folder(folder).lock()
-    config = toy_sweep(tmp_path)
-    started = threading.Event()
-    del started, config
     second = start(yaml_file)
     out, err = second.communicate(timeout=100)
     lock.close()

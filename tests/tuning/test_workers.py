@@ -73,6 +73,7 @@ def events(run, kind: str) -> list[dict]:
     return [entry for entry in entries if entry["event"] == kind]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_trials_of_two_workers_are_bit_equal_to_two_processes_whatever_is_killed(tmp_path, ray_cluster):
     """Of the first trial a worker, of the second the actor that started its workers."""
