@@ -134,6 +134,7 @@ class TrainConfig(Settings):
         "eval/exact_accuracy"
     )
     wandb: Literal["off", "offline", "online"] = "off"
+    wandb_group: str | None = None  # runs that belong together there; a sweep gives its name
     tensorboard: bool = True
 
     @model_validator(mode="after")

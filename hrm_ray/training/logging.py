@@ -140,6 +140,7 @@ def _wandb(run: Storage, config: TrainConfig):
             mode=config.wandb,
             project=config.project_name,
             name=config.run_name,
+            group=config.wandb_group,
             id=identity,
             resume="allow",
             dir=str(run.local_path) if run.local_path else None,

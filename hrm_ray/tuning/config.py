@@ -41,6 +41,8 @@ class Resources(Settings):
 
     @model_validator(mode="after")
     def _parts_are_for_one_worker(self) -> "Resources":
+        if self.gpus != "auto" and self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"resources.gpus={self.gpus:g}: a part of one GPU, or a whole number of them")
         if self.num_workers > 1 and self.gpus not in ("auto", 0, 1):
             raise ValueError(
                 f"resources.gpus={self.gpus:g} with resources.num_workers={self.num_workers}: several workers have a "
@@ -68,7 +70,7 @@ class Price(Settings):
 class Repeat(Settings):
     """The finalists, trained again with other seeds."""
 
-    seeds: int = Field(default=3, ge=2)  # runs of each, the trial itself among them
+    seeds: PositiveInt = 3  # new runs of each
     top: PositiveInt = 5
 
 
@@ -107,7 +109,7 @@ class SweepConfig(Settings):
     repeat: Repeat | None = None
 
     storage: str = "runs"  # folder that holds the sweeps
-    run_name: str | None = None  # null: the name of the YAML file
+    run_name: str = "sweep"  # the name of the YAML file, if not given
     study: str | None = (
         None  # URL of a database for the study; null: the file study.log in the sweep's folder
     )
@@ -148,6 +150,8 @@ class SweepConfig(Settings):
                 "study: keep the password out of the address, which is written into the sweep's files; the database's "
                 "own variable or file holds it (PGPASSWORD, ~/.pgpass)"
             )
+        if study is not None and study.startswith("sqlite:///") and not study.startswith("sqlite:////"):
+            return f"sqlite:///{Path(study.removeprefix('sqlite:///')).absolute()}"
         return study
 
     @model_validator(mode="after")
@@ -183,7 +187,9 @@ class SweepConfig(Settings):
             )
         if self.population and self.resources.num_workers > 1:
             raise ValueError("population: is for trials of one worker; set resources.num_workers=1")
-        if self.run_name is not None and ("/" in self.run_name or self.run_name in (".", "..")):
+        if self.try_first and self.sampler["name"] == "grid":
+            raise ValueError("try_first: a grid has its own points; leave one of the two out")
+        if "/" in self.run_name or self.run_name in (".", ".."):
             raise ValueError(
                 f"run_name={self.run_name} is no plain folder name; storage=DIR says where sweeps lie"
             )
@@ -193,6 +199,11 @@ class SweepConfig(Settings):
     def prunes(self) -> dict[str, Any] | None:
         """The pruner that is used: none beside a population or several metrics."""
         return None if self.population or len(self.metric) > 1 else self.pruner
+
+    @property
+    def watched_direction(self) -> Direction:
+        """Which way the watched metric is better."""
+        return self.metric.get(self.watched) or direction_of(self.watched)
 
     @property
     def watched(self) -> str:

@@ -30,9 +30,9 @@ STATES = {
 
 
 STOPPED = {
-    "signal": "stopped by a signal, with checkpoints",
-    "asked": "stopped, with checkpoints",
-    "budget": "the budget is spent",
+    "signal": "stopped by a signal, with checkpoints;",
+    "asked": "stopped, with checkpoints;",
+    "budget": "the budget is spent; with a larger one",
 }
 
 
@@ -164,7 +164,7 @@ def ending(result: SweepResult) -> list[str]:
     lines = [f"{result.folder}: {states_text(summary)}; took {_took(summary)}"]
     if summary["stop_reason"] is not None:
         lines.append(
-            f"{STOPPED.get(summary['stop_reason'], summary['stop_reason'])}; the same command continues"
+            f"{STOPPED.get(summary['stop_reason'], summary['stop_reason'])} the same command continues"
         )
     several = len(summary["metric"]) > 1
     for best in summary["best"]:
@@ -173,8 +173,8 @@ def ending(result: SweepResult) -> list[str]:
         lines.append(f"  {best['command']}")
     for row in summary["repeat"] or []:
         lines.append(
-            f"trial {row['number']}: {row['value']:.4g} in the sweep, {mean_text(row)} with other seeds; choosing it "
-            f"by its value cost {row['curse']:.4g}"
+            f"trial {row['number']}: {row['value']:.4g} in the sweep, {mean_text(row)} with other seeds; the sweep "
+            f"overrated it by {row['curse']:.4g}"
         )
     lines.append(f"look at {result.folder / PAGE}")
     return lines

@@ -2,12 +2,12 @@
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import UserError
+from hrm_ray.errors import UserError, first_line
 from hrm_ray.training.plan import Plan
 from hrm_ray.training.ray_train import absolute
 from hrm_ray.tuning.config import Budget, Price
@@ -116,13 +116,17 @@ def measure(run: TrainConfig, cpus: int) -> Probe:
     return Probe(step_s, eval_s, start_s)
 
 
-def probe(runs: Sequence[TrainConfig], slot: Slot) -> Probe:
+def probe(runs: Sequence[TrainConfig], slot: Slot, stop: Callable[[], str | None] = lambda: None) -> Probe:
     """`measure` the first of `runs` that can train, where the trials will run.
 
     Several workers are taken to share the steps of one evenly.
 
+    Args:
+        stop: why to give up; None to wait on, for a cluster that is busy or has to grow first.
+
     Raises:
         UserError: none of them can.
+        KeyboardInterrupt: `stop` said so.
     """
     import ray
 
@@ -133,7 +137,14 @@ def probe(runs: Sequence[TrainConfig], slot: Slot) -> Probe:
         values["scaling"] = {"mode": "ray", "num_workers": 1}
         if not slot.gpus:
             values["device"] = "cpu"
-        found = ray.get(task.remote(values, slot.cpus))
+        measured = task.remote(values, slot.cpus)
+        while not ray.wait([measured], timeout=0.5)[0]:
+            if stop() is not None:
+                raise KeyboardInterrupt
+        try:
+            found = ray.get(measured)
+        except Exception as error:  # its worker was killed, say
+            found = first_line(error)
         if isinstance(found, Probe):
             return Probe(found.step_s / slot.num_workers, found.eval_s / slot.num_workers, found.start_s)
         problem = problem or found
@@ -144,8 +155,8 @@ def _measured(values: dict[str, Any], cpus: int) -> Probe | str:
     """What was measured, or why that failed."""
     try:
         return measure(TrainConfig.model_validate(values), cpus)
-    except UserError as error:
-        return str(error)
+    except Exception as error:  # of any kind, as a trial would
+        return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 @dataclass(frozen=True)

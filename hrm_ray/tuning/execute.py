@@ -29,6 +29,7 @@ from hrm_ray.ray_session import ray_session
 from hrm_ray.training.ray_train import absolute, where_not_set
 from hrm_ray.tuning.trial import Trial
 
+LOST = "its worker was lost too often"
 ALIKE = 3  # so many failures of one kind end a sweep
 LOOK_S = 1.0  # how often other processes' wishes and the budget are looked at
 NUMBERS = str.maketrans("0123456789", "##########")
@@ -69,7 +70,8 @@ class Slot:
 
     def workers_in(self, resources: dict[str, float]) -> int:
         """How many workers fit in so much."""
-        return int(min(resources.get(kind, 0) // needed for kind, needed in self.bundle.items()))
+        parts = (resources.get(kind, 0) / needed for kind, needed in self.bundle.items())
+        return int(min(parts) + 1e-6)  # 1 / 0.1 is a little less than 10
 
     def trials_in(self, nodes: list[dict[str, float]]) -> int:
         """How many trials fit on nodes with such resources."""
@@ -115,6 +117,7 @@ class Live:
     step: int = 0
     phase: str = "waiting"
     started: float | None = None  # when it came to hold its resources, by time.monotonic
+    num_lost: int = 0  # workers that were lost, but for those whose node was
     end: dict[str, str] | None = None  # the outcome that it is to have at once, if any
     copy: int = 0  # of a population: how often it went on from another's checkpoint
 
@@ -132,7 +135,6 @@ class Executor:
     Args:
         book: knows the trials; see `Book`.
         slot: what each takes.
-        max_concurrent: trials at once; None: as many as fit.
         is_private: whether the cluster is ours and will not grow.
         stop: why to stop; None to go on. Asked several times a second.
         on_tick: called every second, with the live trials.
@@ -172,17 +174,12 @@ class Executor:
                 callbacks=[Watches(self)],
                 resources_per_trial=self.slot.request,
                 reuse_actors=True,
-                max_failures=-1,  # see `limit_failures`
+                max_failures=-1,  # `Watches` counts them
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
                 raise_on_failed_trial=False,
                 trial_dirname_creator=lambda trial: trial.trial_id,
                 verbose=0,
             )
-
-    def limit_failures(self, trial: TuneTrial) -> None:
-        """Let a new trial lose as many workers as its run says."""
-        if trial.run_metadata.num_failures == 0:
-            trial.max_failures = self.live[trial.trial_id].run.failure.max_failures
 
     def why_stop(self) -> str | None:
         if self.stop_reason is None:
@@ -297,7 +294,7 @@ class Asks(Stateless, Searcher):
             live.phase = "waiting"
             executor.again.append(executor.live.pop(trial_id))
         else:
-            executor.end(trial_id, {"kind": "failed", "reason": "its worker was lost too often"})
+            executor.end(trial_id, {"kind": "failed", "reason": LOST})
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is the state."""
@@ -312,9 +309,6 @@ class Decides(Stateless, FIFOScheduler):
     def __init__(self, executor: Executor):
         super().__init__()
         self._executor = executor
-
-    def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
-        self._executor.limit_failures(trial)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         executor = self._executor
@@ -375,8 +369,11 @@ class Watches(Stateless, tune.Callback):
         if _lacked_memory(error):
             reason = "its worker was killed since its node ran out of memory"
             live.end = {"kind": "refused", "reason": reason}
-        elif _lost_its_node(error):
-            trial.max_failures += 1
+        elif not _lost_its_node(error):
+            live.num_lost += 1
+            if live.num_lost > live.run.failure.max_failures:
+                live.end = {"kind": "failed", "reason": LOST}
+                trial.max_failures = 0  # should it be lost once more before it hears of it
 
 
 def _lacked_memory(error: Exception | None) -> bool:

@@ -1,16 +1,17 @@
 """What is known of a sweep before it starts: its rungs, what a trial takes, and what all of it will."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
 from hrm_ray.training.plan import Plan
 from hrm_ray.tuning import samplers
 from hrm_ray.tuning.config import SweepConfig
-from hrm_ray.tuning.estimate import Estimate, estimate, probe
+from hrm_ray.tuning.estimate import Estimate, Spent, estimate, probe
 from hrm_ray.tuning.execute import Slot, living_nodes
 from hrm_ray.tuning.points import Points, checked
-from hrm_ray.tuning.study import num_trials_of
+from hrm_ray.tuning.study import num_trials_of, rehearse
 
 NUM_PROBED = 5  # points at most, until one can train
 
@@ -36,6 +37,7 @@ class Outline:
     @classmethod
     def of(cls, config: SweepConfig) -> "Outline":
         """Raises UserError if the sweep cannot run."""
+        rehearse(config)
         points = Points(config)
         sampled = checked(points)
         runs = [run for _, run in sampled if isinstance(run, TrainConfig)]
@@ -50,18 +52,19 @@ class Outline:
     def rungs(self) -> list[tuple[int, float]]:
         return samplers.rungs(self.points.config.prunes, first_step=self.first_step, last_step=self.last_step)
 
-    def estimate(self, slot: Slot) -> Estimate:
+    def estimate(self, slot: Slot, stop: Callable[[], str | None]) -> Estimate:
         """From a probe of one of them, on the cluster."""
         config = self.points.config
         at_once = min(slot.trials_in(living_nodes()), config.max_concurrent or self.last_step)
-        return estimate(
-            probe(self.runs, slot),
-            self.points.plan(self.runs[0]),
-            self.rungs,
-            num_trials_of(config),
-            slot,
-            at_once,
-        )
+        plan = self.points.plan(self.runs[0])
+        found = probe(self.runs, slot, stop)
+        trials = estimate(found, plan, self.rungs, num_trials_of(config), slot, at_once)
+        if config.repeat is None:
+            return trials
+        whole = [(plan.last_step, 1.0)]
+        again = estimate(found, plan, whole, config.repeat.seeds * config.repeat.top, slot, at_once)
+        both = {name: value + vars(again.spent)[name] for name, value in vars(trials.spent).items()}
+        return replace(trials, spent=Spent(**both), num_steps=trials.num_steps + again.num_steps)
 
 
 def _first_step(plan: Plan, metric: str) -> int:

@@ -75,7 +75,9 @@ class Points:
         except UserError as error:
             raise Refused(str(error)) from None
         self.plan(config)
-        return config
+        if config.wandb == "off" or config.wandb_group is not None:
+            return config
+        return config.model_copy(update={"wandb_group": self.config.run_name})
 
     def plan(self, config: TrainConfig) -> Plan:
         """Its length and when it evaluates. Raises UserError if it cannot be, or has nothing to evaluate."""

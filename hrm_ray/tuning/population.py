@@ -61,7 +61,6 @@ class Evolves(Decides, PopulationBasedTraining):
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
         if trial in self._trial_state:  # its worker was lost, and it starts again
             return
-        self._executor.limit_failures(trial)
         # Tune refuses searchers here, since most of them would choose the values as well.
         without: Any = SimpleNamespace(search_alg=None)
         PopulationBasedTraining.on_trial_add(self, without, trial)
@@ -170,6 +169,7 @@ def replace(book: SweepBook, live: Live, step: int, other: int, other_step: int,
     before = point_of(trials[other], book.config.space)
     point, live.run = explored(book, live.number, before, random)
     move = {"step": step, "from_trial": other, "from_step": copy.manifest.global_step, "point": point}
+    book.note_words(live.number, point)
     book.study.note(live.number, HISTORY, [*history(trials[live.number]), move])
     live.copy += 1
     live.words, live.last_step = " ".join(words_of(point)), book.points.plan(live.run).last_step

@@ -15,7 +15,7 @@ from hrm_ray.tuning.lineage import history, point_of
 from hrm_ray.tuning.page import page
 from hrm_ray.tuning.plots import plots
 from hrm_ray.tuning.points import Points
-from hrm_ray.tuning.study import ENDED, ESTIMATE, OUTCOME, REASON, ReadStudy
+from hrm_ray.tuning.study import ENDED, ENDING, ESTIMATE, OUTCOME, REASON, WORDS, ReadStudy
 
 TABLE = "trials.csv"
 BEST = "best.yaml"
@@ -73,10 +73,8 @@ def row(study: ReadStudy, trial: FrozenTrial) -> dict[str, Any]:
 
 def words(study: ReadStudy, trial: FrozenTrial) -> list[str]:
     """Those of ``hrm-ray train`` that repeat a trial, under a name of its own."""
-    return [
-        *Points(study.config, study.gpus).words(point_of(trial, study.config.space)),
-        f"run_name={study.config.run_name}-{trial.number:04d}",
-    ]
+    own = trial.user_attrs.get(WORDS) or Points(study.config).words(point_of(trial, study.config.space))
+    return [*own, f"run_name={study.config.run_name}-{trial.number:04d}"]
 
 
 def table(study: ReadStudy) -> list[dict[str, Any]]:
@@ -119,21 +117,20 @@ def summarise(
     study: ReadStudy,
     rows: list[dict[str, Any]],
     spent: Spent,
-    stop_reason: str | None = None,
-    repeated: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """What summary.json holds."""
+    ending = study.study.user_attrs.get(ENDING) or {}
     states = {state.name: len(study.trials(state)) for state in (*ENDED, TrialState.RUNNING)}
     config = study.config
     return {
         "num_trials": study.num_trials,
         "states": states,
         "finished": sum(states[state.name] for state in ENDED) >= study.num_trials,
-        "stop_reason": stop_reason,
+        "stop_reason": ending.get("stop_reason"),
         "metric": dict(config.metric),
         "best": [describe(folder, study, trial) for trial in front(study)],
         "num_steps": sum(r["steps"] or 0 for r in rows),
-        "repeat": repeated,
+        "repeat": ending.get("repeat"),
         "spent": {**vars(spent), "money": spent.money(config.price)},
         "estimate": study.study.user_attrs.get(ESTIMATE),
     }

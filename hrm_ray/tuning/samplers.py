@@ -4,7 +4,6 @@ A sampler is made for every trial, its random numbers keyed by (seed, number of 
 restart what it would have proposed without one. Pruners keep no state but the values in the study.
 """
 
-import importlib.util
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -129,9 +128,6 @@ def _made(kind: Any, options: dict[str, Any], where: str) -> Any:
     for key in options:
         if key not in known:
             raise UserError(f"{where}: unknown option '{key}'; {nearest(key, known)}")
-    missing = {"CmaEsSampler": "cmaes"}.get(kind.__name__)
-    if missing and importlib.util.find_spec(missing) is None:
-        raise UserError(f"{where}: its package is not installed; pip install {missing}")
     try:
         return kind(**options)
     except (TypeError, ValueError) as error:

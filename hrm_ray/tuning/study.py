@@ -31,14 +31,17 @@ LOG = "study.log"
 CONFIG = "config"  # the sweep as its last driver had it
 SETTINGS = "settings"  # what another process wants of the driver
 STOP = "stop"
+FOLDER = "folder"  # of the sweep
+ENDING = "ending"  # `stop_reason` and `repeat` of the last command
 SPENT = "spent"  # in all commands so far
 ESTIMATE = "estimate"
 STEPS = "steps"  # at which a trial reports its metric first, and last
-GPUS = "gpus"
 # Of a trial: what became of it.
 REASON = "reason"
+WORDS = "words"  # of `hrm-ray train`, by which it runs
 OUTCOME = "outcome"  # global_step, train_s, num_params, ...
 
+NUM_REHEARSED = 12  # Optuna draws the first 10 at random
 NUM_TRIALS = 20  # unless the sweep says
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -138,17 +141,12 @@ class ReadStudy:
     def __init__(self, study: optuna.Study, config: SweepConfig):
         self.study, self.config = study, config
         # Directions of the study's values and of the metric that is watched may differ.
-        self._sign = 1 if _watched_direction(config) == study.directions[0].name.lower() else -1
+        self._sign = 1 if config.watched_direction == study.directions[0].name.lower() else -1
 
     @property
     def num_trials(self) -> int:
         """How many trials there are to be, as was said last."""
         return num_trials_of(self.config)
-
-    @property
-    def gpus(self) -> float:
-        """Of each worker of a trial."""
-        return self.study.user_attrs.get(GPUS, 0.0)
 
     @property
     def rungs(self) -> list[int]:
@@ -173,7 +171,6 @@ class SweepStudy(ReadStudy):
         folder: of the sweep; its lock is held.
         config: the sweep.
         first_step, last_step: at which a trial reports its metric first, and last.
-        gpus: of each worker of a trial.
         given: which of `SETTABLE` the user has given now; the others hold as another process has set them.
 
     Raises:
@@ -187,7 +184,6 @@ class SweepStudy(ReadStudy):
         *,
         first_step: int,
         last_step: int,
-        gpus: float = 0.0,
         given: Collection[str] = (),
     ):
         self.config = config
@@ -199,6 +195,11 @@ class SweepStudy(ReadStudy):
             directions = list(config.metric.values())
             study = optuna.create_study(storage=storage, study_name=config.run_name, directions=directions)
         else:
+            there = before.get(FOLDER, str(folder))
+            if config.study is not None and there != str(folder):
+                raise UserError(
+                    f"study={config.study}: its study {config.run_name} is of {there}; choose another run_name="
+                )
             _check_same(before.get(CONFIG, plain(config)), plain(config), folder)
             study = optuna.load_study(storage=storage, study_name=config.run_name)
         study.pruner = pruner
@@ -211,9 +212,8 @@ class SweepStudy(ReadStudy):
                 self.study.enqueue_trial(as_sampled(config.space, point, "try_first"), skip_if_exists=True)
         self.study.set_metric_names(list(config.metric))
         self.study.set_user_attr(CONFIG, plain(config))
-        self.study.set_user_attr(GPUS, gpus)
+        self.study.set_user_attr(FOLDER, str(folder))
         self.study.set_user_attr(STEPS, [first_step, last_step])
-        self.study.set_user_attr(STOP, None)
         self._asked: dict[int, optuna.trial.Trial] = {}
         self._to_resume = [t.number for t in self.trials(TrialState.RUNNING)]
 
@@ -227,15 +227,34 @@ class SweepStudy(ReadStudy):
     def next_trial(self) -> tuple[int, Point] | None:
         """The trial to run next: one that was running when the last driver ended, else a new one; None if all are
         there."""
-        if self._to_resume:
+        while self._to_resume:
             number = self._to_resume.pop(0)
             trial = self._resumed(number)
-        elif len(self.trials()) < self.num_trials or self.trials(TrialState.WAITING):
-            trial = self._ask()
+            if not self._had_ended(trial):
+                break
         else:
-            return None
+            if self._num_begun >= self.num_trials:
+                return None
+            trial = self._ask()
         self._asked[trial.number] = trial
         return trial.number, suggest(trial, self.config.space)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no trial is at work or to come."""
+        return not (self._asked or self._to_resume) and self._num_begun >= self.num_trials
+
+    @property
+    def _num_begun(self) -> int:
+        return len(self.trials()) - len(self.trials(TrialState.WAITING))
+
+    def _had_ended(self, trial: optuna.trial.Trial) -> bool:
+        """End a trial whose end had been decided when the driver was killed."""
+        reason = trial.user_attrs.get(REASON)
+        if reason is not None:
+            state = TrialState.PRUNED if reason.startswith(("pruned", "stopped")) else TrialState.FAIL
+            self.study.tell(trial, state=state)
+        return reason is not None
 
     def _ask(self) -> optuna.trial.Trial:
         waiting = self.trials(TrialState.WAITING)
@@ -248,10 +267,13 @@ class SweepStudy(ReadStudy):
         self.study.sampler = self._sampler(number)
         return optuna.trial.Trial(self.study, self.trials()[number]._trial_id)
 
-    def report(self, number: int, step: int, value: float) -> None:
-        """Write down the watched metric of a trial at an optimizer step."""
-        if len(self.config.metric) == 1 and step not in self.trials()[number].intermediate_values:
+    def report(self, number: int, step: int, value: float) -> bool:
+        """Write down the watched metric of a trial at an optimizer step; returns whether that is new."""
+        known = self.trials()[number].intermediate_values
+        is_new = len(self.config.metric) == 1 and step > max(known, default=0)
+        if is_new:
             self._asked[number].report(self._sign * value, step)
+        return is_new
 
     def should_prune(self, number: int) -> bool:
         """Whether the pruner gives the trial up, after its last report."""
@@ -284,12 +306,6 @@ class SweepStudy(ReadStudy):
         """What other processes want: `settings`, and `stop`."""
         attrs = self.study.user_attrs
         return {"settings": attrs.get(SETTINGS) or {}, "stop": attrs.get(STOP)}
-
-
-def _watched_direction(config: SweepConfig) -> str:
-    from hrm_ray.tuning.metrics import direction_of
-
-    return config.metric.get(config.watched) or direction_of(config.watched)
 
 
 def grid_of(config: SweepConfig) -> dict[str, list[Any]] | None:
@@ -346,6 +362,36 @@ def _shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value))
     return as_text(value)
+
+
+def forget_stop(folder: Storage, config: SweepConfig) -> None:
+    """A stop that was asked of an earlier driver is not for this one, which holds the sweep's lock."""
+    if earlier(folder, config) is not None:
+        load(folder, config).set_user_attr(STOP, None)
+
+
+def rehearse(config: SweepConfig) -> None:
+    """Choose some points as the sweep will, on a study of its own.
+
+    Raises:
+        UserError: the sampler does not suit the space or the metrics, or a point of `try_first` is not in the space.
+    """
+    study = optuna.create_study(directions=list(config.metric.values()))
+    is_conditional = any(values.when for values in config.space.values())
+    for point in config.try_first:
+        study.enqueue_trial(as_sampled(config.space, point, "try_first"))
+    for number in range(NUM_REHEARSED):
+        study.sampler = samplers.sampler(
+            config.sampler, number, grid=grid_of(config), is_conditional=is_conditional
+        )
+        try:
+            trial = study.ask()
+            suggest(trial, config.space)
+            study.tell(trial, [float(number)] * len(config.metric))
+        except (
+            Exception
+        ) as error:  # of any kind: Optuna's samplers check what they are given when they use it
+            raise UserError(f"sampler: {config.sampler['name']}: {first_line(error)}") from None
 
 
 def want(

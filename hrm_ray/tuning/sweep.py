@@ -2,7 +2,7 @@
 
 STORAGE/RUN_NAME/
     sweep.yaml       the sweep, as it was given
-        study.log        the Optuna study, the only state (unless study=URL)
+    study.log        the Optuna study, the only state (unless study=URL)
     trial-0007/      an ordinary run
     trials.csv       a row a trial
     best.yaml        the best trial, with the words that repeat it
@@ -10,6 +10,8 @@ STORAGE/RUN_NAME/
     index.html       the same to look at, with plots
 """
 
+import hashlib
+import shlex
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,10 +37,21 @@ from hrm_ray.tuning.execute import ALIKE, Book, Executor, Live, Slot, check_fits
 from hrm_ray.tuning.explore import changeable
 from hrm_ray.tuning.lineage import drop_unknown, history, point_of
 from hrm_ray.tuning.outline import Outline, check_budget, slot_of
-from hrm_ray.tuning.points import Points, Refused, value_of
+from hrm_ray.tuning.points import OF_THE_SWEEP, Points, Refused, value_of
 from hrm_ray.tuning.runs import SHORTENING, Planned, RunsBook, other_seeds, spread, with_seed, without
 from hrm_ray.tuning.space import Point, words_of
-from hrm_ray.tuning.study import ENDED, ESTIMATE, OUTCOME, SPENT, SweepStudy, earlier, mend
+from hrm_ray.tuning.study import (
+    ENDED,
+    ENDING,
+    ESTIMATE,
+    OUTCOME,
+    SPENT,
+    WORDS,
+    SweepStudy,
+    earlier,
+    forget_stop,
+    mend,
+)
 from hrm_ray.tuning.view import View
 
 CONFIG_FILE = "sweep.yaml"
@@ -123,6 +136,7 @@ class SweepBook(Book):
             number, _ = following
             trial = self.study.trials()[number]
             point = point_of(trial, self.config.space)
+            self.note_words(number, point)
             try:
                 run = self.run_of(number, point)
             except Refused as error:
@@ -133,6 +147,10 @@ class SweepBook(Book):
             copy = len(history(trial))
             drop_unknown(self.folder / trial_name(number), copy)
             return Live(number, run, last_step, " ".join(words_of(point)), copy=copy)
+
+    def note_words(self, number: int, point: Point) -> None:
+        """By which a trial runs from now on; with other resources later trials have others."""
+        self.study.note(number, WORDS, self.points.words(point))
 
     def run_of(self, number: int, point: Point) -> TrainConfig:
         """The run of a trial. Raises Refused if its point cannot be."""
@@ -146,7 +164,7 @@ class SweepBook(Book):
         return Evolves(executor, self)
 
     def is_over(self) -> bool:
-        return len(self.study.trials(*ENDED)) >= self.study.num_trials
+        return self.study.is_over
 
     @property
     def metrics(self) -> list[str]:
@@ -156,7 +174,8 @@ class SweepBook(Book):
         watched = self.config.watched
         if watched not in metrics:
             return None
-        self.study.report(number, step, metrics[watched])
+        if not self.study.report(number, step, metrics[watched]):
+            return None  # it was decided about before
         prunes = self.study.should_prune(number) and step < self._last_steps[number]
         return f"pruned at step {step}" if prunes else None
 
@@ -186,14 +205,16 @@ class SweepBook(Book):
         """Delete the checkpoints that are not to be kept, of runs that have ended."""
         for number in unwanted(self.study) - self._cleared:
             run = self.folder / trial_name(number)
-            if run.local_path is not None and not (run.local_path / FOLDER).exists():
+            if not run.exists():
                 self._cleared.add(number)
                 continue
+            if run.local_path is None and not wait_s:
+                continue  # no lock would say that it is still writing
             try:
                 lock = run.lock(wait_s)
             except UserError:  # it is still writing its last one
                 continue
-            (run / FOLDER).delete()
+            (run / FOLDER).delete()  # with the lock held: a run that is pruned may not have had any yet
             self._cleared.add(number)
             if lock:
                 lock.close()
@@ -311,13 +332,16 @@ def run_sweep(
     with signals.listening(), ExitStack() as stack:
         if not dry_run:
             stack.enter_context(_held(folder))
+            forget_stop(folder, config)
         is_private = stack.enter_context(session())
         slot = slot_of(config)
         check_fits(slot, is_private)
         if dry_run:
-            view.outline(config, outline, slot, outline.estimate(slot))
+            found = outline.estimate(slot, signals.reason)
+            view.outline(config, outline, slot, found)
+            check_budget(found, config, yes)
             return None
-        study = _opened(folder, config, given, yes, outline, slot, view)
+        study = _opened(folder, config, given, yes, outline, slot, view, signals)
         book = SweepBook(study, Points(config, slot.gpus), folder, view, changes)
         driver = Driver(book, signals, slot, view)
         executor = Executor(book, slot, is_private=is_private, stop=driver.why_stop, on_tick=driver.tick)
@@ -327,12 +351,14 @@ def run_sweep(
                 with view.live():
                     executor.run()
             if book.is_over() and executor.why_stop() is None and config.repeat is not None:
-                repeated = _repeat(config.repeat, book, driver, slot, is_private)
+                repeated, executor.stop_reason = _repeat(config.repeat, book, driver, slot, is_private)
         finally:
             driver.note()
             book.clear(wait_s=10)
             rows = report.write_table(folder, study)
-            summary = report.summarise(folder, study, rows, driver.spent, executor.stop_reason, repeated)
+            ending = {"stop_reason": executor.stop_reason, "repeat": repeated}
+            study.study.set_user_attr(ENDING, ending)
+            summary = report.summarise(folder, study, rows, driver.spent)
             report.write(folder, study, summary, rows)
     if executor.error is not None:
         raise executor.error
@@ -351,12 +377,16 @@ def _opened(
     outline: Outline,
     slot: Slot,
     view: View,
+    signals: StopRequest,
 ) -> SweepStudy:
     """The study of a sweep, begun if it is not there; its budget holds."""
     mend(folder)
-    before = earlier(folder, config) or {}
+    before = earlier(folder, config)
+    if before is None:
+        _check_empty(folder)
+        before = {}
     if ESTIMATE not in before:
-        found = outline.estimate(slot)
+        found = outline.estimate(slot, signals.reason)
         view.outline(config, outline, slot, found)
         check_budget(found, config, yes)
         before[ESTIMATE] = found.plain()
@@ -368,10 +398,23 @@ def _opened(
     return study
 
 
+def _check_empty(folder: Storage) -> None:
+    """Raise UserError if a new study would begin over the trials of another one."""
+    if any(name.startswith("trial-") for name in folder.folders()):
+        raise UserError(
+            f"{folder} holds trials, but their study is gone or is another one; give study= as before, bring study.log "
+            "back, or choose another run_name="
+        )
+
+
 def _repeat(
     repeat: Repeat, book: SweepBook, driver: Driver, slot: Slot, is_private: bool
-) -> list[dict[str, Any]]:
-    """Train the finalists with other seeds; a mapping a finalist, by the mean of the new runs, the best first."""
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Train the finalists with other seeds.
+
+    Returns:
+        a mapping a finalist, by the mean of the new runs, the best first; and why it stopped early, if it did.
+    """
     (metric, direction), *_ = book.config.metric.items()
     finalists = report.ranked(book.study)[: repeat.top]
     words = {trial.number: report.words(book.study, trial) for trial in finalists}
@@ -381,16 +424,17 @@ def _repeat(
         for seed in other_seeds(own, repeat.seeds)
     ]
     runs = RunsBook(planned, book.folder, book.points, metric, book.view)
-    run_all(runs, slot, is_private, driver.why_stop, driver.tick)
+    stopped = run_all(runs, slot, is_private, driver.why_stop, driver.tick)
+    sign = 1 if direction == "maximize" else -1
     found = []
     for trial in finalists:
         values = [
             v for plan in planned if plan.number == trial.number and (v := runs.value(plan)) is not None
         ]
         if values:
-            curse = trial.values[0] - spread(values)["mean"]
+            curse = sign * (trial.values[0] - spread(values)["mean"])
             found.append({"number": trial.number, "value": trial.values[0], "curse": curse, **spread(values)})
-    return sorted(found, key=lambda row: row["mean"], reverse=direction == "maximize")
+    return sorted(found, key=lambda row: -sign * row["mean"]), stopped
 
 
 def run_all(
@@ -400,10 +444,17 @@ def run_all(
     stop: Callable[[], str | None],
     on_tick: Callable[[list[Live]], None] = lambda live: None,
 ) -> str | None:
-    """Run what is planned; returns why it stopped early, if it did. Raises RunFailed if runs fail alike."""
+    """Run what is planned; returns why it stopped early, if it did.
+
+    Raises:
+        RunFailed: runs fail alike.
+        UserError: the data are gone, or the like.
+    """
     executor = Executor(runs, slot, is_private=is_private, stop=stop, on_tick=on_tick)
     if not runs.is_over():
         executor.run()
+    if executor.error is not None:
+        raise executor.error
     if executor.stop_reason == "failures":
         raise RunFailed(f"{ALIKE} runs failed alike, the last: {executor.last_failure}")
     return executor.stop_reason
@@ -435,8 +486,14 @@ def promote(
     best = best[0] if isinstance(best, list) else best
     base = [*without(best["words"], (*SHORTENING, "seed", "run_name")), *words]
     metric = next(iter(config.metric))
+    for word in words:
+        if (key := word.partition("=")[0]) in OF_THE_SWEEP:
+            raise UserError(f"{key} is set by the sweep, also for promoted runs; leave it out")
+    # Other words are other runs.
+    other = f"-{hashlib.sha256(shlex.join(words).encode()).hexdigest()[:6]}" if words else ""
+    name = f"promoted-{best['number']:04d}{other}"
     planned = [
-        Planned(best["number"], f"promoted-seed-{seed}", [*base, f"seed={seed}"]) for seed in range(seeds)
+        Planned(best["number"], f"{name}-seed-{seed}", [*base, f"seed={seed}"]) for seed in range(seeds)
     ]
     signals = StopRequest()
     with signals.listening(), session() as is_private:
@@ -446,6 +503,10 @@ def promote(
         for plan in planned:
             runs.run(plan)  # what does not fit is said now
         run_all(runs, slot, is_private, signals.reason)
+    if signals.signal is None and any(runs.value(plan) is None for plan in planned):
+        raise RunFailed(
+            f"{folder}: a promoted run has failed, see above; mend that, and the same command goes on"
+        )
     values = [value for plan in planned if (value := runs.value(plan)) is not None]
     return {
         "runs": [str(folder / plan.name) for plan in planned],

@@ -11,7 +11,7 @@ from hrm_ray.errors import UserError
 from hrm_ray.training.storage import Storage
 from hrm_ray.tuning import samplers
 from hrm_ray.tuning.config import sweep_config
-from hrm_ray.tuning.study import LOG, SweepStudy, is_driven, mend, want
+from hrm_ray.tuning.study import LOG, SweepStudy, forget_stop, is_driven, mend, rehearse, want
 
 SPACE = {
     "lr": {"log": [1e-4, 1e-1]},
@@ -187,6 +187,7 @@ def test_wishes_of_other_processes_reach_the_driver_and_outlast_it(tmp_path):
     want(folder, study.config, stop=[3])
     want(folder, study.config, stop=[4], settings={"num_trials": 7})
     assert study.wanted() == {"stop": [3, 4], "settings": {"num_trials": 7}}
+    forget_stop(folder, study.config)
     again = opened(tmp_path)
     assert again.num_trials == 7 and again.wanted()["stop"] is None
     assert opened(tmp_path, num_trials=9).num_trials == 9  # the command says otherwise now
@@ -251,3 +252,48 @@ def test_rungs_are_those_at_which_optuna_prunes(tmp_path, last_step, steps):
         else:
             study.complete(number, [0.0])
     assert ends <= set(steps[:-1]) and (len(steps) == 1 or steps[0] in ends)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sampler": "cmaes", "metric": ["eval/accuracy", "eval/steps"], "pruner": None}, "sampler: cmaes: "),
+        ({"try_first": [{"lr": 5}]}, "try_first: lr=5 is outside of"),
+        ({"sampler": {"name": "tpe", "n_ei_candidates": "many"}}, "sampler: tpe: "),
+    ],
+)
+def test_what_a_sampler_cannot_do_is_said_before_anything_is_written(values, message):
+    with pytest.raises(UserError, match=message):
+        rehearse(config_of(**values))
+
+
+def test_an_end_that_was_decided_before_a_kill_holds(tmp_path):
+    study = opened(tmp_path)
+    for reason in ("pruned at step 10", "the loss is not finite"):
+        study.note(study.next_trial()[0], "reason", reason)  # and killed before Optuna was told
+    again = opened(tmp_path)
+    assert again.next_trial()[0] == 2
+    assert [t.state for t in again.trials()] == [TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING]
+
+
+def test_fewer_trials_end_with_those_at_work(tmp_path):
+    study = opened(tmp_path, try_first=[{"lr": 1e-3}, {"lr": 2e-3}, {"lr": 3e-3}])
+    numbers = [study.next_trial()[0] for _ in range(2)]
+    again = opened(tmp_path, num_trials=1)
+    assert not again.is_over
+    assert [again.next_trial()[0] for _ in numbers] == numbers and again.next_trial() is None
+    for number in numbers:
+        again.complete(number, [0.5])
+    assert again.is_over
+
+
+def test_a_database_in_place_of_the_journal(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    url = "sqlite:///study.db"
+    whole = drive(opened(tmp_path / "a"))
+    points = drive(opened(tmp_path / "b", study=url), 5)
+    monkeypatch.chdir("/")  # the address is that of before
+    assert config_of(study=f"sqlite:///{tmp_path}/study.db").study == f"sqlite:///{tmp_path}/study.db"
+    assert points + drive(opened(tmp_path / "b", study=f"sqlite:///{tmp_path}/study.db")) == whole
+    with pytest.raises(UserError, match=r"its study sweep is of .*/b; choose another run_name="):
+        opened(tmp_path / "c", study=f"sqlite:///{tmp_path}/study.db")
