@@ -180,7 +180,7 @@ class SweepConfig(Settings):
                 f"population: metric {self.watched} is known at the end of a run only; give another"
             )
         if self.population and self.num_trials == 1:
-            raise ValueError("population: of num_trials=1 has nobody to learn from; give at least 2")
+            raise ValueError("population: needs num_trials of at least 2, to copy from each other")
         if self.population and self.max_concurrent is not None:
             raise ValueError(
                 "max_concurrent: the members of a population take turns where the cluster holds fewer; leave it out"

@@ -171,7 +171,7 @@ class SweepStudy(ReadStudy):
         folder: of the sweep; its lock is held.
         config: the sweep.
         first_step, last_step: at which a trial reports its metric first, and last.
-        given: which of `SETTABLE` the user has given now; the others hold as another process has set them.
+        given: which of `SETTABLE` the user has given now; the others keep what `tune set` gave.
 
     Raises:
         UserError: a study of another space, metric or words; one that is damaged; a sampler or pruner that is unknown.

@@ -315,7 +315,7 @@ def run_sweep(
     """Begin or continue a sweep.
 
     Args:
-        given: which of `SETTABLE` the user has given now; the others hold as another process has set them.
+        given: which of `SETTABLE` the user has given now; the others keep what `tune set` gave.
         yes: go on though the estimate exceeds the budget.
         dry_run: tell what would be done, and return None.
         view: what its user reads; None: nothing.
