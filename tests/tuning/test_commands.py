@@ -86,6 +86,14 @@ def test_a_mistake_is_one_line(command, message, capsys):
     )
 
 
+def test_storage_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    file = tmp_path / "toy.yaml"
+    file.write_text(yaml.safe_dump({k: v for k, v in plain(toy_sweep(tmp_path)).items() if v is not None}))
+    assert main(["tune", str(file), "storage=/dev/null/sweeps"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: cannot write to /dev/null/sweeps/toy: ") and told.count("\n") == 1
+
+
 @pytest.mark.ray
 def test_the_library_trains_and_tunes(tmp_path, ray_cluster):
     config = toy_sweep(tmp_path)

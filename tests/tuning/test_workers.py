@@ -113,6 +113,7 @@ def test_trials_of_two_workers_are_bit_equal_to_two_processes_whatever_is_killed
         assert row["eval/accuracy"] == summary["best"]["eval/accuracy"]
 
 
+@pytest.mark.long
 def test_a_trial_that_is_over_frees_everything_for_the_next(tmp_path, ray_cluster):
     """One that is stopped, with a checkpoint, one that cannot train, and one that ends, in the same actor."""
     points = [(400, 1e-3), (20, 1e30), (20, 1e-3)]
