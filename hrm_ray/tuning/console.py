@@ -83,13 +83,15 @@ class ConsoleView(View):
         left = self._left(study, ended)
         caption = f"about {duration(left)} left; Ctrl-C stops with checkpoints" if left else None
         table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-        for name in ("trial", "step", "of", "", study.config.watched, "values"):
+        rungs = study.rungs
+        for name in ("trial", "step", "of", "rung", "", study.config.watched, "values"):
             table.add_column(name)
         trials = study.trials()
         for trial in sorted(live, key=lambda trial: trial.number):
             seen = study.seen(trials[trial.number])
             watched = f"{seen[max(seen)]:.4g}" if seen else ""
-            row = (str(trial.number), str(trial.step), str(trial.last_step), trial.phase, watched)
+            rung = f"{sum(step <= trial.step for step in rungs)}/{len(rungs)}" if rungs else ""
+            row = (str(trial.number), str(trial.step), str(trial.last_step), rung, trial.phase, watched)
             table.add_row(*row, params_text(study, trials[trial.number]))
         return table
 

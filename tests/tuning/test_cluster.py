@@ -40,7 +40,9 @@ def nodes():
 def file_of(tmp_path: Path, **values) -> tuple[Path, Storage]:
     config = toy_sweep(tmp_path, pruner=None, **values)
     file = tmp_path / "toy.yaml"
-    file.write_text(yaml.safe_dump({k: v for k, v in plain(config).items() if v is not None}))
+    file.write_text(
+        yaml.safe_dump({**{k: v for k, v in plain(config).items() if v is not None}, "pruner": "none"})
+    )
     return file, sweep_folder(config)
 
 
