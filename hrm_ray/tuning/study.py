@@ -1,6 +1,6 @@
 """The Optuna study, the only state of a sweep: every point, every value on the way, and what became of each trial.
 
-One driver at a time asks and tells. Other processes may read it, and write down what they want of the driver
+One driver at a time changes its trials. Other processes may read it, and leave requests for the driver
 (`want`). Knows no Ray.
 """
 

@@ -232,7 +232,7 @@ def unwanted(study: SweepStudy) -> set[int]:
 
 
 class Driver:
-    """The one process that drives a sweep: its clock, its budget, and what others want of it.
+    """The one process that drives a sweep: its clock, its budget, and requests from other processes.
 
     Args:
         book: of the sweep.
