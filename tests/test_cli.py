@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from hrm_ray import memory
-from hrm_ray.cli import build_options, build_parser, main, options_of
+from hrm_ray.cli import build_parser, main
+from hrm_ray.cli.command import options_of
+from hrm_ray.cli.data import build_options
 from hrm_ray.config.compose import train_config
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.format import Manifest

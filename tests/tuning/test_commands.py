@@ -76,6 +76,8 @@ def test_the_life_of_a_sweep(sweep, capsys):
         (["set", "/nowhere"], "needs key=value; keys: num_trials, max_concurrent, budget"),
         (["promote", "/nowhere", "seeds=0"], "seeds=0: "),
         (["report", "/nowhere"], "/nowhere is no sweep"),
+        (["stop", "/nowhere", "--dry-run"], "hrm-ray tune stop does not know --dry-run; leave it out"),
+        (["status", "/nowhere", "/else"], "takes the folder of one sweep; leave out '/else'"),
     ],
 )
 def test_a_mistake_is_one_line(command, message, capsys):

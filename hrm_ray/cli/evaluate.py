@@ -1,0 +1,111 @@
+"""Measure a checkpoint."""
+
+import argparse
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import PositiveInt, field_validator, model_validator
+
+from hrm_ray.cli.command import KEY_VALUE, add, options_of
+from hrm_ray.config.inference import Inference
+
+if TYPE_CHECKING:
+    from hrm_ray.api import Solver
+
+
+class EvalOptions(Inference):
+    """Of ``eval``; names in `save_outputs` are those of `hrm_ray.training.evaluate.OUTPUTS`."""
+
+    data: str
+    split: str = "test"
+    num_examples: PositiveInt | None = None
+    batch_size: PositiveInt = 256
+    save_outputs: tuple[str, ...] = ()
+    out: str | None = None
+
+    @field_validator("save_outputs", mode="before")
+    @classmethod
+    def _one_is_a_list_too(cls, names: Any) -> Any:
+        return [names] if isinstance(names, str) else names
+
+    @model_validator(mode="after")
+    def _outputs_go_somewhere(self) -> "EvalOptions":
+        if bool(self.save_outputs) != (self.out is not None):
+            raise ValueError("save_outputs=[NAME,...] and out=FILE.npz go together")
+        if self.out is not None and Path(self.out).is_dir():
+            raise ValueError(f"out={self.out} is a folder; give a file")
+        if self.out is not None and not Path(self.out).parent.is_dir():
+            raise ValueError(f"out={self.out}: there is no folder {Path(self.out).parent}")
+        return self
+
+
+def inference_of(options: Inference) -> dict[str, Any]:
+    """The part of `options` that says how the model is used."""
+    return {key: getattr(options, key) for key in Inference.model_fields}
+
+
+def load_solver(checkpoint: str) -> "Solver":
+    """The model of a command, whose process may keep its memory."""
+    from hrm_ray import memory
+    from hrm_ray.api import load
+
+    solver = load(checkpoint)
+    if solver.setup.device.type == "cpu":
+        memory.keep_memory()
+    return solver
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    import numpy as np
+    from tqdm import tqdm
+
+    from hrm_ray.data.files import whole_file
+    from hrm_ray.data.shards import open_dataset
+
+    options: EvalOptions = options_of(args)
+    total = open_dataset(options.data).split(options.split).num_examples
+    solver = load_solver(args.checkpoint)
+    bar = tqdm(total=min(total, options.num_examples or total), unit="puzzle", disable=args.json)
+    # Opened before the evaluation: where nothing can be written is told at once.
+    with bar, whole_file(Path(options.out)) if options.out else nullcontext() as file:
+        metrics, arrays = solver.evaluate(
+            options.data,
+            split=options.split,
+            num_examples=options.num_examples,
+            batch_size=options.batch_size,
+            save_outputs=options.save_outputs,
+            on_batch=bar.update,
+            **inference_of(options),
+        )
+        if file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+    named = {f"eval/{name}": value for name, value in metrics.items()}
+    if args.json:
+        print(json.dumps(named))
+    else:
+        for name, value in named.items():
+            print(f"{name:28} {value:.4f}")
+
+
+def register(commands: Any) -> None:
+    p = add(
+        commands,
+        "eval",
+        evaluate,
+        "measure a checkpoint on a dataset",
+        "hrm-ray eval runs/quickstart data=data/sudoku-4x4\n"
+        "hrm-ray eval runs/quickstart data=data/sudoku-4x4 halt=learned\n"
+        "hrm-ray eval runs/quickstart data=data/sudoku-4x4 halt_max_steps=32 votes=9\n"
+        "hrm-ray eval runs/quickstart data=data/sudoku-4x4 save_outputs=[logits,q_halt_logits] out=outputs.npz",
+    )
+    p.add_argument("checkpoint", help="checkpoint folder, or run folder (then its best)")
+    p.add_argument(
+        "words",
+        **KEY_VALUE,
+        help="data=DIR [split=test] [num_examples=N] [batch_size=N] [halt=max|learned] [halt_max_steps=N] [votes=K] "
+        "[save_outputs=[NAME,...] out=FILE.npz]",
+    )
+    p.set_defaults(options=EvalOptions)
+    p.add_argument("--json", action="store_true", help="print one JSON object")

@@ -1,0 +1,55 @@
+"""Published checkpoints, both ways."""
+
+import argparse
+from typing import Any
+
+from hrm_ray.cli.command import KEY_VALUE, add, options_of
+from hrm_ray.cli.data import OutOptions
+
+
+class ImportOptions(OutOptions):
+    """Of ``import-checkpoint``; `data` says which task the model was trained on."""
+
+    data: str | None = None
+
+
+def import_checkpoint(args: argparse.Namespace) -> None:
+    from hrm_ray.data.shards import open_dataset
+    from hrm_ray.interop.checkpoint import import_checkpoint
+
+    options: ImportOptions = options_of(args)
+    dataset = open_dataset(options.data) if options.data else None
+    manifest = import_checkpoint(args.dir, options.out, dataset)
+    print(f"{options.out}: {manifest.arch.name}, task {manifest.dataset.task}, step {manifest.global_step}")
+
+
+def export_checkpoint(args: argparse.Namespace) -> None:
+    from hrm_ray.interop.checkpoint import export_checkpoint
+    from hrm_ray.training.checkpoint import find
+
+    options: OutOptions = options_of(args)
+    export_checkpoint(find(args.checkpoint), options.out)
+    print(f"{options.out}: written in the published layout")
+
+
+def register(commands: Any) -> None:
+    p = add(
+        commands,
+        "import-checkpoint",
+        import_checkpoint,
+        "convert a checkpoint from the published layout",
+        "hrm-ray import-checkpoint HRM-checkpoint-sudoku-extreme out=checkpoints/published",
+    )
+    p.add_argument("dir", help="folder with all_config.yaml and the weights")
+    p.add_argument("words", **KEY_VALUE, help="out=DIR [data=DIR]")
+    p.set_defaults(options=ImportOptions)
+    p = add(
+        commands,
+        "export-checkpoint",
+        export_checkpoint,
+        "write a checkpoint in the published layout",
+        "hrm-ray export-checkpoint runs/quickstart out=published",
+    )
+    p.add_argument("checkpoint", help="checkpoint folder, or run folder (then its best)")
+    p.add_argument("words", **KEY_VALUE, help="out=DIR")
+    p.set_defaults(options=OutOptions)

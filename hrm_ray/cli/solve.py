@@ -1,0 +1,100 @@
+"""Solve puzzles."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from hrm_ray.cli.command import add
+from hrm_ray.cli.evaluate import inference_of, load_solver
+from hrm_ray.config.inference import Inference
+from hrm_ray.config.validate import read_words, validated
+from hrm_ray.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hrm_ray.api import Solver
+
+
+class SolveOptions(Inference):
+    """Of ``solve``; `data` and what follows, in place of puzzles: which examples of a dataset."""
+
+    data: str | None = None
+    split: str = "test"
+    index: NonNegativeInt = 0
+    count: PositiveInt = 1
+    batch_size: PositiveInt = 256
+
+
+def solve(args: argparse.Namespace) -> None:
+    solver = load_solver(args.checkpoint)
+    named = [word for word in args.words if "=" in word]
+    options = validated(SolveOptions, read_words(named, SolveOptions), args.title)
+    puzzles = _read_puzzles(solver, [word for word in args.words if "=" not in word], options)
+    solutions = solver.solve(puzzles, batch_size=options.batch_size, **inference_of(options))
+    if args.json:
+        for s in solutions:
+            row = {"puzzle": s.puzzle, "answer": s.answer, "confidence": s.confidence, "steps": s.num_steps}
+            print(json.dumps(row | {"valid": s.is_valid}))
+        return
+    for question, s in zip(puzzles, solutions, strict=True):
+        verdict = {True: "valid", False: "NOT valid", None: "cannot be checked"}[s.is_valid]
+        print(solver.task.render(s.tokens, question))
+        print(f"{verdict}, confidence {s.confidence:.1%}: {s.answer}\n")
+    if len(solutions) > 1 and solver.task.checkable:
+        print(f"{sum(bool(s.is_valid) for s in solutions)} of {len(solutions)} valid")
+
+
+def _read_puzzles(solver: "Solver", words: Sequence[str], options: SolveOptions) -> list["np.ndarray"]:
+    """The puzzles that are meant: one puzzle, a file of them, or examples of a dataset."""
+    if options.data is not None and not words:
+        return solver.questions(options.data, split=options.split, index=options.index, count=options.count)
+    if len(words) != 1 or options.data is not None:
+        raise UserError("give one puzzle (without spaces), one file, or data=DIR")
+    word = words[0]
+    file = Path(word)
+    if len(word) < 255 and file.is_file():
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"{file} is no text file; give one with a puzzle on each line") from None
+        numbered = [(f"{file}:{n}", line.strip()) for n, line in enumerate(lines, 1)]
+        puzzles = [_read_puzzle(solver, t, where) for where, t in numbered if t and not t.startswith("#")]
+        if not puzzles:
+            raise UserError(f"{file} holds no puzzle")
+        return puzzles
+    return [_read_puzzle(solver, word, f"'{word}' is no file and no puzzle to solve")]
+
+
+def _read_puzzle(solver: "Solver", text: str, where: str) -> "np.ndarray":
+    question = solver.parse(text, where)
+    if solver.task.num_solutions(question) == 2:
+        print(f"note: '{text}' has several solutions; any of them counts as valid", file=sys.stderr)
+    return question
+
+
+def register(commands: Any) -> None:
+    p = add(
+        commands,
+        "solve",
+        solve,
+        "solve puzzles with a trained model",
+        "hrm-ray solve runs/quickstart ...1.2....3.4...\n"
+        "hrm-ray solve runs/quickstart puzzles.txt --json\n"
+        "hrm-ray solve runs/quickstart puzzles.txt halt=learned votes=9\n"
+        "hrm-ray solve runs/quickstart data=data/sudoku-4x4 index=7 count=3",
+    )
+    p.add_argument("checkpoint", help="checkpoint folder, or run folder (then its best)")
+    p.add_argument(
+        "words",
+        nargs="*",
+        metavar="PUZZLE",
+        help="a puzzle, a file with one a line, or data=DIR [split=test] [index=0] [count=1]; "
+        "[halt=max|learned] [halt_max_steps=N] [votes=K] [batch_size=N]",
+    )
+    p.add_argument("--json", action="store_true", help="print one JSON object a puzzle")
