@@ -2,8 +2,8 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from hrm_ray.config.schema import TrainConfig
@@ -72,6 +72,11 @@ class Probe:
     step_s: float
     eval_s: float
     start_s: float
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Probe":
+        """What `Estimate.plain` says of it."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
 def measure(run: TrainConfig, cpus: int) -> Probe:
@@ -166,9 +171,15 @@ class Estimate:
     probe: Probe
     spent: Spent
     num_steps: int  # of all trials
+    num_trials: int
 
     def plain(self) -> dict[str, Any]:
-        return {**asdict(self.probe), **asdict(self.spent), "num_steps": self.num_steps}
+        return {
+            **asdict(self.probe),
+            **asdict(self.spent),
+            "num_steps": self.num_steps,
+            "num_trials": self.num_trials,
+        }
 
 
 def estimate(
@@ -188,4 +199,4 @@ def estimate(
     spent = Spent()
     spent.add(seconds * num_trials, 1, slot)
     spent.wall_s /= max(1, min(concurrency, num_trials))
-    return Estimate(found, spent, round(steps * num_trials))
+    return Estimate(found, spent, round(steps * num_trials), num_trials)

@@ -8,7 +8,7 @@ from hrm_ray.errors import UserError
 from hrm_ray.training.plan import Plan
 from hrm_ray.tuning import samplers
 from hrm_ray.tuning.config import SweepConfig
-from hrm_ray.tuning.estimate import Estimate, Spent, estimate, probe
+from hrm_ray.tuning.estimate import Estimate, Probe, Spent, estimate, probe
 from hrm_ray.tuning.execute import Slot, living_nodes
 from hrm_ray.tuning.points import Points, checked
 from hrm_ray.tuning.study import num_trials_of, rehearse
@@ -52,12 +52,12 @@ class Outline:
     def rungs(self) -> list[tuple[int, float]]:
         return samplers.rungs(self.points.config.prunes, first_step=self.first_step, last_step=self.last_step)
 
-    def estimate(self, slot: Slot, stop: Callable[[], str | None]) -> Estimate:
-        """From a probe of one of them, on the cluster."""
+    def estimate(self, slot: Slot, stop: Callable[[], str | None], found: Probe | None = None) -> Estimate:
+        """From a probe of one of them, on the cluster; `found` if that was done before."""
         config = self.points.config
         at_once = min(slot.trials_in(living_nodes()), config.max_concurrent or self.last_step)
         plan = self.points.plan(self.runs[0])
-        found = probe(self.runs, slot, stop)
+        found = found or probe(self.runs, slot, stop)
         trials = estimate(found, plan, self.rungs, num_trials_of(config), slot, at_once)
         if config.repeat is None:
             return trials

@@ -5,6 +5,7 @@ restart what it would have proposed without one. Pruners keep no state but the v
 """
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,12 +79,15 @@ def sampler(
     return _made(kind, {**defaults, **options, "seed": seed}, f"sampler: {name}")
 
 
-def pruner(named: Mapping[str, Any] | None, *, first_step: int, last_step: int) -> optuna.pruners.BasePruner:
+def pruner(
+    named: Mapping[str, Any] | None, *, first_step: int, last_step: int, is_turned: bool = False
+) -> optuna.pruners.BasePruner:
     """The pruner of a sweep; its steps are optimizer steps.
 
     Args:
         named: `name` and options of Optuna's class; None: nothing is pruned.
         first_step, last_step: at which the metric is reported first, and last.
+        is_turned: whether the study holds the watched metric with its sign turned.
 
     Raises:
         UserError: an unknown name or option.
@@ -100,21 +104,43 @@ def pruner(named: Mapping[str, Any] | None, *, first_step: int, last_step: int) 
         defaults = {"min_resource": first_step, "max_resource": last_step, "reduction_factor": FACTOR}
     elif name == "percentile":
         defaults = {"percentile": 25.0}
+    elif name == "threshold" and is_turned:
+        turned = {"lower": "upper", "upper": "lower"}
+        options = {turned.get(key, key): -value if key in turned else value for key, value in options.items()}
     return _made(kind, {**defaults, **options}, f"pruner: {name}")
 
 
 def rungs(named: Mapping[str, Any] | None, *, first_step: int, last_step: int) -> list[tuple[int, float]]:
-    """(step, share of the trials that train up to it) of successive halving; of others, the whole run."""
-    if named is None or named.get("name") != "successive_halving":
+    """(step, share of the trials that train up to it) of successive halving and Hyperband; of others, the whole run."""
+    name = None if named is None else named.get("name")
+    if named is None or name not in ("successive_halving", "hyperband"):
         return [(last_step, 1.0)]
     factor = named.get("reduction_factor", FACTOR)
-    step = named.get("min_resource", first_step) * factor ** named.get("min_early_stopping_rate", 0)
-    steps = []
-    share = 1.0
-    while step < last_step:
-        steps.append((int(step), share))
-        step, share = step * factor, share / factor
-    return [*steps, (last_step, share)]
+    first = named.get("min_resource", first_step)
+    first = first if isinstance(first, int) else first_step  # "auto"
+    if name == "hyperband":
+        brackets = _brackets(first, last_step, factor)
+    else:
+        brackets = {named.get("min_early_stopping_rate", 0): 1.0}
+    found = []
+    number = min(brackets)
+    while (step := first * factor**number) < last_step:
+        found.append((step, number))
+        number += 1
+    # A bracket leaves `factor` times fewer trials at every rung from its first one on.
+    shares = [
+        (step, sum(share * factor ** -max(0, number - begin) for begin, share in brackets.items()))
+        for step, number in [*found, (last_step, number)]
+    ]
+    return [(int(step), share) for step, share in shares]
+
+
+def _brackets(first_step: int, last_step: int, factor: int) -> dict[int, float]:
+    """Hyperband's: the number of the rung at which each begins to give trials up, and its share of all trials."""
+    num = math.floor(math.log(last_step / first_step, factor)) + 1
+    # Li et al. 2018, "Hyperband", algorithm 1, as Optuna has it.
+    weights = [math.ceil(num * factor ** (num - 1 - begin) / (num - begin)) for begin in range(num)]
+    return {begin: weight / sum(weights) for begin, weight in enumerate(weights)}
 
 
 def _known(kinds: Mapping[str, Any], name: Any, what: str) -> Any:

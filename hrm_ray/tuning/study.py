@@ -150,7 +150,7 @@ class ReadStudy:
 
     @property
     def rungs(self) -> list[int]:
-        """Optimizer steps at which successive halving gives trials up."""
+        """Optimizer steps at which successive halving and Hyperband give trials up."""
         first, last = self.study.user_attrs[STEPS]
         rungs = samplers.rungs(self.config.prunes, first_step=first, last_step=last)
         return [step for step, _ in rungs if step < last]
@@ -188,7 +188,12 @@ class SweepStudy(ReadStudy):
     ):
         self.config = config
         self._sampler(0)  # what is wrong with it is said before anything is written
-        pruner = samplers.pruner(config.prunes, first_step=first_step, last_step=last_step)
+        pruner = samplers.pruner(
+            config.prunes,
+            first_step=first_step,
+            last_step=last_step,
+            is_turned=config.watched_direction != next(iter(config.metric.values())),
+        )
         storage = study_storage(folder, config.study)
         before = earlier(folder, config)
         if before is None:

@@ -32,7 +32,7 @@ from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import StopRequest
 from hrm_ray.tuning import report
 from hrm_ray.tuning.config import Repeat, SweepConfig, plain, with_settings
-from hrm_ray.tuning.estimate import Spent
+from hrm_ray.tuning.estimate import Probe, Spent
 from hrm_ray.tuning.execute import ALIKE, Book, Executor, Live, Slot, check_fits, session
 from hrm_ray.tuning.explore import changeable
 from hrm_ray.tuning.lineage import drop_unknown, history, point_of
@@ -51,6 +51,7 @@ from hrm_ray.tuning.study import (
     earlier,
     forget_stop,
     mend,
+    num_trials_of,
 )
 from hrm_ray.tuning.view import View
 
@@ -385,15 +386,16 @@ def _opened(
     if before is None:
         _check_empty(folder)
         before = {}
-    if ESTIMATE not in before:
-        found = outline.estimate(slot, signals.reason)
+    estimated = before.get(ESTIMATE)
+    if estimated is None or estimated.get("num_trials", 0) < num_trials_of(config):
+        found = outline.estimate(slot, signals.reason, estimated and Probe.of(estimated))
         view.outline(config, outline, slot, found)
         check_budget(found, config, yes)
-        before[ESTIMATE] = found.plain()
+        estimated = found.plain()
     study = SweepStudy(
         folder, config, first_step=outline.first_step, last_step=outline.last_step, given=given
     )
-    study.study.set_user_attr(ESTIMATE, before[ESTIMATE])
+    study.study.set_user_attr(ESTIMATE, estimated)
     folder.write(CONFIG_FILE, yaml.safe_dump(plain(config), sort_keys=False).encode())
     return study
 

@@ -43,6 +43,9 @@ def test_the_life_of_a_sweep(sweep, capsys):
     assert json.loads(capsys.readouterr().out)["budget"]["wall_hours"] == 1
     assert main(["tune", file, "--json"]) == 0  # holds for the next command
     assert json.loads(capsys.readouterr().out)["states"]["COMPLETE"] == 3
+    assert main(["tune", file, "num_trials=4", "--json"]) == 0  # what more trials take is said again
+    told = capsys.readouterr()
+    assert "takes   about" in told.err and json.loads(told.out)["estimate"]["num_trials"] == 4
 
     assert main(["tune", "stop", folder]) == 0
     assert "nothing is at work on" in capsys.readouterr().out

@@ -254,6 +254,46 @@ def test_rungs_are_those_at_which_optuna_prunes(tmp_path, last_step, steps):
     assert ends <= set(steps[:-1]) and (len(steps) == 1 or steps[0] in ends)
 
 
+@pytest.mark.parametrize("last_step", [270, 750, 10])
+def test_hyperband_shares_its_trials_as_optuna_does(last_step):
+    """Every trial that stands at a rung of its bracket leaves a third; the share that trains on is what is told."""
+    named = {"name": "hyperband"}
+    found = samplers.rungs(named, first_step=10, last_step=last_step)
+    pruner = samplers.pruner(named, first_step=10, last_step=last_step)
+    study = optuna.create_study(pruner=pruner)
+    study.ask().report(0.0, 10)
+    pruner.prune(study, study.get_trials()[0])  # it makes its brackets
+    brackets = [pruner._get_bracket_id(study, trial) for trial in trials_of(study, 6000)]
+    rungs = [10 * 3**k for k in range(9) if 10 * 3**k < last_step]
+    assert [step for step, _ in found] == [*rungs, last_step]
+    for number, (_, share) in enumerate(found):
+        left = [3.0 ** -max(0, number - bracket) for bracket in brackets]
+        assert share == pytest.approx(sum(left) / len(left), abs=0.02)
+
+
+def trials_of(study: optuna.Study, count: int) -> list[optuna.trial.FrozenTrial]:
+    trial = study.get_trials()[0]
+    made = []
+    for number in range(count):
+        made.append(optuna.trial.create_trial(value=0.0))
+        made[-1].number, made[-1]._trial_id = number, trial._trial_id
+    return made
+
+
+@pytest.mark.parametrize(
+    ("bounds", "bad", "good"),
+    [({"upper": 2.0}, 3.0, 1.0), ({"lower": 0.5}, 0.1, 1.0), ({"upper": 2.0}, 2.1, -5.0)],
+)
+def test_a_threshold_is_of_the_metric_as_it_is_written(tmp_path, bounds, bad, good):
+    """The study maximizes accuracy and holds the watched loss with its sign turned."""
+    study = opened(tmp_path, pruner={"name": "threshold", "metric": "train/lm_loss", **bounds})
+    number, _ = study.next_trial()
+    study.report(number, 10, good)
+    assert not study.should_prune(number)
+    study.report(number, 20, bad)
+    assert study.should_prune(number)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
