@@ -3,9 +3,10 @@
     python -m benchmarks.search data=data/sudoku-4x4 out=docs/search.png
 
 A small TRM with an MLP on 4x4 Sudoku; what counts is its loss in the end. For each of three seeds both search the same
-space (lr, weight decay, warm-up, halting's exploration) with as many trials. The result is the share of random search's
-steps in which TPE with pruning reaches what random search has found in the end. Steps, not seconds: so other load on
-the machine changes nothing.
+space (lr, weight decay, warm-up, halting's exploration) with as many optimizer steps in all: random search with
+`trials` whole trials, TPE with as many more as its pruned ones leave steps for. The result is the share of random
+search's steps in which TPE with pruning reaches what random search has found in the end. Steps, not seconds: so other
+load on the machine changes nothing.
 """
 
 import math
@@ -58,8 +59,13 @@ def sweep_of(data: str, folder: str, kind: str, seed: int, trials: int, steps: i
     )
 
 
-def curve(config: SweepConfig) -> tuple[list[int], list[float]]:
-    """Steps of all trials that have ended, one after another, and the best value of those that are complete."""
+def curve_of(config: SweepConfig) -> tuple[list[int], list[float]]:
+    """Run, or extend, a sweep.
+
+    Returns:
+        steps of all its trials, one after another, and the best value of those that are complete.
+    """
+    run_sweep(config)
     trials = sorted(opened(sweep_folder(config)).trials(*ENDED), key=lambda trial: trial.datetime_complete)
     steps = list(accumulate(trial.user_attrs[OUTCOME]["global_step"] for trial in trials))
     values = (trial.values[0] if trial.state == TrialState.COMPLETE else math.inf for trial in trials)
@@ -74,9 +80,11 @@ def measure(data: str, out: str, trials: int, steps: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         for seed in SEEDS:
             for kind in KINDS:
-                config = sweep_of(data, folder, kind, seed, trials, steps)
-                run_sweep(config)
-                curves[kind].append(curve(config))
+                found, num_trials = curve_of(sweep_of(data, folder, kind, seed, trials, steps)), trials
+                while found[0][-1] < trials * steps:
+                    num_trials += trials // 2
+                    found = curve_of(sweep_of(data, folder, kind, seed, num_trials, steps))
+                curves[kind].append(found)
     shares = []
     for random, tpe in zip(curves["random"], curves["tpe"], strict=True):
         target, total = random[1][-1], random[0][-1]
@@ -111,8 +119,8 @@ def _plot(curves: dict[str, list[tuple[list[int], list[float]]]], out: Path) -> 
                 best,
                 where="post",
                 color=color,
-                alpha=1 - 0.25 * seed,
-                label=label if seed == 0 else None,
+                linestyle=("-", "--", ":")[seed],
+                label=f"{label}, seed {seed}",
             )
     axes.set(xlabel="optimizer steps of all trials", ylabel="lowest train/lm_loss at the end of a trial")
     axes.set_yscale("log")
