@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hrm_ray.errors import UserError
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.storage import Storage
 from hrm_ray.tuning.config import plain
@@ -48,9 +49,10 @@ def file_of(tmp_path: Path, **values) -> tuple[Path, Storage]:
 
 def running_steps(folder: Storage) -> list[int]:
     """Steps of the trials at work."""
-    if folder.read("study.log") is None:
+    try:
+        return [row["steps"] for row in status(folder)[2] if row["state"] == "RUNNING"]
+    except UserError:  # it has not begun yet
         return []
-    return [row["steps"] for row in status(folder)[2] if row["state"] == "RUNNING"]
 
 
 def test_nodes_come_and_go(tmp_path, nodes):
@@ -112,8 +114,11 @@ def test_ray_job_stop_and_the_same_job_again(tmp_path, head):  # noqa: F811
     wait_for(lambda: jobs.get_job_status(job).is_terminal(), 100)
     log = jobs.get_job_logs(job)
     assert jobs.get_job_status(job) == JobStatus.STOPPED and "the same command continues" in log, log
-    for row in csv.DictReader((folder.local_path / "trials.csv").open()):
-        assert row["state"] == "RUNNING" and finished(folder / trial_name(int(row["number"])))
+    rows = list(csv.DictReader((folder.local_path / "trials.csv").open()))
+    assert rows and {row["state"] for row in rows} == {"RUNNING"}
+    runs = [folder / trial_name(int(row["number"])) for row in rows]
+    begun = [run for run in runs if run.read("metrics.jsonl")]  # the others had no step yet
+    assert begun and all(finished(run) for run in begun)
     job = submitted(jobs, entrypoint)
     wait_for(lambda: jobs.get_job_status(job).is_terminal(), 300)
     assert jobs.get_job_status(job) == JobStatus.SUCCEEDED, jobs.get_job_logs(job)
