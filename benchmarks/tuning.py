@@ -20,10 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from benchmarks import front
@@ -37,6 +39,7 @@ from hrm_ray.tuning.sweep import run_sweep, trial_name
 from tests.toy import ARCH, toy_dataset
 
 STEPS = 60
+SAMPLE_S = 0.1
 
 
 def sweep_of(folder: Path, num_trials: int, steps: int = STEPS, **values: Any):
@@ -163,14 +166,20 @@ def _cpu_s_of(folder: Path, name: str, count: int) -> float:
     config = sweep_of(folder, count, 400, run_name=f"{name}-{count}")
     file = folder / f"{name}-{count}.yaml"
     file.write_text(yaml.safe_dump(plain(config)))
-    before = os.times()
-    subprocess.run(
-        [sys.executable, "-m", "benchmarks.tuning", f"_{name}", str(file)],
-        check=True,
-        stdout=subprocess.DEVNULL,
+    command = psutil.Popen(
+        [sys.executable, "-m", "benchmarks.tuning", f"_{name}", str(file)], stdout=subprocess.DEVNULL
     )
-    after = os.times()
-    return after.children_user + after.children_system - before.children_user - before.children_system
+    used: dict[int, float] = {}
+    while command.poll() is None:  # Ray does not wait for all of its processes, so the system adds nothing up
+        with suppress(psutil.Error):
+            for process in [command, *command.children(recursive=True)]:
+                with suppress(psutil.Error):
+                    times = process.cpu_times()
+                    used[process.pid] = times.user + times.system
+        time.sleep(SAMPLE_S)
+    if command.returncode:
+        raise RunFailed(f"the command of {file} has failed")
+    return sum(used.values())
 
 
 def _alone(file: str) -> None:
