@@ -10,6 +10,7 @@ from pydantic import PositiveInt, field_validator, model_validator
 
 from hrm_ray.cli.command import KEY_VALUE, add, options_of
 from hrm_ray.config.inference import Inference
+from hrm_ray.errors import UserError
 
 if TYPE_CHECKING:
     from hrm_ray.api import Solver
@@ -51,7 +52,7 @@ def load_solver(checkpoint: str) -> "Solver":
     from hrm_ray import memory
     from hrm_ray.api import load
 
-    solver = load(checkpoint)
+    solver = load(checkpoint.removeprefix("checkpoint="))  # the published word for it
     if solver.setup.device.type == "cpu":
         memory.keep_memory()
     return solver
@@ -64,6 +65,12 @@ def evaluate(args: argparse.Namespace) -> None:
     from hrm_ray.data.files import whole_file
     from hrm_ray.data.shards import open_dataset
 
+    if args.checkpoint.partition("=")[0] in EvalOptions.model_fields:  # the words are in another order
+        named = [word for word in args.words if word.startswith("checkpoint=")]
+        if not named:
+            raise UserError(f"eval needs a checkpoint before {args.checkpoint}; give the folder of a run")
+        args.words = [args.checkpoint, *(word for word in args.words if word not in named)]
+        args.checkpoint = named[0]
     options: EvalOptions = options_of(args)
     total = open_dataset(options.data).split(options.split).num_examples
     solver = load_solver(args.checkpoint)

@@ -1,7 +1,7 @@
 """Turn a mapping from YAML and the command line into a typed, frozen object, or into one clear line.
 
 Every configuration of the project (training, dataset recipes, sweeps, options of commands) is read here: words by
-`read_words` and `read_value`, files by `read_yaml`, and both are checked by `validated`. Whatever a word or a file can
+`read_words` and `read_value`, files by `read_yaml_file`, and both are checked by `validated`. Whatever a word or a file can
 raise ends as a `UserError` that names the key, the value and the rule (`in_one_line`).
 """
 
@@ -257,23 +257,30 @@ def _load(content: str | bytes, loader: type[_Yaml]) -> Any:
     return yaml.load(content, Loader=loader)  # a SafeLoader
 
 
-def read_yaml(file: Path, what: str) -> Any:
+def read_yaml(content: bytes, where: str) -> Any:
     """What a YAML file holds.
 
     Args:
-        what: it is, for messages ("recipe").
+        where: its name, for the message.
 
     Raises:
-        UserError: no file, or no YAML.
+        UserError: it is no YAML.
     """
     try:
-        return _load(file.read_bytes(), _Yaml)
+        return _load(content, _Yaml)
+    except Exception as error:
+        raise UserError(f"{where} is no valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_yaml_file(file: Path, what: str) -> Any:
+    """The same of a file; `what` says of which kind ("recipe"). Raises UserError also if it cannot be read."""
+    try:
+        content = file.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{what} file {file} does not exist") from None
     except OSError as error:
         raise UserError(f"{what} file {file}: {error.strerror}") from None
-    except Exception as error:
-        raise UserError(f"{what} {file} is no valid YAML: {' '.join(str(error).split())}") from None
+    return read_yaml(content, f"{what} {file}")
 
 
 # Checking

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from hrm_ray.config.validate import Settings, nearest, read_yaml, validated
+from hrm_ray.config.validate import Settings, nearest, read_yaml_file, validated
 from hrm_ray.data.tasks.sudoku import MIN_CLUES
 from hrm_ray.errors import UserError
 
@@ -97,7 +97,7 @@ def load_recipe(name_or_file: str, overrides: Mapping[str, Any] | None = None) -
         if not found:
             raise UserError(f"unknown recipe '{name_or_file}'; {nearest(name_or_file, recipe_names())}")
         file = found[0]
-    values = read_yaml(file, "recipe")
+    values = read_yaml_file(file, "recipe")
     if not isinstance(values, dict):
         raise UserError(f"recipe {file} must hold 'key: value' lines")
     return validated(Recipe, {**values, **(overrides or {})}, f"recipe {file.stem}")
