@@ -54,7 +54,7 @@ def first_line(error: BaseException) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` with line ends and other control characters spelled out (``\\r``), and its middle left out if it is long."""
+    """`text` with control characters spelled out (``\\r``), and its middle left out if it is long."""
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     if len(text) > LONGEST:

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 from hrm_ray import cli
-from hrm_ray.config.compose import ALIASES, GROUPS, choices
+from hrm_ray.config.compose import ALIASES, GROUPS
 from hrm_ray.config.inference import Inference
 from hrm_ray.config.published import ABSENT, KEYS
 from hrm_ray.config.schema import TrainConfig
@@ -37,18 +37,164 @@ CPU_S = 20  # of one input, before it counts as a hang
 EXAMPLES = SimpleNamespace(num_groups=1000, info=SimpleNamespace(mean_puzzle_examples=1.0))
 
 NASTY = (
-    *("", " ", "0", "-1", "1", "2.5", "1e3", "1e-3", "-0.0", "1e308", "-1e308", "1e999", ".inf", "inf", "nan", ".nan"),
-    *("9" * 30, "-" + "9" * 30, "9" * 400, "9" * 5000, "0x1F", "0b1", "010", "1_000", "1:30", "2001-01-01", "1,2", "+1"),
-    *("true", "false", "True", "yes", "off", "null", "None", "~", "NULL", "auto", "fast", "maybe", "x" * 3000),
-    *("[]", "[1]", "[1,2]", "[2,1]", "[1,2,3]", "[true,2]", "[1,null]", "[[1]]", "['a','b']", "[1e308,2]", "[" * 2000),
-    *("{}", "{a: 1}", "{name: x}", "{log: [1, 2]}", "{1: 2}", "{[1]: 2}", "{a: {b: {c: 1}}}", "{a:1}", "{" * 500),
-    *("!x", "!!python/object:os.system", "!!set {a}", "!!binary aGk=", "!!int x", "!!float .", "!!timestamp 1"),
-    *("&a [*a]", "[&a 1, *a]", "*a", "<<", "{<<: 1}", "a: b: c", "'", '"', "'a", "- 1", "? 1", "|", ">", "%", "@x", "`x"),
-    *("${lr}", "${.hidden_size}", "${", "${x", "${oc.env:NOPE}", "${arch}", "${epochs}", "${nope:1}", "$", "${${lr}}"),
-    *("a\nb", "a\rb", "trm\r", "\t", "\x00", "\x1b[31m", "\x85", "\u2028", "\ud800", "é", "日本", "🧩", "\u202e", "a=b"),
-    *("..", ".", "/", "a/b", "~", "~/x", "/dev/null", "/proc/self/mem", "s3://b/p", "file:///x", "x://", "://", "?", "a?b"),
+    *(
+        "",
+        " ",
+        "0",
+        "-1",
+        "1",
+        "2.5",
+        "1e3",
+        "1e-3",
+        "-0.0",
+        "1e308",
+        "-1e308",
+        "1e999",
+        ".inf",
+        "inf",
+        "nan",
+        ".nan",
+    ),
+    *(
+        "9" * 30,
+        "-" + "9" * 30,
+        "9" * 400,
+        "9" * 5000,
+        "0x1F",
+        "0b1",
+        "010",
+        "1_000",
+        "1:30",
+        "2001-01-01",
+        "1,2",
+        "+1",
+    ),
+    *(
+        "true",
+        "false",
+        "True",
+        "yes",
+        "off",
+        "null",
+        "None",
+        "~",
+        "NULL",
+        "auto",
+        "fast",
+        "maybe",
+        "x" * 3000,
+    ),
+    *(
+        "[]",
+        "[1]",
+        "[1,2]",
+        "[2,1]",
+        "[1,2,3]",
+        "[true,2]",
+        "[1,null]",
+        "[[1]]",
+        "['a','b']",
+        "[1e308,2]",
+        "[" * 2000,
+    ),
+    *(
+        "{}",
+        "{a: 1}",
+        "{name: x}",
+        "{log: [1, 2]}",
+        "{1: 2}",
+        "{[1]: 2}",
+        "{a: {b: {c: 1}}}",
+        "{a:1}",
+        "{" * 500,
+    ),
+    *(
+        "!x",
+        "!!python/object:os.system",
+        "!!set {a}",
+        "!!binary aGk=",
+        "!!int x",
+        "!!float .",
+        "!!timestamp 1",
+    ),
+    *(
+        "&a [*a]",
+        "[&a 1, *a]",
+        "*a",
+        "<<",
+        "{<<: 1}",
+        "a: b: c",
+        "'",
+        '"',
+        "'a",
+        "- 1",
+        "? 1",
+        "|",
+        ">",
+        "%",
+        "@x",
+        "`x",
+    ),
+    *(
+        "${lr}",
+        "${.hidden_size}",
+        "${",
+        "${x",
+        "${oc.env:NOPE}",
+        "${arch}",
+        "${epochs}",
+        "${nope:1}",
+        "$",
+        "${${lr}}",
+    ),
+    *(
+        "a\nb",
+        "a\rb",
+        "trm\r",
+        "\t",
+        "\x00",
+        "\x1b[31m",
+        "\x85",
+        "\u2028",
+        "\ud800",
+        "é",
+        "日本",
+        "🧩",
+        "\u202e",
+        "a=b",
+    ),
+    *(
+        "..",
+        ".",
+        "/",
+        "a/b",
+        "~",
+        "~/x",
+        "/dev/null",
+        "/proc/self/mem",
+        "s3://b/p",
+        "file:///x",
+        "x://",
+        "://",
+        "?",
+        "a?b",
+    ),
 )
-NAMES = ("quickstart", "trm", "hrm_v1", "hrm", "act", "q_learning", "fixed", "local", "ray", "tpe", "grid", "none", "median")
+NAMES = (
+    "quickstart",
+    "trm",
+    "hrm_v1",
+    "hrm",
+    "act",
+    "q_learning",
+    "fixed",
+    "local",
+    "ray",
+    "tpe",
+    "grid",
+    "none",
+    "median",
+)
 FLAGS = ("--json", "--yes", "--dry-run", "--nope", "-x", "--", "-", "--help", "--version", "--seed=1", "-1")
 
 
@@ -71,19 +217,51 @@ class Inputs:
         self.rng = random.Random(seed)
         self.folder = folder
         data = f"data={folder / 'data'}"
-        arch = [f"arch.{key}" for key in ("H_cycles", "L_layers", "H_layers", "mlp_t", "puzzle_emb_len", "num_layers")]
-        train = [*known_keys(TrainConfig), *arch, *GROUPS, *ALIASES, *KEYS, *ABSENT, "data_paths", "hydra.run.dir"]
-        sweep = [*known_keys(SweepConfig), "space.lr", "sampler.seed", "pruner.metric", "sampler.n_startup_trials"]
+        arch = [
+            f"arch.{key}"
+            for key in ("H_cycles", "L_layers", "H_layers", "mlp_t", "puzzle_emb_len", "num_layers")
+        ]
+        train = [
+            *known_keys(TrainConfig),
+            *arch,
+            *GROUPS,
+            *ALIASES,
+            *KEYS,
+            *ABSENT,
+            "data_paths",
+            "hydra.run.dir",
+        ]
+        sweep = [
+            *known_keys(SweepConfig),
+            "space.lr",
+            "sampler.seed",
+            "pruner.metric",
+            "sampler.n_startup_trials",
+        ]
         use = [*Inference.model_fields, "split", "batch_size"]
-        self.commands: list[tuple[list[str], list[str], list[str]]] = [  # what comes first, keys, words that go well
-            (["train"], train, [data, "experiment=quickstart", "arch=trm", "halting=q_learning", "scaling=local"]),
+        self.commands: list[
+            tuple[list[str], list[str], list[str]]
+        ] = [  # what comes first, keys, words that go well
+            (
+                ["train"],
+                train,
+                [data, "experiment=quickstart", "arch=trm", "halting=q_learning", "scaling=local"],
+            ),
             (["train"], train, [data, "experiment=sudoku_extreme_trm", "+run_name=x", "lr=1e-3"]),
             (["train", data], train, []),
-            (["config", "validate"], [*train, "recipe", "out"], [data, "experiment=quickstart", "quickstart_lr"]),
+            (
+                ["config", "validate"],
+                [*train, "recipe", "out"],
+                [data, "experiment=quickstart", "quickstart_lr"],
+            ),
             (["config", "show"], train, ["recipe", "sweep", "lr", "experiment=quickstart", "trm"]),
             (["eval", str(folder / "run"), data], [*use, "num_examples", "save_outputs", "out"], []),
             (["solve", str(folder / "run")], [*use, "data", "index", "count"], [data, "1,2,3", "count=2"]),
-            (["data", "build"], [*Recipe.model_fields, "recipe", "out", "overwrite"], ["recipe=sudoku_4x4", "out=o"]),
+            (
+                ["data", "build"],
+                [*Recipe.model_fields, "recipe", "out", "overwrite"],
+                ["recipe=sudoku_4x4", "out=o"],
+            ),
             (["data", "show", str(folder / "data")], ["split", "index"], ["split=test"]),
             (["data", "import-npy", str(folder)], ["out"], ["out=o"]),
             (["import-checkpoint", str(folder)], ["out", "data"], ["out=o"]),
@@ -115,7 +293,9 @@ class Inputs:
     def _misspelt(self, key: str) -> str:
         at = self.rng.randrange(len(key))
         more = self.rng.choice(("", "x", ".", "+", "~", "\r", "=", " ", "_", "é", "++", "..", "x" * 900))
-        return self.rng.choice((key[:at] + more + key[at + 1 :], more + key, key.upper(), key[:at] + more + key[at:]))
+        return self.rng.choice(
+            (key[:at] + more + key[at + 1 :], more + key, key.upper(), key[:at] + more + key[at:])
+        )
 
     def value(self) -> str:
         draw = self.rng.random()
@@ -123,7 +303,10 @@ class Inputs:
             return self.rng.choice(NASTY)
         if draw < 0.9:
             return self.rng.choice(NAMES)
-        return "".join(self.rng.choice("019.eE+-_,:[]{}!&*#|>'\"%@`~ \n\\$abtruefalsn") for _ in range(self.rng.randint(1, 12)))
+        return "".join(
+            self.rng.choice("019.eE+-_,:[]{}!&*#|>'\"%@`~ \n\\$abtruefalsn")
+            for _ in range(self.rng.randint(1, 12))
+        )
 
     def yaml_line(self) -> list[str]:
         """A command line that reads a damaged recipe or sweep."""
@@ -162,7 +345,14 @@ def make_files(folder: Path) -> None:
     from hrm_ray.training import trainer
 
     toy_dataset(folder / "data", num_train=8, num_test=8, rows_per_shard=8)
-    arch = {"hidden_size": 8, "num_heads": 1, "H_layers": 1, "L_layers": 1, "halt_max_steps": 1, "puzzle_emb_ndim": 0}
+    arch = {
+        "hidden_size": 8,
+        "num_heads": 1,
+        "H_layers": 1,
+        "L_layers": 1,
+        "halt_max_steps": 1,
+        "puzzle_emb_ndim": 0,
+    }
     config = toy_config(folder / "data", folder, run_name="run", arch=arch, max_steps=1, lr_warmup_steps=0)
     trainer.train(TrainConfig(**config), show_progress=False)
 
@@ -263,7 +453,9 @@ def fuzz(seed: int, count: int, say: Callable[[str], object] = print) -> tuple[C
                 about, shrink = "", True
                 if number % 10 == 0:
                     line = inputs.yaml_line()
-                    file = folder / ("recipe.yaml" if "recipe" in line[-1] or "recipe" in line[-2] else "sweep.yaml")
+                    file = folder / (
+                        "recipe.yaml" if "recipe" in line[-1] or "recipe" in line[-2] else "sweep.yaml"
+                    )
                     about, shrink = f" holding {file.read_bytes()!r:.600}", False
                     found = outcome(line)
                 elif number % 10 == 1:

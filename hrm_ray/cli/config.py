@@ -79,7 +79,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _show(name: str) -> None:
-    """What `name` means: the keys of a kind of configuration, a key or those that begin with it, or a file that ships."""
+    """The keys of a kind of configuration, a key or those that begin with it, or a file that ships."""
     kinds = _keys()
     if name in kinds:
         for key, field in kinds[name].items():
@@ -164,7 +164,9 @@ def _check_file(name: str, words: Sequence[str]) -> None:
         is_recipe = False
     else:
         known = [*recipe_names(), *sweep_names()]
-        raise UserError(f"there is no recipe or sweep {shown(name)}; {nearest(name, known, 'hrm-ray config ls')}")
+        raise UserError(
+            f"there is no recipe or sweep {shown(name)}; {nearest(name, known, 'hrm-ray config ls')}"
+        )
     if is_recipe:
         load_recipe(name, read_words(words, Recipe))
     else:
@@ -203,4 +205,6 @@ def register(commands: Any) -> None:
         "hrm-ray config validate my_sweep.yaml num_trials=6\n"
         "hrm-ray config validate recipe=sudoku_4x4 out=data/mine num_train=50",
     )
-    p.add_argument("words", nargs="+", metavar="key=value", help="words of train, or a YAML file or name and its words")
+    p.add_argument(
+        "words", nargs="+", metavar="key=value", help="words of train, or a YAML file or name and its words"
+    )

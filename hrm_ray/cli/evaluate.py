@@ -6,10 +6,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hrm_ray.cli.command import KEY_VALUE, add, options_of
 from hrm_ray.config.inference import Inference
+from hrm_ray.config.validate import PositiveInt
 from hrm_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,11 +21,17 @@ class EvalOptions(Inference):
     """Of ``eval``; names in `save_outputs` are those of `hrm_ray.training.evaluate.OUTPUTS`."""
 
     data: str
+    """Data set, a folder or URI."""
     split: str = "test"
+    """Part of the data set."""
     num_examples: PositiveInt | None = None
-    batch_size: PositiveInt = 256
+    """Only the first so many; null: all."""
+    batch_size: int = Field(default=256, gt=0, le=10**6)
+    """Puzzles at once."""
     save_outputs: tuple[str, ...] = ()
+    """What of the model's answers to save."""
     out: str | None = None
+    """The file for them, FILE.npz."""
 
     @field_validator("save_outputs", mode="before")
     @classmethod

@@ -115,8 +115,9 @@ def _with_words(values: dict[str, Any], given: Mapping[str, str]) -> dict[str, A
         if key not in known:
             if published.is_let_pass(key, text):
                 continue
+            wanted = published.USUAL.get(key, key)
             raise UserError(
-                f"unknown key {shown(key)}; {nearest(key, {*known, *GROUPS}, TrainConfig.listed_by)}"
+                f"unknown key {shown(key)}; {nearest(wanted, {*known, *GROUPS}, TrainConfig.listed_by)}"
             )
         value = value_of(TrainConfig, key, text)
         if is_text(TrainConfig, key):
@@ -138,10 +139,14 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _replaced(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with what ``${KEY}`` stands for, which may also be a default of the architecture."""
+    defaults = arch_class(values["arch"]["name"]).model_validate({}).model_dump(mode="json")
     try:
-        return dict(OmegaConf.to_container(OmegaConf.create(values), resolve=True))  # type: ignore[arg-type]
+        whole = OmegaConf.create(values | {"arch": defaults | values["arch"]})
+        replaced: Any = OmegaConf.to_container(whole, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"${{...}} stands for no value: {first_line(error)}") from None
+    return replaced | {"arch": {key: replaced["arch"][key] for key in values["arch"]}}
 
 
 def _check_halting_words(given: set[str], halting: Mapping[str, Any]) -> None:

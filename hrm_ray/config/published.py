@@ -20,6 +20,22 @@ ARCHITECTURES = {  # `arch.name` there, and here
 KEYS = {"arch.forward_dtype": "forward_dtype"}
 VALUES = {"arch": {"hrm": "hrm_v1"}, "arch.name": ARCHITECTURES, "wandb": {"disabled": "off"}}
 
+USUAL = {  # names in other trainers, to be pointed to ours
+    **{
+        "learning_rate": "lr",
+        "batch_size": "global_batch_size",
+        "num_epochs": "epochs",
+        "dataset": "data_path",
+    },
+    **{
+        "warmup_steps": "lr_warmup_steps",
+        "num_train_epochs": "epochs",
+        "output_dir": "storage",
+        "name": "run_name",
+    },
+    **{"gpus": "scaling.use_gpu", "workers": "scaling.num_workers", "precision": "forward_dtype"},
+}
+
 
 class Absent(NamedTuple):
     """A key that we do not have: the values that are let pass, beside null, and what is said of all others."""

@@ -1,8 +1,8 @@
 """Turn a mapping from YAML and the command line into a typed, frozen object, or into one clear line.
 
 Every configuration of the project (training, dataset recipes, sweeps, options of commands) is read here: words by
-`read_words` and `read_value`, files by `read_yaml_file`, and both are checked by `validated`. Whatever a word or a file can
-raise ends as a `UserError` that names the key, the value and the rule (`in_one_line`).
+`read_words` and `read_value`, files by `read_yaml_file`, and both are checked by `validated`. Whatever a word or a
+file can raise ends as a `UserError` that names the key, the value and the rule (`in_one_line`).
 """
 
 import difflib
@@ -78,11 +78,15 @@ def _kinds(settings: type[Settings], name: str) -> frozenset[Any]:
         else:
             yield kind
 
-    return frozenset(k for k in inside(settings.model_fields[name].annotation) if k is Any or isinstance(k, type))
+    return frozenset(
+        k for k in inside(settings.model_fields[name].annotation) if k is Any or isinstance(k, type)
+    )
 
 
 def _holds_a_bool(value: Any) -> bool:
-    return isinstance(value, bool) or (isinstance(value, (list, tuple)) and any(isinstance(v, bool) for v in value))
+    return isinstance(value, bool) or (
+        isinstance(value, (list, tuple)) and any(isinstance(v, bool) for v in value)
+    )
 
 
 def nearest(name: str, known: Iterable[str], listed_by: str | None = None) -> str:
@@ -108,9 +112,7 @@ def known_keys(settings: type[Settings], prefix: str = "", **inside: type[Settin
     return list(all_fields(settings, prefix, **inside))
 
 
-def all_fields(
-    settings: type[Settings], prefix: str = "", **inside: type[Settings]
-) -> dict[str, FieldInfo]:
+def all_fields(settings: type[Settings], prefix: str = "", **inside: type[Settings]) -> dict[str, FieldInfo]:
     """The fields of `settings` and of the settings inside it, by dotted key.
 
     Args:
@@ -196,7 +198,9 @@ def read_value(key: str, text: str) -> Any:
     try:
         return _load(text, _Word)
     except Exception:  # of PyYAML's, ValueError of a number, RecursionError of brackets
-        raise UserError(f"{key}={shown(text)[1:-1]}: not a value; quote it if it holds special characters") from None
+        raise UserError(
+            f"{key}={shown(text)[1:-1]}: not a value; quote it if it holds special characters"
+        ) from None
 
 
 def read_words(words: Sequence[str], *kinds: type[Settings]) -> dict[str, Any]:
@@ -239,18 +243,16 @@ _Yaml.yaml_implicit_resolvers = {}
 for _name, _pattern, _first in (  # the characters with which a value may begin
     ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", "null|Null|NULL|~|", ["n", "N", "~", ""]),
-    ("int", "[-+]?[0-9][0-9_]*", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("int", "[-+]?[0-9]+(_[0-9]+)*", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
     ("merge", "<<", "<"),
 ):
     _Yaml.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), list(_first))
 _Yaml.yaml_constructors = {None: yaml.SafeLoader.construct_undefined}
 for _name in ("null", "bool", "str", "seq", "map"):
     _Yaml.add_constructor(_TAG + _name, yaml.SafeLoader.yaml_constructors[_TAG + _name])
-for _kind in (int, float):
-    _Yaml.add_constructor(
-        _TAG + _kind.__name__, lambda loader, node, kind=_kind: kind(loader.construct_scalar(node).replace("_", ""))
-    )
+_Yaml.add_constructor(_TAG + "int", lambda loader, node: int(loader.construct_scalar(node)))
+_Yaml.add_constructor(_TAG + "float", lambda loader, node: float(loader.construct_scalar(node)))
 
 
 def _load(content: str | bytes, loader: type[_Yaml]) -> Any:
@@ -337,7 +339,10 @@ def _first_problem(settings: type[Settings], values: Mapping[str, Any], error: V
         if _are_settings(field.annotation):
             first = next(iter(field.annotation.model_fields))  # type: ignore[union-attr]
             return f"{name}={shown(value)}: holds keys of its own; give them, such as {name}.{first}=VALUE"
-        if len(get_args(field.annotation)) - optional > 1 and get_origin(field.annotation) in (Union, UnionType):
+        if len(get_args(field.annotation)) - optional > 1 and get_origin(field.annotation) in (
+            Union,
+            UnionType,
+        ):
             return f"{name}={shown(value)}: give {takes(field)}"
     return f"{key}={shown(problem['input'])}: {message[0].lower()}{message[1:]}"
 
@@ -350,7 +355,7 @@ def _field_at(
     for part in where:
         fields = {f.alias or name: f for name, f in settings.model_fields.items()}
         if part not in fields or not isinstance(values, Mapping):
-            break
+            return "", None, None
         field, key, values = fields[str(part)], f"{key}.{part}".lstrip("."), values.get(part)
         if not _are_settings(field.annotation):
             break
@@ -367,7 +372,9 @@ def _in_words(kind: Any, rules: Sequence[Any] = ()) -> str:
     parts = get_args(kind)
     origin = get_origin(kind)
     if origin is Annotated:
-        inner = [rule for part in parts[1:] for rule in (part.metadata if isinstance(part, FieldInfo) else [part])]
+        inner = [
+            rule for part in parts[1:] for rule in (part.metadata if isinstance(part, FieldInfo) else [part])
+        ]
         return _in_words(parts[0], [*rules, *inner])
     if origin in (Union, UnionType):
         return " or ".join(_in_words(part, rules) for part in parts)
@@ -378,16 +385,18 @@ def _in_words(kind: Any, rules: Sequence[Any] = ()) -> str:
     if origin is tuple:
         return f"[{_in_words(parts[0])}, ...]"
     plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
-    return " ".join([plain.get(kind, "keys and their values"), *_limits(rules if kind in (int, float) else ())])
+    return " ".join(
+        [plain.get(kind, "keys and their values"), *_limits(rules if kind in (int, float) else ())]
+    )
 
 
 def _limits(rules: Sequence[Any]) -> Iterator[str]:
     for rule in rules:
         if isinstance(rule, Gt):
-            yield f"above {rule.gt:g}"  # type: ignore[str-format]
+            yield f"above {rule.gt}"
         elif isinstance(rule, Ge):
-            yield f"from {rule.ge:g}"  # type: ignore[str-format]
+            yield f"from {rule.ge}"
         elif isinstance(rule, Le) and rule.le not in (MANY, YEARS):
-            yield f"to {rule.le:g}"  # type: ignore[str-format]
+            yield f"to {rule.le}"
         elif isinstance(rule, Lt) and rule.lt != LARGEST_INT + 1:
-            yield f"below {rule.lt:g}"  # type: ignore[str-format]
+            yield f"below {rule.lt}"

@@ -76,9 +76,9 @@ class Plan:
         too_long = []
         if self.lr_warmup_steps > self.total_steps:  # as published, where a short run stays in its warm-up
             too_long.append(
-                f"lr_warmup_steps={self.config.lr_warmup_steps} is longer than the run's {self.total_steps} steps, so "
-                f"the learning rate only rises to {self.lr(self.total_steps):.2g}; lr_warmup_ratio=0.1 makes the warm-up "
-                "a tenth of the run"
+                f"lr_warmup_steps={self.config.lr_warmup_steps} is longer than the run's {self.total_steps} steps: the "
+                f"learning rate only rises to {self.lr(self.total_steps):.2g}; lr_warmup_ratio=0.1 is a warm-up of a "
+                "tenth of the run"
             )
         return too_long + [
             f"{old}={getattr(self.config.halting, old)} of {self.total_steps} steps is taken as "

@@ -338,8 +338,8 @@ def _check_names(values: Mapping[str, Any], where: str) -> None:
     for key, kind in space.items():
         if not isinstance(kind, (Mapping, list, tuple)):
             raise UserError(
-                f"{where}: space.{key}={shown(kind)}: give a range, such as {{log: [1e-4, 1e-2]}}, or a list of values; "
-                f"a fixed value belongs to train: {key}=VALUE"
+                f"{where}: space.{key}={shown(kind)}: give a range, such as {{log: [1e-4, 1e-2]}}, or a list of values;"
+                f" a fixed value belongs to train: {key}=VALUE"
             )
 
 
