@@ -2,6 +2,7 @@
 # make test         the tests            make lint   style and types
 # make test-all     these and the long ones
 # make test-triton  those of the Triton kernel, without a GPU (fetches 200 MB)
+# make fuzz         50,000 random words and damaged files for all commands; FUZZ="--seed 1 --count 5000" for others
 # make chaos        100 faults in real runs, and what came of them; CHAOS="--faults 10 --seed 1" for others
 # Options: PYTHON=python3.12, PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" (torch without CUDA)
 
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-triton chaos lint format clean
+.PHONY: help quickstart test test-all test-triton fuzz chaos lint format clean
 
 help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
@@ -53,6 +54,9 @@ $(VENV)/triton/.ready: $(READY)
 
 test-triton: $(VENV)/triton/.ready
 	@PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest tests/models/test_fused_attention.py
+
+fuzz: $(READY)
+	@$(BIN)/python -m tests.fuzz $(FUZZ)
 
 chaos: $(READY)
 	@nice $(BIN)/python -m tests.faults.chaos $(CHAOS)

@@ -4,11 +4,19 @@ The command line prints them as ``error: MESSAGE`` and exits with their `exit_co
 can be raised inside a Ray task or worker.
 """
 
+LONGEST = 500  # characters of a message
+
 
 class UserError(Exception):
-    """A mistake in the input: says what is wrong, where, and how to mend it, in one line."""
+    """A mistake in the input: says what is wrong, where, and how to mend it, in one line.
+
+    Whatever its message quotes, it is printed as one line of at most `LONGEST` characters without control characters.
+    """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class RunFailed(UserError):
@@ -43,3 +51,13 @@ def about_file(error: OSError) -> UserError | None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for use in one of ours; its type's name if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def one_line(text: str) -> str:
+    """`text` with control characters spelled out (``\\r``), and its middle left out if it is long."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(text) > LONGEST:
+        end = LONGEST // 3  # the end of a message says how to mend it
+        text = f"{text[: LONGEST - end - 5]} ... {text[-end:]}"
+    return text

@@ -12,16 +12,20 @@ import numpy as np
 import pytest
 import torch
 
+import hrm_ray
 from hrm_ray import memory
 from hrm_ray.cli import build_parser, main
 from hrm_ray.cli.command import options_of
 from hrm_ray.cli.data import build_options
-from hrm_ray.config.compose import train_config
+from hrm_ray.config.compose import choices, train_config
 from hrm_ray.config.schema import TrainConfig
+from hrm_ray.config.validate import known_keys
 from hrm_ray.data.format import Manifest
+from hrm_ray.data.recipe import recipe_names
 from hrm_ray.data.tasks.base import get_task
 from hrm_ray.data.writer import DatasetWriter, balanced_cuts
 from hrm_ray.training import trainer
+from hrm_ray.tuning.config import sweep_names
 from tests.toy import ARCH, toy_config, toy_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -201,7 +205,10 @@ MISTAKES = [
     (["eval", "{run}", "data={data}", "num_examples=2.5"], "num_examples=2.5: "),
     (["eval", "{run}", "data={data}", "num_examples=-3"], "num_examples=-3: input should be greater than 0"),
     (["eval", "{run}", "data={data}", "num_examples=0"], "num_examples=0: input should be greater than 0"),
-    (["eval", "{run}", "data={data}", "num_examples=0x_"], "num_examples=0x_: not a value"),
+    (
+        ["eval", "{run}", "data={data}", "num_examples=0x_"],
+        "num_examples='0x_': input should be a valid integer",
+    ),
     (["eval", "{run}", "data={data}", "num_examples="], "num_examples= is empty"),
     (["eval", "{run}", "data={data}", "batch_size=x"], "batch_size='x': input should be a valid integer"),
     (["eval", "{run}", "data={data}", "batch_size=0"], "batch_size=0: input should be greater than 0"),
@@ -247,6 +254,113 @@ def test_mistakes_end_in_one_line_and_exit_code_2(trained, tmp_path, capsys, wor
     assert errors[-1].startswith("error: ")
     assert said in errors[-1]
     assert not (tmp_path / "missing").exists()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"{hrm_ray.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words", [["train", "arch=trm\r"], ["data", "info", "d\r"], ["train", "data=d", "\r"]]
+)
+def test_a_carriage_return_at_the_end_of_a_word_is_named(words, capsys):
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert repr(words[-1]) in said and "carriage return: the script has Windows line ends" in said
+    assert said.count("\n") == 1 and "\r" not in said
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["trian"], ["eval"], ["train", "--resume"], ["data", "x"], ["config", "validate"]]
+)
+def test_mistakes_of_commands_and_flags_are_one_line_too(words, capsys):
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("error: ")
+        and said.endswith("--help' shows how it is used\n")
+        and said.count("\n") == 1
+    )
+
+
+def test_eval_understands_the_published_word_for_a_checkpoint(trained, capsys):
+    data, run = trained
+    for words in ([f"checkpoint={run}", f"data={data}"], [f"data={data}", f"checkpoint={run}"]):
+        assert main(["eval", *words, "--json"]) == 0
+        assert "eval/accuracy" in json.loads(capsys.readouterr().out)
+    assert main(["eval", f"data={data}"]) == 2
+    assert "eval needs a checkpoint before data=" in capsys.readouterr().err
+
+
+def test_config_lists_and_shows_everything_that_ships(capsys):
+    assert main(["config", "ls"]) == 0
+    listed = capsys.readouterr().out
+    for names in (choices("experiment"), choices("arch"), recipe_names(), sweep_names()):
+        assert all(f"  {name} " in listed for name in names)
+    assert main(["config", "show"]) == 0
+    shown = capsys.readouterr().out
+    assert "lr=0.0001 " in shown and "Learning rate of all weights but puzzle embeddings" in shown
+    for key in known_keys(TrainConfig):
+        assert re.search(rf"^{re.escape(key)}[= ]", shown, flags=re.M), key
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["lr"], "lr=0.0001"),
+        (["scaling"], "scaling.num_workers=1"),
+        (["trm"], "arch.puzzle_emb_len=16"),
+        (["recipe"], "num_aug=0"),
+        (["sweep"], "budget.cpu_hours=null"),
+        (["quickstart_lr"], "num_trials: 32"),
+        (["quickstart"], "hidden_size: 96"),
+        (["experiment=quickstart", "arch=trm", "lr=0.5"], "arch.puzzle_emb_len=16"),
+    ],
+)
+def test_config_shows(words, said, capsys):
+    assert main(["config", "show", *words]) == 0
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["experiment=quickstart", "lr=1e-3"], None),
+        (["experiment=quickstart", "lrr=1e-3"], "unknown key 'lrr'; did you mean 'lr'?"),
+        (["quickstart_lr", "num_trials=3"], None),
+        (["quickstart_lr", "num_trials=0"], "num_trials=0"),
+        (["quickstart_lr", "space.lrr=[1]"], "space: unknown key 'lrr'; did you mean 'lr'?"),
+        (["sudoku_4x4"], None),
+        (["sudoku_4x4", "num_train=x"], "num_train='x'"),
+        (["recipe=sudoku_4x4", "out=o"], None),
+        (["recipe=sudoku_4x4"], "'out' is not given"),
+        (["{sweep}"], None),
+        (["{recipe}"], "num_clues"),
+        (["{recipe}", "num_clues=6"], None),
+        (["nothing"], "there is no recipe or sweep 'nothing'"),
+        (["nothing.yaml"], "nothing.yaml does not exist"),
+    ],
+)
+def test_config_validates(words, said, tmp_path, capsys):
+    names = {"sweep": tmp_path / "s.yaml", "recipe": tmp_path / "r.yaml"}
+    names["sweep"].write_text("train: experiment=quickstart\nspace: {lr: [1e-3, 1e-2]}\n")
+    names["recipe"].write_text("size: 4\nsource: generator\nnum_train: 1\nnum_test: 1\n")
+    code = main(["config", "validate", *(word.format(**names) for word in words)])
+    printed = capsys.readouterr()
+    if said is None:
+        assert (code, printed.out) == (0, "ok\n")
+    else:
+        assert code == 2 and said in printed.err
+
+
+def test_a_short_run_stays_in_the_published_warmup_and_says_so(trained, capsys):
+    data, run = trained
+    words = [f"data={data}", f"storage={run.parent}", "scaling=local", "run_name=short", "epochs=2", *TINY]
+    assert main(["train", *words, "tensorboard=false", "compile=false", "eval_interval=1"]) == 0
+    said = capsys.readouterr().err
+    assert "warning: lr_warmup_steps=2000 is longer than the run's 16 steps" in said
 
 
 def test_a_run_of_another_model_is_refused_before_anything_starts(trained, capsys):

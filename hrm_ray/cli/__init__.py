@@ -8,7 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from hrm_ray.cli import data, doctor, evaluate, interop, solve, train, tune
+from hrm_ray import __version__
+from hrm_ray.cli import config, data, doctor, evaluate, interop, solve, train, tune
+from hrm_ray.cli.command import Parser
 from hrm_ray.errors import UserError, about_file
 
 TRACEBACK = "HRM_RAY_TRACEBACK"  # set it to see where an error came from
@@ -16,21 +18,34 @@ TRACEBACK = "HRM_RAY_TRACEBACK"  # set it to see where an error came from
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands; each knows an example of its use."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hrm-ray",
         description="Train and evaluate recursive reasoning models on Ray.",
         epilog="Start with: make quickstart. `hrm-ray COMMAND --help` shows examples.",
     )
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for room in (data, train, tune, evaluate, solve, interop, doctor):
+    for room in (data, train, tune, evaluate, solve, interop, config, doctor):
         room.register(commands)
     return parser
 
 
+def check_line_ends(words: Sequence[str]) -> None:
+    """Raise UserError for a word that ends in a carriage return, which nobody types."""
+    for word in words:
+        if word.endswith("\r"):
+            raise UserError(
+                f"the word '{word}' ends in a carriage return: the script has Windows line ends; sed -i 's/\\r$//' "
+                "SCRIPT removes them"
+            )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    args = build_parser().parse_args(argv)
     try:
+        words = sys.argv[1:] if argv is None else list(argv)
+        check_line_ends(words)
+        args = build_parser().parse_args(words)
         return args.run(args) or 0
     except KeyboardInterrupt:
         return 130

@@ -2,12 +2,20 @@
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from hrm_ray.config.validate import read_words, validated
+from hrm_ray.errors import UserError
 
 Command = Callable[[argparse.Namespace], int | None]  # returns its exit code, None for 0
 KEY_VALUE: dict[str, Any] = {"nargs": "*", "metavar": "key=value"}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are of one line too, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; '{self.prog} --help' shows how it is used")
 
 
 def add(commands: Any, name: str, run: Command, help: str, example: str) -> argparse.ArgumentParser:

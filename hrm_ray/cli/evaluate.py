@@ -6,10 +6,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hrm_ray.cli.command import KEY_VALUE, add, options_of
 from hrm_ray.config.inference import Inference
+from hrm_ray.config.validate import PositiveInt
+from hrm_ray.errors import UserError
 
 if TYPE_CHECKING:
     from hrm_ray.api import Solver
@@ -19,11 +21,17 @@ class EvalOptions(Inference):
     """Of ``eval``; names in `save_outputs` are those of `hrm_ray.training.evaluate.OUTPUTS`."""
 
     data: str
+    """Data set, a folder or URI."""
     split: str = "test"
+    """Part of the data set."""
     num_examples: PositiveInt | None = None
-    batch_size: PositiveInt = 256
+    """Only the first so many; null: all."""
+    batch_size: int = Field(default=256, gt=0, le=10**6)
+    """Puzzles at once."""
     save_outputs: tuple[str, ...] = ()
+    """What of the model's answers to save."""
     out: str | None = None
+    """The file for them, FILE.npz."""
 
     @field_validator("save_outputs", mode="before")
     @classmethod
@@ -51,7 +59,7 @@ def load_solver(checkpoint: str) -> "Solver":
     from hrm_ray import memory
     from hrm_ray.api import load
 
-    solver = load(checkpoint)
+    solver = load(checkpoint.removeprefix("checkpoint="))  # the published word for it
     if solver.setup.device.type == "cpu":
         memory.keep_memory()
     return solver
@@ -64,6 +72,12 @@ def evaluate(args: argparse.Namespace) -> None:
     from hrm_ray.data.files import whole_file
     from hrm_ray.data.shards import open_dataset
 
+    if args.checkpoint.partition("=")[0] in EvalOptions.model_fields:  # the words are in another order
+        named = [word for word in args.words if word.startswith("checkpoint=")]
+        if not named:
+            raise UserError(f"eval needs a checkpoint before {args.checkpoint}; give the folder of a run")
+        args.words = [args.checkpoint, *(word for word in args.words if word not in named)]
+        args.checkpoint = named[0]
     options: EvalOptions = options_of(args)
     total = open_dataset(options.data).split(options.split).num_examples
     solver = load_solver(args.checkpoint)

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from hrm_ray.config.validate import Settings, known_keys, nearest
+from hrm_ray.config.validate import Settings, known_keys, nearest, shown
 from hrm_ray.errors import UserError
 
 ROOM = "hrm_ray.models"  # where the architectures are
@@ -25,6 +25,7 @@ class LossConfig(Settings):
     """The loss over the cells of a puzzle."""
 
     loss_type: Literal["stablemax_cross_entropy", "softmax_cross_entropy"] = "stablemax_cross_entropy"
+    """How the scores of a cell become probabilities, before their cross entropy."""
 
 
 class ArchConfig(Settings):
@@ -33,15 +34,25 @@ class ArchConfig(Settings):
     classes: ClassVar[dict[str, type["ArchConfig"]]] = {}
 
     name: str
-    hidden_size: PositiveInt = 512
-    num_heads: PositiveInt = 8
-    expansion: PositiveFloat = 4  # SwiGLU's inner width is 2/3 of this times the width, to a multiple of 256
+    """The architecture; arch=NAME chooses it with its own settings."""
+    hidden_size: int = Field(default=512, gt=0, le=2**16)
+    """D, width of the model."""
+    num_heads: int = Field(default=8, gt=0, le=2**16)
+    """Heads of attention."""
+    expansion: float = Field(default=4, gt=0, le=2**10)
+    """SwiGLU's inner width is 2/3 of this times its outer width, rounded up to a multiple of 256."""
     pos_encodings: Literal["rope", "learned", "none"] = "rope"
-    puzzle_emb_ndim: int = Field(default=512, ge=0)  # numbers in a puzzle embedding; 0: none
-    halt_max_steps: PositiveInt = 16  # ACT steps at most
-    halt_exploration_prob: float = Field(default=0.1, ge=0, le=1)  # share of steps with a drawn minimum
-    no_ACT_continue: bool = False  # halt when q_halt > 0, and learn no q_continue
+    """How a token knows its position."""
+    puzzle_emb_ndim: int = Field(default_factory=lambda values: values.get("hidden_size", 0), ge=0, le=2**24)
+    """Numbers in the embedding of a puzzle identifier; 0: no such embedding. Default: arch.hidden_size."""
+    halt_max_steps: int = Field(default=16, gt=0, le=10**6)
+    """ACT steps at most."""
+    halt_exploration_prob: float = Field(default=0.1, ge=0, le=1)
+    """Share of puzzles that must take a random number of ACT steps at least, in training."""
+    no_ACT_continue: bool = False
+    """Halt when q_halt > 0, and learn no q_continue."""
     loss: LossConfig = LossConfig()
+    """The loss over the cells of a puzzle."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -99,7 +110,8 @@ def _as_its_class(values: Any) -> Any:
     kind = arch_class(values.get("name", DEFAULT_ARCH))
     for key in values:
         if key not in kind.model_fields:
-            raise ValueError(f"unknown key 'arch.{key}'; {nearest(f'arch.{key}', known_keys(kind, 'arch.'))}")
+            hint = nearest(f"arch.{key}", known_keys(kind, "arch."), kind.listed_by)
+            raise ValueError(f"unknown key {shown(f'arch.{key}')}; {hint}")
     return kind.model_validate(dict(values))
 
 

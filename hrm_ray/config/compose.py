@@ -1,22 +1,36 @@
-"""From words on the command line to a validated configuration, through Hydra's composition.
+"""From words on the command line to a validated configuration, through Hydra's composition of YAML files.
 
 Defaults have one home, the classes of `schema`; they enter the composition as the node `schema`.
 """
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
+from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hrm_ray.config import published
 from hrm_ray.config.arch import arch_class
 from hrm_ray.config.halting import OLD_STEP_COUNTS, HaltingConfig
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.config.validate import as_typed, is_text, known_keys, nearest, split_word, validated
+from hrm_ray.config.validate import (
+    in_one_line,
+    is_folder_name,
+    is_text,
+    known_keys,
+    nearest,
+    read_value,
+    shown,
+    split_word,
+    validated,
+    value_of,
+)
 from hrm_ray.errors import UserError, first_line
 
 GROUPS = ("arch", "halting", "scaling", "experiment")
@@ -34,81 +48,128 @@ def choices(group: str) -> list[str]:
 def train_config(words: Sequence[str]) -> TrainConfig:
     """Compose the configuration of a training run from ``key=value`` words.
 
-    `run_name`, if not given, is the experiment's name.
-
-    Paths, URIs and names are taken as they are typed; all other values have Hydra's syntax.
+    Paths, URIs and names are taken as they are typed; all other values are read as YAML, and ``${KEY}`` in one stands
+    for the value of another key. Words of the published code are understood (see `published`). `run_name`, if not
+    given, is the experiment's name.
 
     Raises:
         UserError: an unknown key, group choice, or a value that does not fit.
     """
-    overrides = []
-    chosen = {}
-    texts = {}
-    given: set[str] = set()
-    known = known_keys(TrainConfig)
-    for word in words:
-        key, value = split_word(word)
-        key = ALIASES.get(key, key)
-        if key in GROUPS:
-            chosen[key] = value
-            if value not in choices(key):
-                raise UserError(f"unknown {key} '{value}'; {nearest(value, choices(key))}")
-        elif key.startswith("arch."):
-            key = f"++{key}"  # which keys there are, the architecture knows
-        elif key not in known:
-            raise UserError(f"unknown key '{key}'; {nearest(key, sorted({*known, *GROUPS}))}")
-        given.add(key)
-        if is_text(TrainConfig, key):
-            texts[key] = as_typed(value)
-        else:
-            overrides.append(f"{key}={value}")
-    if chosen.get("scaling") == "local" and not any(o.startswith("scaling.num_workers=") for o in overrides):
-        overrides.append("scaling.num_workers=1")  # whatever the experiment says
-    where = f"experiment {chosen['experiment']}" if "experiment" in chosen else "configuration"
-    values = _compose(overrides) | texts
-    if "arch" in chosen:
+    with in_one_line("configuration"):
+        return _train_config(words)
+
+
+def _train_config(words: Sequence[str]) -> TrainConfig:
+    chosen, given = _sorted(words)
+    values = _composed(chosen)
+    if "experiment" in chosen and "arch" in chosen:
         # What the experiment says of its own architecture holds for this one where that has such a key and does not
         # say otherwise.
-        own = _compose([o for o in overrides if o.lstrip("+").startswith("arch")])["arch"]
+        own = _composed({"arch": chosen["arch"]})["arch"]
         fields = arch_class(own["name"]).model_fields
         values["arch"] = {key: value for key, value in values["arch"].items() if key in fields} | own
-    values.pop("experiment", None)
-    if values.get("data_path") is None:
+    if chosen.get("scaling") == "local":
+        values["scaling"]["num_workers"] = 1  # whatever the experiment says
+    values = _with_words(values, given)
+    if values["data_path"] is None:
         raise UserError(
             "data_path is not given; add data=DIR, or choose an experiment: "
             + ", ".join(f"experiment={name}" for name in choices("experiment"))
         )
-    _check_halting_words(given, values["halting"]["name"])
+    _check_halting_words(set(given), values["halting"])
     is_asked_for = "compile" in given and values["compile"] is True
     if os.environ.get("DISABLE_COMPILE", "0") not in ("", "0") and not is_asked_for:
         values["compile"] = False  # said here, since workers may have another environment
     if values["run_name"] is None:
         values["run_name"] = chosen.get("experiment", "train")
-    if "/" in values["run_name"] or values["run_name"] in (".", ".."):
+    if not is_folder_name(values["run_name"]):
         raise UserError(
             f"run_name={values['run_name']} is no plain folder name; storage=DIR says where runs lie"
         )
+    where = f"experiment {chosen['experiment']}" if "experiment" in chosen else "configuration"
     return validated(TrainConfig, values, where)
 
 
-def _check_halting_words(given: set[str], halting: str) -> None:
+def _sorted(words: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The choices of groups, and all other words, by our names; of a key that is given twice, the last holds."""
+    chosen, given = {}, {}
+    for word in words:
+        key, text = split_word(word)
+        key, text = published.in_our_words(key.lstrip("+"), text)
+        if key in GROUPS:
+            if text not in choices(key):
+                raise UserError(f"unknown {key} {shown(text)}; {nearest(text, choices(key))}")
+            chosen[key] = text
+        else:
+            given[ALIASES.get(key, key)] = text
+    return chosen, given
+
+
+def _with_words(values: dict[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
+    """`values` with words on top, and with ``${KEY}`` replaced. Raises UserError for unknown keys."""
+    if "arch.name" in given:
+        values["arch"]["name"] = read_value("arch.name", given["arch.name"])
+    known = known_keys(TrainConfig, arch=arch_class(values["arch"]["name"]))
+    texts = {}
+    for key, text in given.items():
+        if key not in known:
+            if published.is_let_pass(key, text):
+                continue
+            wanted = published.USUAL.get(key, key)
+            raise UserError(
+                f"unknown key {shown(key)}; {nearest(wanted, {*known, *GROUPS}, TrainConfig.listed_by)}"
+            )
+        value = value_of(TrainConfig, key, text)
+        if is_text(TrainConfig, key):
+            texts[key] = value
+        else:
+            _put(values, key, value)
+    if any("${" in text for text in given.values()):
+        values = _replaced(values)
+    return values | texts
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    *folders, name = key.split(".")
+    for folder in folders:
+        if not isinstance(values.get(folder), dict):
+            values[folder] = {}
+        values = values[folder]
+    values[name] = value
+
+
+def _replaced(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with what ``${KEY}`` stands for, which may also be a default of the architecture."""
+    defaults = arch_class(values["arch"]["name"]).model_validate({}).model_dump(mode="json")
+    try:
+        whole = OmegaConf.create(values | {"arch": defaults | values["arch"]})
+        replaced: Any = OmegaConf.to_container(whole, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"${{...}} stands for no value: {first_line(error)}") from None
+    return replaced | {"arch": {key: replaced["arch"][key] for key in values["arch"]}}
+
+
+def _check_halting_words(given: set[str], halting: Mapping[str, Any]) -> None:
     """Raise UserError for keys that would be without effect: two of one duration, or of another way of halting."""
     pairs = {f"halting.{old}": f"halting.{ratio}" for old, ratio in OLD_STEP_COUNTS.items()}
     for old, ratio in (pairs | {"lr_warmup_steps": "lr_warmup_ratio"}).items():
         if {old, ratio} <= given:
             raise UserError(f"{old} and {ratio} are two lengths of one thing; give {ratio} only")
     learned = sorted(key for key in given if key.startswith("halting.") and key != "halting.name")
-    if learned and halting != "q_learning":
-        raise UserError(f"{learned[0]} has no effect with halting={halting}; add halting=q_learning")
+    if learned and halting["name"] != "q_learning":
+        raise UserError(f"{learned[0]} has no effect with halting={halting['name']}; add halting=q_learning")
 
 
-def _compose(overrides: list[str]) -> dict:
+def _composed(chosen: Mapping[str, str]) -> dict[str, Any]:
+    return copy.deepcopy(_compose(tuple(f"{group}={name}" for group, name in chosen.items())))
+
+
+@cache
+def _compose(overrides: tuple[str, ...]) -> dict[str, Any]:
     defaults = TrainConfig(data_path="").model_dump(mode="json", exclude={"arch"}) | {"data_path": None}
     ConfigStore.instance().store(name="schema", node=defaults)
-    try:
-        with initialize_config_module("hrm_ray.config", version_base="1.3"):
-            values = OmegaConf.to_container(compose("train", overrides=overrides), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"cannot read {' '.join(overrides)}: {first_line(error)}") from None
+    with initialize_config_module("hrm_ray.config", version_base="1.3"):
+        values = OmegaConf.to_container(compose("train", overrides=list(overrides)))
     assert isinstance(values, dict)
+    values.pop("experiment", None)
     return {str(key): value for key, value in values.items()}

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from hrm_ray.config.validate import Settings
+from hrm_ray.config.validate import NonNegativeFloat, PositiveFloat, PositiveInt, Settings
 
 # Numbers of steps under the names of older code, and the ratios that they are converted to.
 OLD_STEP_COUNTS = {
@@ -19,33 +19,46 @@ class HaltingConfig(Settings):
     """`act` as published, `q_learning`, or `fixed`; all keys but `name` are of q_learning."""
 
     name: Literal["act", "q_learning", "fixed"] = "act"
-    dqn_warmup_ratio: float = Field(default=0.1, ge=0, le=1)  # share of the run before Q values decide
+    """The way of halting; halting=NAME chooses it."""
+    dqn_warmup_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Share of the run before Q values decide."""
 
-    # the price of one more ACT step, in units of a solved puzzle
     expansion_penalty: NonNegativeFloat = 0.1
+    """Price of one more ACT step, in units of a solved puzzle, at the start."""
     expansion_penalty_end: NonNegativeFloat = 0.001
-    expansion_anneal_ratio: float = Field(default=0.5, ge=0, le=1)  # cosine
-    # of the choice between halting and going on: high is random, low is greedy
+    """The same at the end of its annealing."""
+    expansion_anneal_ratio: float = Field(default=0.5, ge=0, le=1)
+    """Share of the run over which the price falls, as a cosine."""
     q_temperature: PositiveFloat = 1.0
+    """Of the choice between halting and going on: high is random, low is greedy; at the start."""
     q_temperature_end: PositiveFloat = 0.1
-    q_temperature_anneal_ratio: float = Field(default=1.0, ge=0, le=1)  # exponential
-    # share of choices made by a coin
+    """The same at the end of its annealing."""
+    q_temperature_anneal_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Share of the run over which the temperature falls, exponentially."""
     epsilon: float = Field(default=0.2, ge=0, le=1)
+    """Share of choices made by a coin, at the start."""
     epsilon_end: float = Field(default=0.01, ge=0, le=1)
-    epsilon_anneal_ratio: float = Field(default=0.5, ge=0, le=1)  # linear
+    """The same at the end of its annealing."""
+    epsilon_anneal_ratio: float = Field(default=0.5, ge=0, le=1)
+    """Share of the run over which epsilon falls, linearly."""
 
-    target_rate: float = Field(
-        default=0.05, gt=0, le=1
-    )  # share of the Q head that its target takes on a step
-    replay_max_age: int = Field(default=32, ge=3)  # ACT steps that the memory goes back
-    replay_half_life: PositiveFloat = 8  # and after which it is drawn half as often
-    replay_samples: PositiveInt = 4  # memories drawn a slot and ACT step
+    target_rate: float = Field(default=0.05, gt=0, le=1)
+    """Share of the Q head that its slow copy, the target, takes on at a step."""
+    replay_max_age: int = Field(default=32, ge=3, le=10**6)
+    """ACT steps that the replay memory goes back."""
+    replay_half_life: PositiveFloat = 8
+    """ACT steps after which a memory is drawn half as often."""
+    replay_samples: int = Field(default=4, gt=0, le=10**6)
+    """Memories drawn a puzzle and ACT step."""
 
-    # old names, in steps; if given, they hold, not the ratios
     expansion_anneal_steps: PositiveInt | None = None
+    """Older name of expansion_anneal_ratio, in optimizer steps; if given, it holds."""
     q_temperature_anneal_steps: PositiveInt | None = None
+    """Older name of q_temperature_anneal_ratio, in optimizer steps; if given, it holds."""
     epsilon_anneal_steps: PositiveInt | None = None
+    """Older name of epsilon_anneal_ratio, in optimizer steps; if given, it holds."""
     dqn_warmup_steps: PositiveInt | None = None
+    """Older name of dqn_warmup_ratio, in optimizer steps; if given, it holds."""
 
     @model_validator(mode="after")
     def _falls(self) -> "HaltingConfig":

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import Field
 
 from hrm_ray.config.validate import Settings
 
@@ -10,11 +10,12 @@ from hrm_ray.config.validate import Settings
 class Inference(Settings):
     """How long a model thinks about a puzzle, and how often."""
 
-    halt: Literal["max", "learned"] = "max"  # learned: each puzzle ends when its own Q head says so
-    halt_max_steps: PositiveInt | None = (
-        None  # ACT steps at most, also more than in training; null: as trained
-    )
-    votes: PositiveInt = 1  # relabelled copies of a puzzle whose answers vote
+    halt: Literal["max", "learned"] = "max"
+    """When a puzzle ends: after halt_max_steps, or when its own Q head says so."""
+    halt_max_steps: int | None = Field(default=None, gt=0, le=10**6)
+    """ACT steps at most, also more than in training; null: as trained."""
+    votes: int = Field(default=1, gt=0, le=10**6)
+    """Relabelled copies of a puzzle whose answers vote."""
 
 
 AS_TRAINED = Inference()

@@ -6,22 +6,24 @@ are types, ranges and the checks across keys, all of which fail before Ray start
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from hrm_ray.config.arch import DEFAULT_ARCH, Arch, arch_class
 from hrm_ray.config.halting import HaltingConfig
-from hrm_ray.config.validate import Settings
+from hrm_ray.config.validate import MANY, NonNegativeFloat, PositiveFloat, PositiveInt, Seconds, Settings
 
 
 class ScalingConfig(Settings):
     """Where the loop runs: `mode=ray` in Ray Train workers, `mode=local` in this process without Ray."""
 
     mode: Literal["ray", "local"] = "ray"
-    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1  # [MIN,MAX]: as many as there is room for
-    use_gpu: bool | Literal["auto"] = "auto"  # auto: when the cluster has one for each worker
-    cpus_per_worker: PositiveInt | Literal["auto"] = (
-        "auto"  # auto: the node's CPUs shared evenly; 1 beside a GPU
-    )
+    """Where the loop runs; scaling=MODE chooses it."""
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Ray workers; [MIN,MAX]: as many of them as there is room for."""
+    use_gpu: bool | Literal["auto"] = "auto"
+    """Whether each worker has a GPU; auto: when the cluster has one for each."""
+    cpus_per_worker: PositiveInt | Literal["auto"] = "auto"
+    """CPUs of a worker; auto: the node's CPUs shared evenly, or 1 beside a GPU."""
 
     @model_validator(mode="after")
     def _range_is_one(self) -> "ScalingConfig":
@@ -49,93 +51,136 @@ class ScalingConfig(Settings):
 class FailureConfig(Settings):
     """What a run survives."""
 
-    max_failures: int = Field(default=3, ge=0)  # lost workers or nodes in one command before giving up
+    max_failures: int = Field(default=3, ge=0, le=MANY)
+    """Lost workers or nodes in one command before giving up."""
 
 
 class TrainConfig(Settings):
-    """A whole training run."""
+    """A whole training run. What the published code has too has its defaults."""
 
-    data_path: str  # dataset folder or URI, made by `hrm-ray data build`
+    data_path: str
+    """Data set, a folder or URI made by hrm-ray data build; also data=DIR."""
     arch: Arch = Field(default_factory=lambda: arch_class(DEFAULT_ARCH).model_validate({}))
+    """The model; arch=NAME chooses one."""
     halting: HaltingConfig = HaltingConfig()
+    """How a puzzle comes to halt in training; halting=NAME chooses a way. Its keys may be given without halting."""
 
     # length
-    global_batch_size: PositiveInt = 384  # puzzles in one optimizer step, over all workers
-    epochs: PositiveInt = 20000  # visits of every group
-    eval_interval: PositiveInt | None = 2000  # epochs between evaluations; null: only at the end
-    eval_interval_steps: PositiveInt | None = None  # optimizer steps between them instead, if given
-    num_eval_examples: PositiveInt | None = None  # only the first so many test examples; null: all
-    max_steps: PositiveInt | None = None  # end early; schedules still follow `epochs`
-    max_time_s: PositiveFloat | None = (
-        None  # end this command after so long, with a checkpoint; null: no limit
-    )
-    early_stopping: PositiveInt | None = None  # evaluations without a better `best_metric` before ending
-    micro_batch_size: PositiveInt | None = None  # puzzles a worker computes at once; null: all
-    supervision_steps: PositiveInt = 1  # ACT steps of every slot before one update, a batch each
-    drop_last: bool = True  # false: the last step takes what is left, a partial batch
+    global_batch_size: int = Field(default=768, gt=0, le=2**24)
+    """Puzzles in one optimizer step, over all workers."""
+    epochs: PositiveInt = 100_000
+    """Visits of every group of puzzles."""
+    eval_interval: PositiveInt | None = 10_000
+    """Epochs between evaluations; null: only at the end."""
+    eval_interval_steps: PositiveInt | None = None
+    """Optimizer steps between evaluations, in place of eval_interval."""
+    num_eval_examples: PositiveInt | None = None
+    """Evaluate only the first so many test examples; null: all."""
+    max_steps: PositiveInt | None = None
+    """End after so many optimizer steps; schedules still follow epochs."""
+    max_time_s: Seconds | None = None
+    """End this command after so many seconds, with a checkpoint; null: no limit."""
+    early_stopping: PositiveInt | None = None
+    """End after so many evaluations without a better best_metric; null: never."""
+    micro_batch_size: PositiveInt | None = None
+    """Puzzles that a worker computes at once; null: all of its share."""
+    supervision_steps: int = Field(default=1, gt=0, le=10**6)
+    """ACT steps of every puzzle before one update, a batch each."""
+    drop_last: bool = True
+    """Leave out what does not fill the last batch; false: take it as a smaller one."""
 
     # optimizers
     lr: PositiveFloat = 1e-4
-    lr_min_ratio: float = Field(default=1.0, ge=0, le=1)  # share of lr at the end of the cosine
-    lr_warmup_steps: int = Field(default=2000, ge=0)
-    lr_warmup_ratio: float | None = Field(
-        default=None, ge=0, le=1
-    )  # share of the run; if given, it holds, not the number
-    weight_decay: float = Field(default=0.1, ge=0)
-    weight_decay_end: float | None = Field(
-        default=None, ge=0
-    )  # cosine to this, lower or higher; null: constant
+    """Learning rate of all weights but puzzle embeddings."""
+    lr_min_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Share of the learning rates that is left at the end of their cosine."""
+    lr_warmup_steps: int = Field(default=2000, ge=0, le=MANY)
+    """Optimizer steps over which the learning rates rise from 0."""
+    lr_warmup_ratio: float | None = Field(default=None, ge=0, le=1)
+    """The same as a share of the run, in place of lr_warmup_steps."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Weight decay of all weights but puzzle embeddings, at the start."""
+    weight_decay_end: NonNegativeFloat | None = None
+    """The same at the end of its cosine, lower or higher; null: constant."""
     weight_decay_anneal_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Share of the run after which weight_decay_end is reached."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamATan2's first moment."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
-    puzzle_emb_lr: float = Field(default=1e-2, ge=0)
-    puzzle_emb_weight_decay: float = Field(default=0.1, ge=0)
-    bias_correction: Literal["outside", "inside"] = "outside"  # of the first moment, relative to atan2
-    ema: bool = False  # evaluate an exponential moving average of the weights
+    """Decay of AdamATan2's second moment."""
+    puzzle_emb_lr: NonNegativeFloat = 1e-2
+    """Learning rate of puzzle embeddings."""
+    puzzle_emb_weight_decay: NonNegativeFloat = 0.1
+    """Weight decay of puzzle embeddings."""
+    bias_correction: Literal["outside", "inside"] = "outside"
+    """Where AdamATan2 corrects its first moment, relative to atan2."""
+    ema: bool = False
+    """Evaluate an exponential moving average of the weights."""
     ema_rate: float = Field(default=0.999, gt=0, lt=1)
+    """Decay of that average at a step."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of every random decision."""
 
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where tensors live; auto: on a GPU where there is one that works."""
     forward_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of activations and products; auto: bfloat16 where it is fast."""
     attention: Literal["auto", "fused", "flash3", "flash2", "sdpa", "matmul"] = "auto"
-    optimizer_backend: Literal["auto", "cuda", "fused", "foreach", "reference"] = "auto"  # of AdamATan2
-    compile: bool | Literal["auto"] = "auto"  # auto: where a compiler is, and on a CPU for long runs only
-    cuda_graphs: bool = False  # on a GPU: launch a whole ACT step at once; one worker
+    """Kernel of attention; auto: the fastest that is here."""
+    optimizer_backend: Literal["auto", "cuda", "fused", "foreach", "reference"] = "auto"
+    """Code of AdamATan2; auto: the fastest that is here."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the model; auto: where there is a compiler, and on a CPU for long runs only."""
+    cuda_graphs: bool = False
+    """On a GPU: launch a whole ACT step at once. For one worker."""
     scaling: ScalingConfig = ScalingConfig()
+    """Where the loop runs."""
     failure: FailureConfig = FailureConfig()
+    """What a run survives."""
 
     # what is done about faults
-    resume: Literal["auto", "weights"] = (
-        "auto"  # weights: start anew from the weights of a run that does not fit
-    )
-    watchdog_s: PositiveFloat | None = 900  # seconds without progress after which a worker counts as dead
-    on_nonfinite: Literal["stop", "rollback"] = (
-        "stop"  # rollback: to the last checkpoint, skipping those batches
-    )
-    max_rollbacks: PositiveInt = 10  # of one run, before giving up
-    max_loss: PositiveFloat = 1e4  # mean loss of a batch above which it counts as not finite
-    checksum_interval: PositiveInt | None = (
-        100  # steps between comparisons of the workers' weights; null: never
-    )
+    resume: Literal["auto", "weights"] = "auto"
+    """What becomes of a run of the same name: auto continues it, weights starts a new one from its weights if its
+    checkpoint does not fit."""
+    watchdog_s: Seconds | None = 900
+    """Seconds without progress after which a worker counts as dead; null: never."""
+    on_nonfinite: Literal["stop", "rollback"] = "stop"
+    """When the loss is not finite: stop, or go back to the last checkpoint and skip those batches."""
+    max_rollbacks: PositiveInt = 10
+    """Rollbacks of one run before giving up."""
+    max_loss: PositiveFloat = 1e4
+    """Mean loss of a batch above which it counts as not finite."""
+    checksum_interval: PositiveInt | None = 100
+    """Optimizer steps between comparisons of the workers' weights; null: never."""
 
     # records
-    storage: str = "runs"  # folder or URI that holds the runs
-    run_name: str | None = None  # null: the name of the experiment
-    project_name: str = "hrm_ray"  # in Weights & Biases
-    log_interval: PositiveInt = 10  # steps between reports of training metrics
-    checkpoint_interval: PositiveInt | None = None  # steps; null: at every evaluation and at the end
-    checkpoint_interval_s: PositiveFloat | None = (
-        300  # seconds after which one is written anyway; null: never
-    )
-    keep_last: PositiveInt = 2  # newest checkpoints kept
-    keep_best: PositiveInt = 1  # and as many with the best `best_metric`
+    storage: str = "runs"
+    """Folder or URI that holds the runs."""
+    run_name: str | None = None
+    """Name of the run and of its folder; null: the name of the experiment."""
+    project_name: str = "hrm_ray"
+    """Project in Weights & Biases."""
+    log_interval: PositiveInt = 10
+    """Optimizer steps between reports of training metrics."""
+    checkpoint_interval: PositiveInt | None = None
+    """Optimizer steps between checkpoints; null: at every evaluation and at the end."""
+    checkpoint_interval_s: Seconds | None = 300
+    """Seconds after which a checkpoint is written anyway; null: never."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    keep_best: PositiveInt = 1
+    """Checkpoints with the best best_metric that are kept beside them."""
     best_metric: Literal["eval/exact_accuracy", "eval/accuracy", "eval/q_halt_accuracy"] = (
         "eval/exact_accuracy"
     )
+    """What the best checkpoint is best in."""
     wandb: Literal["off", "offline", "online"] = "off"
-    wandb_group: str | None = None  # runs that belong together there; a sweep gives its name
+    """Whether to report to Weights & Biases."""
+    wandb_group: str | None = None
+    """Runs that belong together there; a sweep gives its name."""
     tensorboard: bool = True
+    """Write files for TensorBoard."""
 
     @model_validator(mode="after")
     def _workers_fit_the_batch(self) -> "TrainConfig":

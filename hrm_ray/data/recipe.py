@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
-from hrm_ray.config.validate import Settings, nearest, validated
+from hrm_ray.config.validate import Settings, nearest, read_yaml_file, validated
 from hrm_ray.data.tasks.sudoku import MIN_CLUES
 from hrm_ray.errors import UserError
 
@@ -16,38 +15,37 @@ GENERATOR = "generator"
 
 
 class Recipe(Settings):
-    """A recipe; what it leaves out has these defaults.
+    """A recipe; what it leaves out has these defaults."""
 
-    Fields:
-        task: puzzle family.
-        size: of the Sudoku, 4, 6 (boxes of 2 rows and 3 columns) or 9.
-        source: "generator", a CSV or text file, a folder with train.csv (and test.csv), or a Hugging Face id.
-        num_train: puzzles to generate for training (generator only).
-        num_test: held-out puzzles: to generate, or to split off a source without a test part (0: none), or to
-            sample from its test part (default: all of it).
-        num_clues: digits given in a generated puzzle.
-        subsample_size: training puzzles to draw from the source (default: all).
-        num_aug: symmetric copies of every training puzzle, beside the original.
-        min_difficulty: leave out puzzles rated lower.
-        rate: rate by the solver (number of guesses) instead of the source's rating.
-        seed: of every random decision.
-        on_bad: whether an unusable row stops the build or is skipped, counted and listed.
-        rows_per_shard: examples in a file, about.
-    """
+    listed_by: ClassVar[str] = "hrm-ray config show recipe"
 
     task: Literal["sudoku"] = "sudoku"
+    """Puzzle family."""
     size: Literal[4, 6, 9] = 9
+    """Of the Sudoku, 4, 6 (boxes of 2 rows and 3 columns) or 9."""
     source: str | None = None
-    num_train: int | None = Field(default=None, ge=1)
-    num_test: int | None = Field(default=None, ge=0)
+    """generator, a file or folder of puzzles, or a Hugging Face id."""
+    num_train: int | None = Field(default=None, ge=1, le=10**9)
+    """Puzzles to generate for training (generator only)."""
+    num_test: int | None = Field(default=None, ge=0, le=10**9)
+    """Held-out puzzles: to generate, or to split off a source without a test part (0: none), or to sample from its test
+    part (default: all of it)."""
     num_clues: int | None = None
-    subsample_size: int | None = Field(default=None, ge=1)
-    num_aug: int = Field(default=0, ge=0)
+    """Digits given in a generated puzzle."""
+    subsample_size: int | None = Field(default=None, ge=1, le=10**9)
+    """Training puzzles to draw from the source (default: all)."""
+    num_aug: int = Field(default=0, ge=0, le=10**6)
+    """Symmetric copies of every training puzzle, beside the original."""
     min_difficulty: int | None = Field(default=None, ge=0)
+    """Leave out puzzles rated lower."""
     rate: bool = False
+    """Rate by the solver (number of guesses) instead of the source's rating."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of every random decision."""
     on_bad: Literal["error", "skip"] = "error"
-    rows_per_shard: int = Field(default=131_072, ge=1)
+    """Whether an unusable row stops the build, or is skipped, counted and listed."""
+    rows_per_shard: int = Field(default=131_072, ge=1, le=10**9)
+    """Examples in a file, about."""
 
     @model_validator(mode="after")
     def _fields_fit(self) -> "Recipe":
@@ -99,12 +97,7 @@ def load_recipe(name_or_file: str, overrides: Mapping[str, Any] | None = None) -
         if not found:
             raise UserError(f"unknown recipe '{name_or_file}'; {nearest(name_or_file, recipe_names())}")
         file = found[0]
-    elif not file.is_file():
-        raise UserError(f"recipe file {file} does not exist")
-    try:
-        values = yaml.safe_load(file.read_bytes())
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {file} is no valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml_file(file, "recipe")
     if not isinstance(values, dict):
         raise UserError(f"recipe {file} must hold 'key: value' lines")
     return validated(Recipe, {**values, **(overrides or {})}, f"recipe {file.stem}")

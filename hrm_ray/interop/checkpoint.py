@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor
 
 from hrm_ray.config.arch import ArchConfig, arch_class
+from hrm_ray.config.published import ARCHITECTURES as ARCH_NAMES
 from hrm_ray.config.validate import validated
 from hrm_ray.data.shards import Dataset
 from hrm_ray.errors import UserError, first_line
@@ -27,10 +28,6 @@ from hrm_ray.training.storage import Storage
 
 CONFIG_FILE = "all_config.yaml"
 WEIGHTS_FILE = "checkpoint"
-ARCH_NAMES = {
-    "hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1": "hrm_v1",
-    "recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1": "trm",
-}
 LOSS_NAME = "losses@ACTLossHead"
 # Keys that mean the same in the published configuration and in ours.
 SHARED_KEYS = (

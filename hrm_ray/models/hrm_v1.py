@@ -9,7 +9,7 @@ Source: Wang et al. 2025, arXiv:2506.21734, section 2; public code sapientinc/HR
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field
 from torch import Tensor
 
 from hrm_ray.config.arch import ArchConfig
@@ -21,10 +21,15 @@ class HRMConfig(ArchConfig):
     """Architecture `hrm_v1`."""
 
     name: Literal["hrm_v1"] = "hrm_v1"
-    H_cycles: PositiveInt = 2  # updates of the slow module in an ACT step
-    L_cycles: PositiveInt = 2  # updates of the fast module for each of them
-    H_layers: PositiveInt = 4
-    L_layers: PositiveInt = 4
+    """The hierarchical reasoning model."""
+    H_cycles: int = Field(default=2, gt=0, le=10**6)
+    """Updates of the slow module in an ACT step."""
+    L_cycles: int = Field(default=2, gt=0, le=10**6)
+    """Updates of the fast module for each of them."""
+    H_layers: int = Field(default=4, gt=0, le=10**4)
+    """Layers of the slow module."""
+    L_layers: int = Field(default=4, gt=0, le=10**4)
+    """Layers of the fast module."""
 
 
 class HRM(RecursiveModel, config=HRMConfig):

@@ -5,7 +5,7 @@ It reads the puzzle anew at every ACT step and keeps nothing from the one before
 
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import Field
 from torch import Tensor
 
 from hrm_ray.config.arch import ArchConfig
@@ -17,8 +17,11 @@ class TransformerConfig(ArchConfig):
     """Architecture `transformer`."""
 
     name: Literal["transformer"] = "transformer"
-    num_layers: PositiveInt = 8
-    halt_max_steps: PositiveInt = 1
+    """A plain transformer."""
+    num_layers: int = Field(default=8, gt=0, le=10**4)
+    """Layers."""
+    halt_max_steps: int = Field(default=1, gt=0, le=10**6)
+    """ACT steps at most; each reads the puzzle again, so one is enough."""
 
 
 class Transformer(RecursiveModel, config=TransformerConfig):

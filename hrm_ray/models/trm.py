@@ -9,7 +9,7 @@ Source: Jolicoeur-Martineau 2025, arXiv:2510.04871; public code SamsungSAILMontr
 from typing import Literal
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from hrm_ray.config.arch import ArchConfig
@@ -22,12 +22,19 @@ class TRMConfig(ArchConfig):
     """Architecture `trm`, and with `mlp_t` also `trm_mlp`."""
 
     name: Literal["trm"] = "trm"
-    H_cycles: PositiveInt = 3  # updates of the answer in an ACT step
-    L_cycles: PositiveInt = 6  # updates of the working state for each of them
-    L_layers: PositiveInt = 2
-    mlp_t: bool = False  # an MLP over the sequence in place of attention
-    puzzle_emb_len: int = Field(default=16, ge=0)  # leading tokens; 0: as many as puzzle_emb_ndim fills
+    """The tiny recursive model."""
+    H_cycles: int = Field(default=3, gt=0, le=10**6)
+    """Updates of the answer in an ACT step."""
+    L_cycles: int = Field(default=6, gt=0, le=10**6)
+    """Updates of the working state for each of them."""
+    L_layers: int = Field(default=2, gt=0, le=10**4)
+    """Layers of the module."""
+    mlp_t: bool = False
+    """Mix tokens by an MLP over the sequence in place of attention."""
+    puzzle_emb_len: int = Field(default=16, ge=0, le=2**16)
+    """Leading tokens that hold the puzzle embedding; 0: as many as arch.puzzle_emb_ndim fills."""
     no_ACT_continue: bool = True
+    """Halt when q_halt > 0, and learn no q_continue."""
 
     @model_validator(mode="after")
     def _puzzle_embedding_fits(self) -> "TRMConfig":

@@ -51,12 +51,9 @@ class Plan:
         return plan
 
     def _check_durations(self) -> None:
-        steps = {key: getattr(self.config.halting, key) for key in OLD_STEP_COUNTS}
-        if self.config.lr_warmup_ratio is None:
-            steps["lr_warmup_steps"] = self.config.lr_warmup_steps
-        for key, value in steps.items():
+        for key, ratio in OLD_STEP_COUNTS.items():
+            value = getattr(self.config.halting, key)
             if value is not None and value > self.total_steps:
-                ratio = {"lr_warmup_steps": "lr_warmup_ratio"}.get(key) or OLD_STEP_COUNTS[key]
                 raise UserError(
                     f"{key}={value} is longer than the run's {self.total_steps} steps; lower it, or give "
                     f"{ratio}=RATIO, a share of the run"
@@ -74,9 +71,16 @@ class Plan:
         ratios = {OLD_STEP_COUNTS[old]: n / self.total_steps for old, n in given.items() if n is not None}
         return self.config.halting.model_copy(update=ratios)
 
-    def conversions(self) -> list[str]:
-        """A warning for every number of steps that became a ratio."""
-        return [
+    def warnings(self) -> list[str]:
+        """A warning for every number of steps that became a ratio, and for a warm-up that never ends."""
+        too_long = []
+        if self.lr_warmup_steps > self.total_steps:  # as published, where a short run stays in its warm-up
+            too_long.append(
+                f"lr_warmup_steps={self.config.lr_warmup_steps} is longer than the run's {self.total_steps} steps: the "
+                f"learning rate only rises to {self.lr(self.total_steps):.2g}; lr_warmup_ratio=0.1 is a warm-up of a "
+                "tenth of the run"
+            )
+        return too_long + [
             f"{old}={getattr(self.config.halting, old)} of {self.total_steps} steps is taken as "
             f"{ratio}={getattr(self.halting, ratio):g}; give that instead"
             for old, ratio in OLD_STEP_COUNTS.items()
@@ -89,7 +93,7 @@ class Plan:
         lines = [f"{self.total_steps} steps, {self.steps_per_epoch:.5g} an epoch"]
         ratio = self.lr_warmup_steps / self.total_steps
         warmup = f"lr: warm-up to step {math.ceil(self.lr_warmup_steps)} (lr_warmup_ratio={ratio:.3g})"
-        constant = config.lr_min_ratio == 1
+        constant = config.lr_min_ratio == 1 or ratio >= 1
         lines.append(
             warmup + ("" if constant else f", down to {config.lr_min_ratio:g} at {self.total_steps}")
         )

@@ -371,12 +371,18 @@ def _resources(config: TrainConfig) -> tuple[int, bool]:
         on_largest_node = int(max(node.get("CPU", 0) for node in nodes))
         cpus = 1 if use_gpu else max(1, min(total_cpus // most, on_largest_node))
     if not os.environ.get("RAY_ADDRESS"):
-        wanted = [(least * cpus, total_cpus, "CPUs"), (least * use_gpu, total_gpus, "GPUs")]
-        for needed, there, kind in wanted:
-            if needed > there:
-                raise UserError(
-                    f"scaling.num_workers={least} needs {needed} {kind}, this machine has {there}; use fewer"
-                )
+        if least * use_gpu > total_gpus:
+            wanted, instead = "scaling.use_gpu=true", "scaling.use_gpu=false (or auto)"
+            if config.device == "cuda":
+                wanted, instead = "device=cuda", "device=auto"
+            raise UserError(
+                f"{wanted} needs a GPU for each of scaling.num_workers={least}, this machine has {total_gpus}; give "
+                f"{instead}{f', or scaling.num_workers={total_gpus}' if total_gpus else ''}"
+            )
+        if least * cpus > total_cpus:
+            raise UserError(
+                f"scaling.num_workers={least} needs {least * cpus} CPUs, this machine has {total_cpus}; use fewer"
+            )
     return cpus, use_gpu
 
 

@@ -180,7 +180,7 @@ def announce(config: TrainConfig) -> str:
         f"run {run} {start}: {plan.last_step} steps of {_batches(config)} puzzles from "
         f"{config.data_path}, {_where(config)}{_changes(point, config)}"
     )
-    warnings = [f"warning: {text}" for text in plan.conversions()]
+    warnings = [f"warning: {text}" for text in plan.warnings()]
     return "\n".join([first, f"schedule: {'; '.join(plan.describe())}", *warnings])
 
 

@@ -4,21 +4,25 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-import yaml
-from pydantic import (
-    Field,
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from hrm_ray.config.validate import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    ValidationInfo,
-    field_validator,
-    model_validator,
+    Settings,
+    in_one_line,
+    is_folder_name,
+    nearest,
+    read_yaml_file,
+    shown,
+    split_word,
+    validated,
+    value_of,
 )
-
-from hrm_ray.config.validate import Settings, as_typed, is_text, nearest, split_word, validated
 from hrm_ray.errors import UserError
 from hrm_ray.tuning.metrics import AT_THE_END, DIRECTIONS, Direction, direction_of
 from hrm_ray.tuning.space import Space, in_order
@@ -33,11 +37,12 @@ BY_DEFAULT: dict[str, Direction] = {"eval/exact_accuracy": "maximize"}
 class Resources(Settings):
     """What a trial takes while it runs."""
 
-    num_workers: PositiveInt = 1  # of Ray Train, if more than one
-    cpus: PositiveInt = 1  # of each worker
-    gpus: NonNegativeFloat | Literal["auto"] = (
-        "auto"  # of each worker, also a part of one; auto: 1 where there are
-    )
+    num_workers: PositiveInt = 1
+    """Workers of a trial; of Ray Train, if more than one."""
+    cpus: PositiveInt = 1
+    """CPUs of each worker."""
+    gpus: NonNegativeFloat | Literal["auto"] = "auto"
+    """GPUs of each worker, also a part of one; auto: 1 where there are any."""
 
     @model_validator(mode="after")
     def _parts_are_for_one_worker(self) -> "Resources":
@@ -55,64 +60,84 @@ class Budget(Settings):
     """What a sweep may take in all its commands together; it ends well when any of them is spent."""
 
     cpu_hours: PositiveFloat | None = None
+    """Hours of a CPU, over all of them."""
     gpu_hours: PositiveFloat | None = None
+    """Hours of a GPU, over all of them."""
     wall_hours: PositiveFloat | None = None
-    money: PositiveFloat | None = None  # by `price`
+    """Hours by the clock."""
+    money: PositiveFloat | None = None
+    """What CPUs and GPUs cost by price."""
 
 
 class Price(Settings):
     """In any currency."""
 
     cpu_hour: NonNegativeFloat = 0.0
+    """Of a CPU for an hour."""
     gpu_hour: NonNegativeFloat = 0.0
+    """Of a GPU for an hour."""
 
 
 class Repeat(Settings):
     """The finalists, trained again with other seeds."""
 
-    seeds: PositiveInt = 3  # new runs of each
+    seeds: PositiveInt = 3
+    """New runs of each finalist."""
     top: PositiveInt = 5
+    """How many of the best are finalists."""
 
 
 class Population(Settings):
     """Population based training, by Ray Tune's scheduler: `num_trials` are its members."""
 
-    interval: PositiveInt  # optimizer steps between two looks at the population
-    quantile: float = Field(default=0.25, gt=0, le=0.5)  # share that is replaced by copies of the best share
-    resample: float = Field(default=0.25, ge=0, le=1)  # probability of a new value rather than one nearby
+    interval: PositiveInt
+    """Optimizer steps between two looks at the population."""
+    quantile: float = Field(default=0.25, gt=0, le=0.5)
+    """Share that is replaced by copies of the best share."""
+    resample: float = Field(default=0.25, ge=0, le=1)
+    """Probability of a new value rather than one nearby."""
 
 
 class SweepConfig(Settings):
     """A whole sweep."""
 
-    train: tuple[str, ...]  # words of `hrm-ray train` that hold for all trials
-    space: Space
-    metric: dict[str, Direction] = Field(default_factory=lambda: dict(BY_DEFAULT))
-    sampler: Named = Field(
-        default_factory=dict, validate_default=True
-    )  # `name`, `seed` and options of Optuna's
-    pruner: Named | None = Field(
-        default_factory=dict, validate_default=True
-    )  # `name`, `metric` if another, options
-    population: Population | None = None  # instead of a pruner
-    num_trials: PositiveInt | None = None  # also those that fail; null: all points of a grid, else 20
-    max_concurrent: PositiveInt | None = None  # null: as many as the cluster holds
-    try_first: tuple[
-        Named, ...
-    ] = ()  # points to begin with; the sampler chooses the keys that they leave out
-    resources: Resources = Resources()
-    budget: Budget = Budget()
-    price: Price = Price()
-    keep: PositiveInt | Literal["finished", "all"] = (
-        "finished"  # trials whose checkpoints stay; a number: the best
-    )
-    repeat: Repeat | None = None
+    listed_by: ClassVar[str] = "hrm-ray config show sweep"
 
-    storage: str = "runs"  # folder that holds the sweeps
-    run_name: str = "sweep"  # the name of the YAML file, if not given
-    study: str | None = (
-        None  # URL of a database for the study; null: the file study.log in the sweep's folder
-    )
+    train: tuple[str, ...]
+    """Words of hrm-ray train that hold for all trials."""
+    space: Space
+    """For each key that varies, its values: {log: [LOW, HIGH]}, uniform, int, log_int, or a list."""
+    metric: dict[str, Direction] = Field(default_factory=lambda: dict(BY_DEFAULT))
+    """What is to be best, one or several; max or min where it is not known. Default: eval/exact_accuracy."""
+    sampler: Named = Field(default_factory=dict, validate_default=True)
+    """How points are chosen: a name, or name, seed and options of Optuna's. Default: tpe."""
+    pruner: Named | None = Field(default_factory=dict, validate_default=True)
+    """How trials end early: a name, or name, metric if another, and options. Default: successive_halving."""
+    population: Population | None = None
+    """Population based training in place of a pruner."""
+    num_trials: PositiveInt | None = None
+    """Trials, also those that fail; null: all points of a grid, else 20."""
+    max_concurrent: PositiveInt | None = None
+    """Trials at once; null: as many as the cluster holds."""
+    try_first: tuple[Named, ...] = ()
+    """Points to begin with; the sampler chooses the keys that they leave out."""
+    resources: Resources = Resources()
+    """What a trial takes while it runs."""
+    budget: Budget = Budget()
+    """What the sweep may take in all."""
+    price: Price = Price()
+    """What CPUs and GPUs cost."""
+    keep: PositiveInt | Literal["finished", "all"] = "finished"
+    """Trials whose checkpoints stay; a number: the best so many."""
+    repeat: Repeat | None = None
+    """Train the finalists again with other seeds."""
+
+    storage: str = "runs"
+    """Folder that holds the sweeps."""
+    run_name: str = "sweep"
+    """Name of the sweep and of its folder; the name of the YAML file, if not given."""
+    study: str | None = None
+    """URL of a database for the study; null: the file study.log in the sweep's folder."""
 
     @field_validator("train", mode="before")
     @classmethod
@@ -189,7 +214,7 @@ class SweepConfig(Settings):
             raise ValueError("population: is for trials of one worker; set resources.num_workers=1")
         if self.try_first and self.sampler["name"] == "grid":
             raise ValueError("try_first: a grid has its own points; leave one of the two out")
-        if "/" in self.run_name or self.run_name in (".", ".."):
+        if not is_folder_name(self.run_name):
             raise ValueError(
                 f"run_name={self.run_name} is no plain folder name; storage=DIR says where sweeps lie"
             )
@@ -224,9 +249,6 @@ def with_settings(config: SweepConfig, settings: Mapping[str, Any]) -> SweepConf
     return validated(SweepConfig, {**plain(config), **settings}, "tune set")
 
 
-TEXT_KEYS = [key for key in SweepConfig.model_fields if is_text(SweepConfig, key)]
-
-
 def sweep_folders() -> list[Path]:
     """Where sweeps lie: beside the package in a checkout, inside it when installed."""
     package = Path(str(files("hrm_ray")))
@@ -249,10 +271,7 @@ def load_sweep(name_or_file: str, words: Sequence[str] = ()) -> SweepConfig:
         UserError: no such sweep, a YAML that is not one, an unknown key, a value that does not fit.
     """
     file = _find(name_or_file)
-    try:
-        values = yaml.safe_load(file.read_bytes())
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"sweep {file} is no valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml_file(file, "sweep")
     if not isinstance(values, dict) or "space" not in values:
         raise UserError(
             f"{file} is no sweep: it needs 'train:' and 'space:'; see tune_configs/quickstart_lr.yaml"
@@ -264,6 +283,11 @@ def sweep_config(
     values: Mapping[str, Any], words: Sequence[str] = (), *, name: str = "sweep", where: str = "sweep"
 ) -> SweepConfig:
     """A sweep from a mapping, as its YAML would hold it. For `words` and what is raised, see `load_sweep`."""
+    with in_one_line(where):
+        return _sweep_config(values, words, name, where)
+
+
+def _sweep_config(values: Mapping[str, Any], words: Sequence[str], name: str, where: str) -> SweepConfig:
     train = values.get("train", ())
     mine = [word for word in words if _first(word) in SweepConfig.model_fields and _first(word) != "train"]
     more = [word for word in words if word not in mine]
@@ -289,11 +313,8 @@ def override(values: Mapping[str, Any], words: Sequence[str], keys: Collection[s
         key, text = split_word(word)
         first, _, rest = key.partition(".")
         if first not in keys:
-            raise UserError(f"unknown key '{key}'; {nearest(first, keys)}")
-        if first in TEXT_KEYS:
-            changed[first] = as_typed(text)
-        else:
-            _put(changed, first, rest, _value(word, text))
+            raise UserError(f"unknown key {shown(key)}; {nearest(first, keys, SweepConfig.listed_by)}")
+        _put(changed, first, rest, value_of(SweepConfig, first, text))
     return changed
 
 
@@ -312,21 +333,14 @@ def _check_names(values: Mapping[str, Any], where: str) -> None:
     space = values.get("space")
     if not isinstance(space, Mapping):
         raise UserError(
-            f"{where}: space={space!r}: give keys and their values, such as lr: {{log: [1e-4, 1e-2]}}"
+            f"{where}: space={shown(space)}: give keys and their values, such as lr: {{log: [1e-4, 1e-2]}}"
         )
     for key, kind in space.items():
         if not isinstance(kind, (Mapping, list, tuple)):
             raise UserError(
-                f"{where}: space.{key}={kind!r}: give a range, such as {{log: [1e-4, 1e-2]}}, or a list of values; "
-                f"a fixed value belongs to train: {key}={kind}"
+                f"{where}: space.{key}={shown(kind)}: give a range, such as {{log: [1e-4, 1e-2]}}, or a list of values;"
+                f" a fixed value belongs to train: {key}=VALUE"
             )
-
-
-def _value(word: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        raise UserError(f"{word}: not a value; quote it if it holds special characters") from None
 
 
 def _put(values: dict[str, Any], first: str, rest: str, value: Any) -> None:
@@ -348,6 +362,4 @@ def _find(name_or_file: str) -> Path:
         if not found:
             raise UserError(f"unknown sweep '{name_or_file}'; {nearest(name_or_file, sweep_names())}")
         return found[0]
-    if not file.is_file():
-        raise UserError(f"sweep file {file} does not exist")
     return file

@@ -29,12 +29,19 @@ class Range(Settings):
     """The values of one key: exactly one of `KINDS`, ends included."""
 
     uniform: tuple[float, float] | None = None
-    log: tuple[float, float] | None = None  # 0 < low
+    """Any number from LOW to HIGH."""
+    log: tuple[float, float] | None = None
+    """The same, with a uniform logarithm; LOW is above 0."""
     int_: tuple[int, int] | None = Field(default=None, alias="int")
-    log_int: tuple[int, int] | None = None  # 0 < low
+    """A whole number from LOW to HIGH."""
+    log_int: tuple[int, int] | None = None
+    """The same, with a uniform logarithm; LOW is above 0."""
     choice: tuple[Any, ...] | None = None
-    step: PositiveFloat | None = None  # of uniform and int: only low, low + step, low + 2 step, ...
-    when: dict[str, tuple[Any, ...]] = Field(default_factory=dict)  # other keys, and values they must have
+    """One of these values."""
+    step: PositiveFloat | None = None
+    """Of uniform and int: only LOW, LOW + step, LOW + 2 step, ..."""
+    when: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    """Other keys, and the values that they must have for this key to be there."""
 
     @field_validator("when", mode="before")
     @classmethod

@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.config.validate import validated
+from hrm_ray.config.validate import in_one_line, read_yaml, validated
 from hrm_ray.data.files import writing
 from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.every import Every
@@ -484,9 +484,10 @@ def promote(
     best_file = folder.read(report.BEST)
     if best_file is None:
         raise UserError(f"{folder}: no trial is complete yet; let the sweep go on first")
-    best = yaml.safe_load(best_file)
-    best = best[0] if isinstance(best, list) else best
-    base = [*without(best["words"], (*SHORTENING, "seed", "run_name")), *words]
+    with in_one_line(f"{folder / report.BEST}"):
+        best = read_yaml(best_file, f"{folder / report.BEST}")
+        best = best[0] if isinstance(best, list) else best
+        base = [*without(best["words"], (*SHORTENING, "seed", "run_name")), *words]
     metric = next(iter(config.metric))
     for word in words:
         if (key := word.partition("=")[0]) in OF_THE_SWEEP:
@@ -526,4 +527,5 @@ def config_of(folder: Storage) -> SweepConfig:
         raise UserError(
             f"{folder} is no sweep: it holds no {CONFIG_FILE}; give the folder that `hrm-ray tune` named"
         )
-    return validated(SweepConfig, yaml.safe_load(content), str(folder))
+    with in_one_line(f"{folder / CONFIG_FILE}"):
+        return validated(SweepConfig, read_yaml(content, f"{folder / CONFIG_FILE}"), str(folder))

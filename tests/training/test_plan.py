@@ -42,26 +42,34 @@ def test_numbers_of_steps_become_ratios_with_one_warning_each():
     p = plan(10_000, halting={"expansion_anneal_steps": 2_500, "dqn_warmup_steps": 500})
     assert (p.halting.expansion_anneal_ratio, p.halting.dqn_warmup_ratio) == (0.25, 0.05)
     assert p.annealed(2_500)["expansion_penalty"] == 0.001 < p.annealed(2_499)["expansion_penalty"]
-    assert p.conversions() == [
+    assert p.warnings() == [
         "expansion_anneal_steps=2500 of 10000 steps is taken as expansion_anneal_ratio=0.25; give that instead",
         "dqn_warmup_steps=500 of 10000 steps is taken as dqn_warmup_ratio=0.05; give that instead",
     ]
-    assert plan(1_000).conversions() == []
+    assert plan(1_000).warnings() == []
 
 
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"lr_warmup_steps": 1001}, "lr_warmup_steps=1001 is longer than the run's 1000 steps"),
         (
             {"halting": {"dqn_warmup_steps": 2000}},
             "dqn_warmup_steps=2000 is longer than the run's 1000 steps",
         ),
     ],
 )
-def test_a_warmup_longer_than_the_run(values, said):
+def test_a_duration_longer_than_the_run(values, said):
     with pytest.raises(UserError, match=said):
         plan(1_000, **values)
+
+
+def test_a_run_shorter_than_its_warmup_stays_in_it_and_says_so():
+    """As published: there it does not get past the warm-up either."""
+    p = plan(1_000, lr_warmup_steps=2_000)
+    assert (p.lr(1), p.lr(1_000)) == (p.config.lr / 2_000, p.config.lr / 2)
+    (said,) = p.warnings()
+    assert said.startswith("lr_warmup_steps=2000 is longer than the run's 1000 steps")
+    assert plan(1_000, lr_warmup_steps=1_000).warnings() == []
 
 
 def test_warmup_and_weight_decay_by_ratio():

@@ -1,0 +1,210 @@
+"""What can be configured: list it, show it with its meaning, and check words or a file before a run."""
+
+import argparse
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from hrm_ray.cli.command import add
+from hrm_ray.config.validate import Settings, all_fields, nearest, read_yaml_file, shown, takes
+from hrm_ray.errors import UserError
+
+WIDTH, KEY_WIDTH = 110, 40  # of a printed line, and of the key in it
+QUOTES = "'"
+USE = {
+    "experiments": "hrm-ray train experiment=NAME",
+    "architectures": "hrm-ray train ... arch=NAME",
+    "ways of halting": "hrm-ray train ... halting=NAME",
+    "recipes": "hrm-ray data build recipe=NAME out=DIR",
+    "sweeps": "hrm-ray tune NAME",
+}
+
+
+def _shipped() -> dict[str, dict[str, Path]]:
+    """The YAML files that ship, by what they are and by name."""
+    from hrm_ray.data.recipe import recipe_folders
+    from hrm_ray.tuning.config import sweep_folders
+
+    tree = Path(str(files("hrm_ray.config")))
+    folders = ([tree / "experiment"], [tree / "arch"], [tree / "halting"], recipe_folders(), sweep_folders())
+    return {
+        what: {file.stem: file for folder in there for file in sorted(folder.glob("*.yaml"))}
+        for what, there in zip(USE, folders, strict=True)
+    }
+
+
+def ls(args: argparse.Namespace) -> None:
+    for what, named in _shipped().items():
+        print(f"{what}: {USE[what]}")
+        for name, file in named.items():
+            print(f"  {name:22}{_headline(file)}")
+
+
+def _headline(file: Path) -> str:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return next((line[2:] for line in lines if line.startswith("# ") and not line.startswith("# @")), "")
+
+
+def show(args: argparse.Namespace) -> None:
+    if words := [word for word in args.what if "=" in word]:
+        if len(words) < len(args.what):
+            raise UserError("give names, or words of train, not both")
+        _show_values(words)
+    else:
+        for name in args.what or ["train"]:
+            _show(name)
+
+
+def _show_values(words: Sequence[str]) -> None:
+    from hrm_ray.config.compose import train_config
+    from hrm_ray.config.schema import TrainConfig
+
+    config = train_config(words)
+    values = dict(_flat(config.model_dump(mode="json")))
+    for key, field in all_fields(TrainConfig, arch=type(config.arch)).items():
+        if key in values:
+            _print(f"{key}={shown(values[key]).strip(QUOTES)}", field)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _show(name: str) -> None:
+    """The keys of a kind of configuration, a key or those that begin with it, or a file that ships."""
+    kinds = _keys()
+    if name in kinds:
+        for key, field in kinds[name].items():
+            _print_default(key, field)
+        return
+    everything = {key: field for fields in kinds.values() for key, field in fields.items()}
+    found = {key: f for key, f in everything.items() if key == name or key.startswith(f"{name}.")}
+    for key, field in found.items():
+        _print_default(key, field)
+    shipped = {label: file for named in _shipped().values() for label, file in named.items()}
+    if name in shipped and not found:
+        print(shipped[name].read_text(encoding="utf-8"), end="")
+    elif not found:
+        raise UserError(
+            f"there is nothing called {shown(name)}; "
+            + nearest(name, {*kinds, *everything, *shipped}, "hrm-ray config ls")
+        )
+
+
+def _keys() -> dict[str, dict[str, FieldInfo]]:
+    """All keys, by the kind of configuration that they belong to: train, an architecture, recipe, sweep."""
+    from hrm_ray.config.arch import architectures
+    from hrm_ray.config.schema import TrainConfig
+    from hrm_ray.data.recipe import Recipe
+    from hrm_ray.tuning.config import SweepConfig
+
+    return {
+        "train": all_fields(TrainConfig),
+        **{name: all_fields(kind, "arch.") for name, kind in architectures().items()},
+        "recipe": all_fields(Recipe),
+        "sweep": all_fields(SweepConfig),
+    }
+
+
+def _print_default(key: str, field: FieldInfo) -> None:
+    if isinstance(field.default, Settings) or field.default_factory is not None:
+        _print(key, field)
+    elif field.is_required():
+        _print(f"{key}=VALUE", field)
+    else:
+        _print(f"{key}={shown(field.default).strip(QUOTES)}", field)
+
+
+def _print(key: str, field: FieldInfo) -> None:
+    """The key, and beside it its meaning and what it takes."""
+    text = f"{' '.join((field.description or '').split())} ({takes(field)})"
+    lines = textwrap.wrap(text, WIDTH - KEY_WIDTH)
+    if len(key) >= KEY_WIDTH:
+        lines.insert(0, "")
+    for number, line in enumerate(lines):
+        print(f"{'' if number else key:{KEY_WIDTH}}{line}".rstrip())
+
+
+def validate(args: argparse.Namespace) -> None:
+    first, *words = args.words
+    if "=" not in first:
+        _check_file(first, words)
+    elif any(word.startswith("recipe=") for word in args.words):
+        from hrm_ray.cli.data import build_options
+
+        build_options(args.words)
+    else:
+        from hrm_ray.config.compose import train_config
+
+        train_config(args.words)
+    print("ok")
+
+
+def _check_file(name: str, words: Sequence[str]) -> None:
+    """Check a recipe or a sweep, which the keys of a YAML file tell apart."""
+    from hrm_ray.config.validate import read_words
+    from hrm_ray.data.recipe import Recipe, load_recipe, recipe_names
+    from hrm_ray.tuning.config import load_sweep, sweep_names
+    from hrm_ray.tuning.points import Points
+
+    if Path(name).suffix in (".yaml", ".yml"):
+        values = read_yaml_file(Path(name), "YAML")
+        is_recipe = isinstance(values, dict) and not values.keys() & {"space", "train"}
+    elif name in recipe_names():
+        is_recipe = True
+    elif name in sweep_names():
+        is_recipe = False
+    else:
+        known = [*recipe_names(), *sweep_names()]
+        raise UserError(
+            f"there is no recipe or sweep {shown(name)}; {nearest(name, known, 'hrm-ray config ls')}"
+        )
+    if is_recipe:
+        load_recipe(name, read_words(words, Recipe))
+    else:
+        Points(load_sweep(name, words)).check_keys()
+
+
+def register(commands: Any) -> None:
+    config = commands.add_parser("config", help="list, show and check what can be configured")
+    kinds = config.add_subparsers(dest="kind", required=True, metavar="COMMAND")
+    add(kinds, "ls", ls, "list experiments, architectures, recipes and sweeps", "hrm-ray config ls")
+    p = add(
+        kinds,
+        "show",
+        show,
+        "print keys with their values and meanings, or a file that ships",
+        "hrm-ray config show\n"
+        "hrm-ray config show lr_warmup_steps scaling\n"
+        "hrm-ray config show trm\n"
+        "hrm-ray config show recipe\n"
+        "hrm-ray config show sudoku_extreme\n"
+        "hrm-ray config show experiment=quickstart arch=trm",
+    )
+    p.add_argument(
+        "what",
+        nargs="*",
+        metavar="NAME",
+        help="train (the default), recipe, sweep, an architecture, a key, the name of an experiment, recipe or sweep; "
+        "or words of train, to see every value that they give",
+    )
+    p = add(
+        kinds,
+        "validate",
+        validate,
+        "check words of train, or a recipe or sweep, without running it",
+        "hrm-ray config validate experiment=quickstart lr=1e-3\n"
+        "hrm-ray config validate my_sweep.yaml num_trials=6\n"
+        "hrm-ray config validate recipe=sudoku_4x4 out=data/mine num_train=50",
+    )
+    p.add_argument(
+        "words", nargs="+", metavar="key=value", help="words of train, or a YAML file or name and its words"
+    )
