@@ -245,18 +245,15 @@ def writable_folder(out: str | Path, *, overwrite: bool) -> Path:
 
 def strangers(root: Path) -> list[str]:
     """What lies in a folder, however deep, that no build writes; relative paths."""
-    found = []
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root).as_posix()
-        if path.is_symlink() or not (
-            OUR_FILES.fullmatch(name) if path.is_file() else _may_be_split(path, name)
-        ):
-            found.append(name)
-    return found
 
+    def is_ours(path: Path, name: str) -> bool:
+        if path.is_symlink():
+            return False
+        is_split = path.is_dir() and "/" not in name
+        return is_split or (path.is_file() and OUR_FILES.fullmatch(name) is not None)
 
-def _may_be_split(path: Path, name: str) -> bool:
-    return path.is_dir() and "/" not in name
+    paths = ((path, path.relative_to(root).as_posix()) for path in sorted(root.rglob("*")))
+    return [name for path, name in paths if not is_ours(path, name)]
 
 
 def _not_of_a_dataset(root: Path) -> str | None:
@@ -264,9 +261,9 @@ def _not_of_a_dataset(root: Path) -> str | None:
     if strange := strangers(root):
         return strange[0]
     try:
-        splits = read_manifest(root).splits.keys()
+        splits = [*read_manifest(root).splits]
     except UserError:  # damaged, or of something else; shards tell
-        splits = set()
+        splits = []
         if not any(root.glob("*/*.arrow")):
             return MANIFEST
     empty = (path.name for path in root.iterdir() if path.is_dir() and not any(path.iterdir()))

@@ -159,10 +159,13 @@ def are_reports(content: bytes) -> bool:
 
 
 def is_dumped(content: bytes) -> bool:
-    """Whether `content` is a YAML file as we write them: no comments, no other layout."""
+    """Whether `content` is a YAML or JSON file as we write them: no comments, no other layout."""
     try:
+        if content.startswith(b"{"):
+            return (json.dumps(json.loads(content), indent=2) + "\n").encode() == content
         values = yaml.safe_load(content)
-        return isinstance(values, dict) and yaml.safe_dump(values, sort_keys=False).encode() == content
+        written = (yaml.safe_dump(values, sort_keys=False, width=width).encode() for width in (80, 1000))
+        return isinstance(values, (dict, list)) and content in written
     except (yaml.YAMLError, ValueError, RecursionError):
         return False
 
