@@ -39,7 +39,7 @@ from hrm_ray.tuning.execute import ALIKE, Book, Executor, Live, Slot, check_fits
 from hrm_ray.tuning.explore import changeable
 from hrm_ray.tuning.lineage import drop_unknown, history, point_of
 from hrm_ray.tuning.outline import Outline, check_budget, slot_of
-from hrm_ray.tuning.points import OF_THE_SWEEP, Points, Refused, value_of
+from hrm_ray.tuning.points import OF_THE_SWEEP, Points, value_of
 from hrm_ray.tuning.runs import SHORTENING, Planned, RunsBook, other_seeds, spread, with_seed, without
 from hrm_ray.tuning.space import Point, words_of
 from hrm_ray.tuning.study import (
@@ -414,8 +414,8 @@ def _opened(
         folder, config, first_step=outline.first_step, last_step=outline.last_step, given=given
     )
     study.study.set_user_attr(ESTIMATE, before[ESTIMATE])
-    for name in WRITTEN:
-        is_ours = {report.TABLE: partial(report.is_table, study), report.PAGE: bool}.get(name, is_dumped)
+    for name in (CONFIG_FILE, report.TABLE, report.BEST, report.SUMMARY):
+        is_ours = partial(report.is_table, study) if name == report.TABLE else is_dumped
         if (copy := keep_changed(folder, name, is_ours)) is not None:
             view.say(
                 f"{folder}/{name} has been changed, and is written again; as it was, it is kept as {copy}"
