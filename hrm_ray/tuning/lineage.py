@@ -115,6 +115,8 @@ def _put(copy: Checkpoint, run: Storage) -> None:
     for checkpoint in finished(run):
         if checkpoint.step >= step:
             discard(run / FOLDER, checkpoint.name)
+    if (moved := make_place(run / FOLDER, step_name(step))) is not None:
+        note_event(run, "set_aside", global_step=step, message=moved)
     _copied(copy, run / FOLDER, step_name(step))
     if SAVED not in (run / FOLDER).entries():
         run.write(f"{FOLDER}/{SAVED}", b"")
