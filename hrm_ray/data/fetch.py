@@ -2,15 +2,14 @@
 
 import fcntl
 import hashlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from pyarrow import fs as pafs
 
 from hrm_ray.cache import cache_dir
-from hrm_ray.data.files import sha256, write_durably, writing
-from hrm_ray.data.format import File, parse_manifest
+from hrm_ray.data.files import delete_matching, sha256, write_durably, writing
+from hrm_ray.data.format import OUR_FILES, File, parse_manifest
 from hrm_ray.errors import UserError
 from hrm_ray.manifest import MANIFEST
 from hrm_ray.remote import filesystem_of, reaching
@@ -47,7 +46,7 @@ def _cached(filesystem: pafs.FileSystem, folder: str, uri: str) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.is_dir():
                 aside = target.with_suffix(".partial")
-                shutil.rmtree(aside, ignore_errors=True)
+                delete_matching(aside, OUR_FILES)
                 for entry in manifest.files:
                     _fetch(filesystem, folder, entry, aside, uri)
                 write_durably(aside / MANIFEST, content)

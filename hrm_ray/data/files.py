@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import re
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,7 +45,7 @@ class HashingFile:
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write which is at `path` whole or not at all: written aside, flushed to disk, renamed at the end."""
-    aside = path.with_name(path.name + ".tmp")
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # a name that nobody else has
     try:
         with aside.open("wb") as file:
             yield file
@@ -58,6 +60,21 @@ def write_durably(path: Path, content: bytes) -> None:
     """Write `content` to `path`, whole or not at all."""
     with whole_file(path) as file:
         file.write(content)
+
+
+def delete_matching(root: Path, names: re.Pattern[str]) -> None:
+    """Delete the files in a folder whose paths in it match `names`, and the folders in it that are empty then.
+
+    What else is there stays, links too.
+    """
+    for path in sorted(root.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if path.is_symlink():
+            continue
+        if path.is_dir():
+            with suppress(OSError):
+                path.rmdir()
+        elif names.fullmatch(path.relative_to(root).as_posix()):
+            path.unlink()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ digest and those of all files. Nothing here, nor in what reads, writes, fetches 
 """
 
 import hashlib
+import re
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -26,6 +27,11 @@ from hrm_ray.errors import UserError
 from hrm_ray.manifest import canonical, seal, unseal
 
 FORMAT_VERSION = 1
+UNFINISHED = "unfinished"  # a file that marks the folder of a build
+# All that a build writes; of a file that is being written, the name that it has until then.
+OUR_FILES = re.compile(
+    r"((manifest|identifiers)\.json|[^/]+/shard-[0-9]{5,}\.arrow)((\.[0-9a-f]{8})?\.tmp)?|" + UNFINISHED
+)
 IDS = ("puzzle_identifier", "puzzle", "group")
 
 

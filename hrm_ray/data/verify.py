@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from hrm_ray.data.fetch import local_root
-from hrm_ray.data.format import Manifest, SplitInfo, to_tokens
+from hrm_ray.data.format import UNFINISHED, Manifest, SplitInfo, to_tokens
 from hrm_ray.data.shards import damages, read_batch, read_manifest
 from hrm_ray.data.tasks.base import Task, get_task
 from hrm_ray.errors import UserError
@@ -31,7 +31,7 @@ def verify(path: str | Path) -> list[str]:
     problems = []
     if (task.vocab_size, task.seq_len) != (manifest.vocab_size, manifest.seq_len):
         problems.append(f"{MANIFEST}: vocab_size or seq_len does not fit task {manifest.task}")
-    known = {MANIFEST} | {entry.file for entry in manifest.files}
+    known = {MANIFEST, UNFINISHED} | {entry.file for entry in manifest.files}
     there = {str(file.relative_to(root)) for file in root.rglob("*") if not file.is_dir()}
     problems += [f"{file}: not in the manifest" for file in sorted(there - known)]
     damaged = damages(root, manifest.files)

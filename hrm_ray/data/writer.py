@@ -1,16 +1,21 @@
-"""Writing a dataset (see `format`) aside, in order, and moving it into place when it is whole."""
+"""Writing a dataset (see `format`) aside, in order, and moving it into place when it is whole.
+
+What is deleted on the way is only what a build has written: a folder with any other file in it is refused.
+"""
 
 import fcntl
 import hashlib
 import os
-import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from hrm_ray.data.files import HashingFile, write_durably, writing
-from hrm_ray.data.format import File, Manifest, Shard, SplitInfo, from_tokens, schema
+from hrm_ray.data.files import HashingFile, delete_matching, write_durably, writing
+from hrm_ray.data.format import OUR_FILES, UNFINISHED, File, Manifest, Shard, SplitInfo, from_tokens, schema
+from hrm_ray.data.shards import read_manifest
 from hrm_ray.data.verify import verify
 from hrm_ray.errors import UserError
 from hrm_ray.manifest import MANIFEST
@@ -136,6 +141,7 @@ class DatasetWriter:
         self.out = writable_folder(out, overwrite=overwrite)
         self.root = self.out.with_name(self.out.name + ".building")
         self._overwrite = overwrite
+        self._is_finished = False
 
     def __enter__(self) -> "DatasetWriter":
         with writing(self.out):
@@ -149,12 +155,32 @@ class DatasetWriter:
             raise UserError(
                 f"another process is building {self.out}; wait for it, or pick another out"
             ) from None
-        for leftover in self.root.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        try:
+            self._clear()
+        except BaseException:
+            os.close(self._lock)
+            raise
         return self
 
+    def _clear(self) -> None:
+        """Delete what a killed process left of a build, and mark the folder as one of a build."""
+        strange = strangers(self.root)
+        if not strange and (self.root / MANIFEST).exists() and not (self.root / UNFINISHED).exists():
+            strange = [MANIFEST]  # of a finished dataset that somebody gave this name
+        if strange:
+            raise UserError(
+                f"{self.root}, where {self.out.name} is to be built, holds {strange[0]}, which no build left there; "
+                "move it away, or pick another out"
+            )
+        with writing(self.out):
+            delete_matching(self.root, OUR_FILES)
+            (self.root / UNFINISHED).touch()
+
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.root, ignore_errors=True)  # nothing there after `finish`
+        if not self._is_finished:
+            with suppress(OSError):
+                delete_matching(self.root, OUR_FILES)
+                self.root.rmdir()
         os.close(self._lock)
 
     def split(self, name: str, seq_len: int, cuts: np.ndarray) -> SplitWriter:
@@ -179,21 +205,24 @@ class DatasetWriter:
             raise UserError(f"what was written does not read back: {problems[0]} ({len(problems)} problems)")
         writable_folder(self.out, overwrite=self._overwrite)  # somebody may have made it meanwhile
         with writing(self.out):
+            (self.root / UNFINISHED).unlink()
             if self.out.exists():
-                replaced = self.out.with_name(self.out.name + ".replaced")
-                shutil.rmtree(replaced, ignore_errors=True)
-                self.out.rename(replaced)
+                replaced = Path(tempfile.mkdtemp(prefix=f"{self.out.name}.replaced-", dir=self.out.parent))
+                self.out.rename(replaced)  # over an empty folder
                 self.root.rename(self.out)
-                shutil.rmtree(replaced)
+                self._is_finished = True
+                delete_matching(replaced, OUR_FILES)
+                replaced.rmdir()
             else:
                 self.root.rename(self.out)
+                self._is_finished = True
 
 
 def writable_folder(out: str | Path, *, overwrite: bool) -> Path:
     """`out` as a path where a dataset may be put.
 
     Raises:
-        UserError: it is a URI, a file, a dataset without overwrite, or a folder of something else.
+        UserError: it is a URI, a file, a dataset without overwrite, or a folder with something else in it.
     """
     if "://" in str(out):
         raise UserError(f"out={out}: datasets are built in a local folder; build there and copy the folder")
@@ -205,6 +234,37 @@ def writable_folder(out: str | Path, *, overwrite: bool) -> Path:
             raise UserError(
                 f"out={out} holds another dataset already; pick another out, or pass overwrite=true"
             )
+        if strange := _not_of_a_dataset(path):
+            raise UserError(
+                f"out={out} holds {strange}, which is not of a dataset; move it away, or pick another out"
+            )
     elif path.exists() and not path.is_dir():
         raise UserError(f"out={out} is a file; pick another out")
     return path
+
+
+def strangers(root: Path) -> list[str]:
+    """What lies in a folder, however deep, that no build writes; relative paths."""
+
+    def is_ours(path: Path, name: str) -> bool:
+        if path.is_symlink():
+            return False
+        is_split = path.is_dir() and "/" not in name
+        return is_split or (path.is_file() and OUR_FILES.fullmatch(name) is not None)
+
+    paths = ((path, path.relative_to(root).as_posix()) for path in sorted(root.rglob("*")))
+    return [name for path, name in paths if not is_ours(path, name)]
+
+
+def _not_of_a_dataset(root: Path) -> str | None:
+    """What there is in a folder with a manifest that would be lost if another dataset took its place; None: nothing."""
+    if strange := strangers(root):
+        return strange[0]
+    try:
+        splits = [*read_manifest(root).splits]
+    except UserError:  # damaged, or of something else; shards tell
+        splits = []
+        if not any(root.glob("*/*.arrow")):
+            return MANIFEST
+    empty = (path.name for path in root.iterdir() if path.is_dir() and not any(path.iterdir()))
+    return next((name for name in empty if name not in splits), None)

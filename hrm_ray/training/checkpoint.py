@@ -14,10 +14,16 @@
 Weights alone (an imported model) make a checkpoint too: one to evaluate, not to resume. Every file is verified
 before it is used, and nothing is ever unpickled. What is damaged is passed over for the checkpoint before it; a run
 whose checkpoints are all damaged is not started over.
+
+A checkpoint belongs to the run if its folder is named after the step in its manifest. Anything else in that place (a
+copy under another name, notes) is a user's: the run does not go on from it, and does not delete it. A deletion takes
+single files that we wrote, never a folder with what is in it.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import safetensors.torch
@@ -29,13 +35,23 @@ from hrm_ray.config.arch import DEFAULT_ARCH, Arch, arch_class
 from hrm_ray.config.validate import Settings, validated
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.manifest import MANIFEST, Damaged, seal, unseal
-from hrm_ray.training.storage import Storage
+from hrm_ray.remote import StorageError
+from hrm_ray.training.storage import ASIDE, Storage
 
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"
 SAVED = "saved"
 BEST_METRIC = "eval/exact_accuracy"  # unless the run says otherwise
+# The files of the format; what `Storage.write` left of one belongs to it.
+OUR_FILES = re.compile(
+    r"(manifest\.json|(?:model|ema|optimizer|target|carry-[0-9]{5,}-of-[0-9]{5,})\.safetensors)"
+    + f"(?:{ASIDE})?"
+)
 Tensors = dict[str, Tensor]
+
+
+class NoCheckpoint(UserError):
+    """A folder whose manifest is of something else."""
 
 
 class FileInfo(Settings):
@@ -80,6 +96,13 @@ def step_name(global_step: int) -> str:
     return f"step-{global_step:08d}"
 
 
+def step_of(name: str) -> int | None:
+    """The step of which `name` is the `step_name`; None if it is none."""
+    match = re.fullmatch("step-([0-9]{8,})", name)
+    step = int(match[1]) if match else None
+    return step if step is not None and step_name(step) == name else None
+
+
 def carry_name(rank: int, world_size: int) -> str:
     return f"carry-{rank:05d}-of-{world_size:05d}.safetensors"
 
@@ -104,13 +127,13 @@ class Checkpoint:
 
     def __init__(self, folder: Storage):
         self.folder = folder
-        content = folder.read(MANIFEST)
+        content = self._read(MANIFEST)
         if content is None:
             raise Damaged(f"{folder} has no {MANIFEST}; give a checkpoint or a run folder")
         where = f"{folder}/{MANIFEST}"
         values = unseal(content, where, newest_format=FORMAT_VERSION, mend="use another checkpoint")
         if values.get("kind") != "checkpoint":
-            raise UserError(f"{folder} is not a checkpoint; give a checkpoint or a run folder")
+            raise NoCheckpoint(f"{folder} is not a checkpoint; give a checkpoint or a run folder")
         arch_class(
             dict(values.get("arch") or {}).get("name", DEFAULT_ARCH)
         )  # one that is not here is no damage
@@ -119,16 +142,29 @@ class Checkpoint:
         except UserError as error:
             raise Damaged(f"{error}; use another checkpoint") from None
 
+    def _read(self, name: str) -> bytes | None:
+        try:
+            return self.folder.read(name)
+        except StorageError:  # it may answer later
+            raise
+        except OSError as error:
+            why = error.strerror or first_line(error)
+            raise Damaged(f"{self.folder}/{name} cannot be read ({why}); use another checkpoint") from None
+
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def step(self) -> int:
+        return self.manifest.global_step
 
     def tensors(self, name: str) -> Tensors:
         """One file's tensors, on the CPU, after checking its size and SHA-256."""
         info = self.manifest.files.get(name)
         if info is None:
             raise UserError(f"{self.folder} has no {name}; it has: {', '.join(self.manifest.files)}")
-        content = self.folder.read(name)
+        content = self._read(name)
         if content is None:
             raise Damaged(f"{self.folder}/{name} is missing; use another checkpoint")
         if len(content) != info.bytes or hashlib.sha256(content).hexdigest() != info.sha256:
@@ -153,48 +189,82 @@ class Checkpoint:
         return weights
 
 
+def _checkpoint(parent: Storage, name: str) -> Checkpoint | None:
+    """The checkpoint of the step that a folder is named after; None if that is a copy or something else.
+
+    Raises:
+        Damaged: there is none, or one that cannot be read.
+    """
+    if step_of(name) is None:
+        return None
+    try:
+        checkpoint = Checkpoint(parent / name)
+    except NoCheckpoint:
+        return None
+    return checkpoint if step_name(checkpoint.step) == name else None
+
+
+def _copies(run: Storage) -> Iterator[Checkpoint]:
+    """The checkpoints beside those of `run` that are not named after their step."""
+    for name in (run / FOLDER).folders():
+        with suppress(UserError):
+            copy = Checkpoint(run / FOLDER / name)
+            if step_name(copy.step) != name:
+                yield copy
+
+
 def finished(run: Storage) -> list[Checkpoint]:
-    """The checkpoints of `run` with a readable manifest, oldest first; their files are not verified."""
+    """The checkpoints of `run` with a readable manifest, by their steps; their files are not verified."""
     readable = []
     for name in (run / FOLDER).folders():
         try:
-            readable.append(Checkpoint(run / FOLDER / name))
+            if (checkpoint := _checkpoint(run / FOLDER, name)) is not None:
+                readable.append(checkpoint)
         except Damaged:
             continue
-    return readable
+    return sorted(readable, key=lambda checkpoint: checkpoint.step)
 
 
-def newest_whole(run: Storage, on_damage: Callable[[str], object]) -> Checkpoint | None:
+def newest_whole(run: Storage, on_event: Callable[[str, str], object]) -> Checkpoint | None:
     """The newest checkpoint of `run` whose every byte is as written; None if the run never had one.
 
     Args:
-        on_damage: told of each newer one that is not whole.
+        on_event: told of what is passed over, a copy or a damaged one that is newer: the name of the event, and a line.
 
     Raises:
         UserError: there were some, and none is whole.
     """
     folder = run / FOLDER
     problems = []
-    was_saved = folder.read(SAVED) is not None
-    for name in reversed(folder.folders()):
+    mend = "bring one back from a copy"
+    for copy in _copies(run):
+        on_event("copy_left_alone", f"{copy.folder} is a copy of step {copy.step}; it is left alone")
+        mend = f"rename {copy.name} to {step_name(copy.step)} to go on from that copy"
+    was_saved = folder.entries().get(SAVED) == "file"
+    for name in sorted(folder.folders(), key=lambda name: step_of(name) or 0, reverse=True):
         try:
-            checkpoint = Checkpoint(folder / name)
-            checkpoint.verify()
+            checkpoint = _checkpoint(run / FOLDER, name)
+            if checkpoint is not None:
+                checkpoint.verify()
+                return checkpoint
         except Damaged as problem:
             problems.append(problem.what)
-            if (
-                folder.read(f"{name}/{MANIFEST}") is not None
-            ):  # written last; without it, the writing was cut short
+            if _has_manifest(folder / name):  # written last; without it, the writing was cut short
                 was_saved = True
-                on_damage(f"{problem.what}; it is passed over")
-            continue
-        return checkpoint
+                on_event("damaged_checkpoint", f"{problem.what}; it is passed over")
     if not was_saved:
         return None
     raise UserError(
-        f"{run}: no checkpoint is whole ({problems[0] if problems else 'all are gone'}); bring one back from a "
-        "copy, or choose another run_name= to start anew"
+        f"{run}: no checkpoint is whole ({problems[0] if problems else 'all are gone'}); {mend}, or choose another "
+        "run_name= to start anew"
     )
+
+
+def _has_manifest(folder: Storage) -> bool:
+    try:
+        return MANIFEST in folder.entries()
+    except PermissionError:
+        return True
 
 
 def best(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
@@ -218,19 +288,105 @@ def prune(run: Storage, global_step: int, *, keep_last: int, keep_best: int) -> 
     """Delete all but the newest `keep_last` and the best `keep_best` checkpoints, and what was never finished.
 
     Args:
-        global_step: of the newest whole checkpoint; later ones were damaged and are deleted too.
+        global_step: of the newest whole checkpoint; damaged later ones are deleted too.
     """
-    checkpoints = [c for c in finished(run) if c.manifest.global_step <= global_step]
-    keep = {c.name for c in [*checkpoints[-keep_last:], *_by_metric(checkpoints)[-keep_best:]]}
+    checkpoints = finished(run)
+    so_far = [c for c in checkpoints if c.step <= global_step]
+    keep = {c.name for c in [*so_far[-keep_last:], *_by_metric(so_far)[-keep_best:]]}
+    # A later one that is whole was put there by somebody, from a copy.
+    keep |= {c.name for c in checkpoints if c.step > global_step and _is_whole(c)}
     for name in (run / FOLDER).folders():
-        if name not in keep:
-            discard(run / FOLDER / name)
+        if name not in keep and _is_ours(run / FOLDER, name):
+            discard(run / FOLDER, name)
 
 
-def discard(folder: Storage) -> None:
-    """Delete a checkpoint, its manifest first: what is half deleted must not look whole."""
-    folder.delete_file(MANIFEST)
-    folder.delete()
+def _is_whole(checkpoint: Checkpoint) -> bool:
+    try:
+        checkpoint.verify()
+    except Damaged:
+        return False
+    return True
+
+
+def _is_ours(parent: Storage, name: str) -> bool:
+    """Whether a folder is named after a step, and no checkpoint of another step, and nothing else with a manifest."""
+    try:
+        return _checkpoint(parent, name) is not None
+    except Damaged:  # what may be deleted of it, `discard` decides
+        return True
+
+
+def make_place(parent: Storage, name: str) -> str | None:
+    """See to it that nothing is where a checkpoint is to be written.
+
+    One that was cut short or is damaged is deleted; what may be a user's is renamed.
+
+    Args:
+        name: of the checkpoint's folder, in `parent`; if it is named after a step, one of another step is not ours.
+
+    Returns:
+        a line about what was renamed, if anything was.
+
+    Raises:
+        UserError: it cannot be renamed on this storage.
+    """
+    if step_of(name) is None or _is_ours(parent, name):
+        discard(parent, name)
+    kind = parent.entries().get(name)
+    if kind is None or (kind == "folder" and _has_room(parent / name)):
+        return None
+    aside = (parent / name).set_aside("aside")
+    return f"{parent / name} is not a checkpoint of this run; it is kept as {aside.name}"
+
+
+def _has_room(folder: Storage) -> bool:
+    """Whether nothing in it has the name of a file of the format."""
+    try:
+        return not any(map(OUR_FILES.fullmatch, folder.entries()))
+    except PermissionError:
+        return False
+
+
+def discard(parent: Storage, name: str) -> None:
+    """Delete a checkpoint, or what there is of one whose writing was cut short. What is not ours stays.
+
+    Ours are the files that its manifest names. Without one, a folder is surely ours if it holds nothing else than files
+    of the format; with one that cannot be read, never.
+
+    Args:
+        parent: the folder that `name` is in.
+    """
+    if parent.entries().get(name) != "folder":  # a link: what it points to is not ours
+        return
+    with suppress(PermissionError):  # what we may not delete stays too
+        _discard(parent / name)
+
+
+def _discard(folder: Storage) -> None:
+    entries = folder.entries()
+    ours = {n: match[1] for n in entries if entries[n] == "file" and (match := OUR_FILES.fullmatch(n))}
+    try:
+        written = {MANIFEST, *Checkpoint(folder).manifest.files}
+    except (Damaged, NoCheckpoint):
+        is_cut_short = MANIFEST not in entries and len(ours) == len(entries)
+        written = set(ours.values()) if is_cut_short else set()
+    # The manifest first: what is half deleted must not look whole.
+    for file in sorted(ours, key=lambda n: n != MANIFEST):
+        if ours[file] in written:
+            folder.delete_file(file)
+    if written or not entries:
+        folder.delete_if_empty()
+
+
+def discard_all(run: Storage) -> None:
+    """Delete all checkpoints of `run`, and the note that there were any. What is not ours stays."""
+    folder = run / FOLDER
+    for name in folder.folders():
+        if _is_ours(run / FOLDER, name):
+            discard(folder, name)
+    if folder.entries().get(SAVED) == "file":
+        folder.delete_file(SAVED)
+    folder.delete_if_empty()
 
 
 def find(path: str) -> Checkpoint:

@@ -3,12 +3,15 @@
 metrics.jsonl holds one JSON object a report, each exactly once: on resuming, what was reported after the
 checkpoint is cut off before the loop reports it again. events.jsonl tells what happened to the run, with the time:
 every start, checkpoint passed over, rollback and end; nothing is ever cut off it.
+
+People open and edit these files. What does not read as ours is named and left out, and the file as it was is kept
+beside the new one, as NAME.before-N.
 """
 
 import json
-import sys
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -16,12 +19,15 @@ import yaml
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError, first_line
-from hrm_ray.training.storage import Storage
+from hrm_ray.training.checkpoint import FOLDER
+from hrm_ray.training.storage import Storage, numbered
 
+CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 SUMMARY_FILE = "summary.json"
 WANDB_ID_FILE = "wandb_id"
+RECORDS = (CONFIG_FILE, METRICS_FILE, EVENTS_FILE, SUMMARY_FILE, WANDB_ID_FILE)
 
 
 class Records:
@@ -32,11 +38,21 @@ class Records:
         config: the run.
         global_step: where it starts or goes on; later reports of an earlier attempt are dropped.
         evaluates_again: drop a report of the evaluation at `global_step` too.
+        on_event: told of a file that somebody has changed: the name of the event, and a line.
     """
 
-    def __init__(self, run: Storage, config: TrainConfig, global_step: int, *, evaluates_again: bool = False):
-        self._run = run
-        run.write("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    def __init__(
+        self,
+        run: Storage,
+        config: TrainConfig,
+        global_step: int,
+        *,
+        evaluates_again: bool = False,
+        on_event: Callable[[str, str], object] = lambda event, what: None,
+    ):
+        self._run, self._on_event = run, on_event
+        self._keep(is_dumped, CONFIG_FILE, "has changes that are not kept in the new one")
+        run.write(CONFIG_FILE, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
         self._lines: list[str] = []
         self.last: dict[str, Any] = {}
         self.rewind(global_step, evaluates_again=evaluates_again)
@@ -45,11 +61,12 @@ class Records:
 
     def rewind(self, global_step: int, *, evaluates_again: bool = False) -> None:
         """Drop what was reported after `global_step`; for `evaluates_again`, see the class."""
+        self._keep(are_reports, METRICS_FILE, "has lines that are no reports; they are left out")
         self._lines = [
             line
-            for line in (self._run.read(METRICS_FILE) or b"").decode(errors="replace").splitlines()
-            if (step := _step_of(line)) <= global_step
-            and not (evaluates_again and step == global_step and '"eval/' in line)
+            for line, report in reports(self._run)
+            if report["global_step"] <= global_step
+            and not (evaluates_again and report["global_step"] == global_step and '"eval/' in line)
         ]
         self.last = {}
         for line in self._lines:
@@ -84,6 +101,7 @@ class Records:
     def summarise(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
         self.flush()
+        self._keep(is_summary, SUMMARY_FILE, "is no summary of a run; it is written anew")
         self._run.write(SUMMARY_FILE, (json.dumps(summary, indent=2) + "\n").encode())
         if self._wandb:
             self._wandb.summary.update(summary)
@@ -100,6 +118,11 @@ class Records:
         """`last` keeps the newest value of every metric."""
         self.last.update(record)
 
+    def _keep(self, is_ours: Callable[[bytes], bool], name: str, what: str) -> None:
+        """Before the file `name` is written again: keep a copy of it if it is not as we write it."""
+        if (copy := keep_changed(self._run, name, is_ours)) is not None:
+            self._on_event("changed_file", f"{self._run}/{name} {what}; as it was, it is kept as {copy}")
+
     def _flush(self) -> None:
         self._run.write(METRICS_FILE, "".join(line + "\n" for line in self._lines).encode())
 
@@ -111,12 +134,95 @@ def note_event(run: Storage, event: str, **values: Any) -> dict[str, Any]:
     return entry
 
 
-def _step_of(line: str) -> int:
-    """The step of a report; a line cut short by a crash belongs to no step."""
+def reports(run: Storage) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The reports in metrics.jsonl, with their lines; what is no report, such as a line cut short, is left out."""
+    for line in (run.read(METRICS_FILE) or b"").decode(errors="replace").split("\n"):
+        if (report := _report_of(line)) is not None:
+            yield line, report
+
+
+def _report_of(line: str) -> dict[str, Any] | None:
+    """A report maps names to numbers, "global_step" to a whole one."""
     try:
-        return json.loads(line)["global_step"]
-    except (ValueError, KeyError, TypeError, IndexError):
-        return sys.maxsize
+        report = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(report, dict) or type(report.get("global_step")) is not int:
+        return None
+    return report if all(type(value) in (int, float) for value in report.values()) else None
+
+
+def are_reports(content: bytes) -> bool:
+    """Whether `content` is a metrics.jsonl as runs leave it; a crash may have cut the last line short."""
+    *lines, _ = content.decode(errors="replace").split("\n")
+    return all(_report_of(line) is not None for line in lines)
+
+
+def is_dumped(content: bytes) -> bool:
+    """Whether `content` is a YAML or JSON file as we write them: no comments, no other layout."""
+    try:
+        if content.startswith(b"{"):
+            return (json.dumps(json.loads(content), indent=2) + "\n").encode() == content
+        values = yaml.safe_load(content)
+        written = (yaml.safe_dump(values, sort_keys=False, width=width).encode() for width in (80, 1000))
+        return isinstance(values, (dict, list)) and content in written
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return False
+
+
+def is_summary(content: bytes) -> bool:
+    """Whether `content` is a summary.json as runs write it."""
+    return bool(_summary_of(content))
+
+
+def _summary_of(content: bytes) -> dict[str, Any]:
+    kinds = {"final": dict, "best": dict, "global_step": int, "finished": bool, "train_s": (int, float)}
+    try:
+        summary = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(summary, dict) or "stop_reason" not in summary:
+        return {}
+    if not all(isinstance(summary.get(key), kind) for key, kind in kinds.items()):
+        return {}
+    metrics = [*summary["final"].values(), *summary["best"].values()]
+    return summary if all(isinstance(value, int | float) for value in metrics) else {}
+
+
+def last_summary(run: Storage) -> dict[str, Any]:
+    """What summary.json says; nothing if it is not there or does not read as ours."""
+    return _summary_of(run.read(SUMMARY_FILE) or b"")
+
+
+def keep_changed(folder: Storage, name: str, is_ours: Callable[[bytes], bool]) -> str | None:
+    """Copy a file that is about to be written again to NAME.before-N, if it is not as we write it.
+
+    Returns:
+        the name of the copy; None if the file is as we write it, or not there.
+    """
+    content = folder.read(name)
+    if content is None or is_ours(content):
+        return None
+    copy = f"{name}.before-{max(numbered(folder.entries(), f'{name}.before-'), default=0) + 1}"
+    folder.write(copy, content)
+    return copy
+
+
+def check_places(run: Storage) -> None:
+    """Make sure that a run can write its files, before it begins.
+
+    Raises:
+        UserError: something else has the name of one, or it may not be read and written; or they are those of
+            something that is no run.
+    """
+    run.check_places(files=(*RECORDS, "lock"), folders=(FOLDER, "tensorboard"))
+    names = run.entries()
+    if FOLDER in names or EVENTS_FILE in names:
+        return
+    ours = {CONFIG_FILE: is_dumped, METRICS_FILE: are_reports, SUMMARY_FILE: is_summary}
+    for name, is_ours in ours.items():
+        if name in names and not is_ours(run.read(name) or b""):
+            raise UserError(f"{run}/{name} is not of a run; choose another run_name=, or move it away")
 
 
 def _tensorboard(run: Storage, config: TrainConfig, global_step: int):
@@ -133,8 +239,9 @@ def _wandb(run: Storage, config: TrainConfig):
     import wandb
 
     known = run.read(WANDB_ID_FILE)  # the same run goes on after a restart
-    identity = known.decode() if known else uuid.uuid4().hex[:12]
-    run.write(WANDB_ID_FILE, identity.encode())
+    identity = known.decode(errors="replace") if known else uuid.uuid4().hex[:12]
+    if not known:
+        run.write(WANDB_ID_FILE, identity.encode())
     try:
         session = wandb.init(
             mode=config.wandb,

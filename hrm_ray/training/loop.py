@@ -28,7 +28,7 @@ from hrm_ray.training.checkpoint import (
     write_manifest,
 )
 from hrm_ray.training.evaluate import Interrupted, evaluate
-from hrm_ray.training.logging import Records, note_event
+from hrm_ray.training.logging import RECORDS, Records, check_places, note_event
 from hrm_ray.training.meter import Diverged, Meter
 from hrm_ray.training.plan import Plan, out_of_patience
 from hrm_ray.training.resume import check_fits, weights_source
@@ -108,17 +108,26 @@ class Trainer:
         self._records: Records | None = None
         self._watchdog = Watchdog(config.watchdog_s)
         self._saver = Saver(
-            run, world, keep_last=config.keep_last, keep_best=config.keep_best, on_wait=self._watchdog.beat
+            run,
+            world,
+            keep_last=config.keep_last,
+            keep_best=config.keep_best,
+            on_wait=self._watchdog.beat,
+            on_event=self._note,
         )
+        if world.is_first:
+            check_places(run)
         # The first worker decides where the run goes on, and keeps others off it.
         self._lock = run.lock() if world.is_first else None
         try:
             with memory.room_for(f"the model and a batch on {self.setup.device}", SMALLER):
                 self._begin()
             if world.is_first:
-                run.sweep()
+                run.sweep(RECORDS)
                 step = self.state.global_step
-                self._records = Records(run, config, step, evaluates_again=self._evaluation_is_due)
+                self._records = Records(
+                    run, config, step, evaluates_again=self._evaluation_is_due, on_event=self._note
+                )
         except BaseException as error:
             self._close()
             raise _as_full_disk(error, run) from None
@@ -164,7 +173,7 @@ class Trainer:
         """Where the run goes on; the first worker verifies it and decides for all. Collective."""
         checkpoint = None
         if self.world.is_first:
-            checkpoint = newest_whole(self.run, lambda what: self._note("damaged_checkpoint", what))
+            checkpoint = newest_whole(self.run, self._note)
             if checkpoint is not None:
                 check_fits(checkpoint, self.config, self.run, self.dataset)
         name = self.world.from_first(checkpoint.name if checkpoint else None)

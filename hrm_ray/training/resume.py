@@ -7,7 +7,9 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset
 from hrm_ray.errors import UserError
 from hrm_ray.training.checkpoint import Checkpoint, finished, newest_whole
-from hrm_ray.training.storage import Storage
+from hrm_ray.training.storage import Storage, numbered
+
+BEFORE = "before"  # runs that were set aside are RUN_NAME-before-1, ...
 
 
 def resume_point(config: TrainConfig, run: Storage, dataset: Dataset) -> Checkpoint | None:
@@ -60,12 +62,11 @@ def set_aside(run: Storage) -> Storage:
         UserError: another process trains it, or its storage cannot rename.
     """
     lock = run.lock(wait_s=0)
-    before = _aside(run)
-    name = f"{run.name}-before-{_number(before[-1]) + 1 if before else 1}"
-    run.rename(name)
-    if lock:
-        lock.close()
-    return run.parent / name
+    try:
+        return run.set_aside(BEFORE)
+    finally:
+        if lock:
+            lock.close()
 
 
 def weights_source(run: Storage) -> Checkpoint:
@@ -74,23 +75,10 @@ def weights_source(run: Storage) -> Checkpoint:
     Raises:
         UserError: there is none.
     """
-    for folder in reversed(_aside(run)):
-        checkpoint = newest_whole(run.parent / folder, lambda what: None)
+    for number in reversed(numbered(run.parent.folders(), f"{run.name}-{BEFORE}-")):
+        checkpoint = newest_whole(run.parent / f"{run.name}-{BEFORE}-{number}", lambda event, what: None)
         if checkpoint:
             return checkpoint
     raise UserError(
         f"resume=weights: {run} has no checkpoint to take weights from; leave it out to start anew"
     )
-
-
-def _aside(run: Storage) -> list[str]:
-    """Names of the folders that `set_aside` made for `run`, oldest first."""
-    prefix = f"{run.name}-before-"
-    found = [
-        name for name in run.parent.folders() if name.startswith(prefix) and name[len(prefix) :].isdigit()
-    ]
-    return sorted(found, key=_number)
-
-
-def _number(aside: str) -> int:
-    return int(aside.rpartition("-")[2])

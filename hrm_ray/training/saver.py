@@ -19,6 +19,7 @@ from hrm_ray.training.checkpoint import (
     Manifest,
     Tensors,
     discard,
+    make_place,
     prune,
     step_name,
     write_manifest,
@@ -50,6 +51,7 @@ class Saver:
         world: this worker's place.
         keep_last, keep_best: see `prune`.
         on_wait: called now and then while `finish` waits for the writing.
+        on_event: told of what was in the way of a checkpoint: the name of the event, and a line.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class Saver:
         keep_last: int,
         keep_best: int,
         on_wait: Callable[[], object] = lambda: None,
+        on_event: Callable[[str, str], object] = lambda event, what: None,
     ):
-        self._run, self._world, self._on_wait = run, world, on_wait
+        self._run, self._world, self._on_wait, self._on_event = run, world, on_wait, on_event
         self._keep_last, self._keep_best = keep_last, keep_best
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._manifest: Manifest | None = None
@@ -85,8 +88,8 @@ class Saver:
         """
         assert not self.is_pending
         name = step_name(snapshot.manifest.global_step)
-        if self._world.is_first and name in (self._run / FOLDER).folders():
-            discard(self._run / FOLDER / name)  # left by an attempt that was cut short, or damaged
+        if self._world.is_first and (moved := make_place(self._run / FOLDER, name)):
+            self._on_event("set_aside", moved)
         # Also the barrier that lets nobody write before the old folder is gone.
         shortages = [text for text in self._world.gather_objects(self._shortage(snapshot)) if text]
         if shortages:
@@ -120,12 +123,12 @@ class Saver:
         if problems:
             if self._world.is_first:
                 with suppress(OSError):  # what made the writing fail may last
-                    discard(folder)
+                    discard(self._run / FOLDER, folder.name)
             raise problems[0]
         if self._world.is_first:
             before_valid()
             write_manifest(folder, manifest.model_copy(update={"files": files}))
-            if self._run.read(f"{FOLDER}/{SAVED}") is None:
+            if SAVED not in (self._run / FOLDER).entries():
                 self._run.write(f"{FOLDER}/{SAVED}", b"")
             self.prune(manifest.global_step)
         self._world.from_first(None)  # nobody goes on before the checkpoint is valid

@@ -6,17 +6,22 @@ Methods raise OSError where the storage says no: of a remote one a StorageError,
 import errno
 import fcntl
 import os
+import re
 import shutil
 import time
 import uuid
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Literal
 
 from pyarrow import fs as pafs
 
 from hrm_ray.errors import UserError
 from hrm_ray.remote import filesystem_of, reaching
+
+Kind = Literal["file", "folder", "other"]
+ASIDE = r"\.[0-9a-f]{8}\.tmp"  # what `write` adds to a name until the file is whole
 
 
 class Storage:
@@ -66,6 +71,8 @@ class Storage:
     def write(self, name: str, content: bytes) -> None:
         """Make the file `name`: readers see all of it or none, also after a power cut."""
         path = f"{self._root}/{name}"
+        if self.local_path is not None and Path(path).is_symlink():
+            path = os.path.realpath(path)  # a user's link stays; what it points to is written
         with self._reaching():
             self._fs.create_dir(path.rpartition("/")[0], recursive=True)
         if self.local_path is None:  # object stores publish on close
@@ -97,7 +104,15 @@ class Storage:
             os.fsync(stream.fileno())
 
     def read(self, name: str) -> bytes | None:
-        """The content of the file `name`, or None if there is none."""
+        """The content of the file `name`, or None if there is none.
+
+        Raises:
+            OSError: something else has that name, or it may not be read.
+        """
+        if self.local_path is not None:
+            path = self.local_path / name
+            if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
+                raise OSError(errno.EINVAL, "is not a file", str(path))
         try:
             with self._reaching(), self._fs.open_input_stream(f"{self._root}/{name}") as stream:
                 return stream.read()
@@ -116,7 +131,7 @@ class Storage:
         if self.local_path is None:
             return None
         self.local_path.mkdir(parents=True, exist_ok=True)
-        file = (self.local_path / "lock").open("w")
+        file = (self.local_path / "lock").open("a")  # not "w": what is in it stays
         deadline = time.monotonic() + wait_s
         while True:
             try:
@@ -135,15 +150,22 @@ class Storage:
         """Room on the disk; None if the storage does not say."""
         return shutil.disk_usage(self.local_path).free if self.local_path else None
 
-    def rename(self, name: str) -> None:
-        """Give the folder itself another name beside its old one.
+    def set_aside(self, word: str) -> "Storage":
+        """Rename the folder to NAME-WORD-N, with N one more than any that is there; returns it under its new name.
+
+        What has its name may also be a file or a link.
 
         Raises:
             UserError: it is not on a local filesystem.
         """
         if self.local_path is None:
-            raise UserError(f"{self} cannot be renamed; choose another run_name=")
-        self.local_path.rename(self.local_path.with_name(name))
+            raise UserError(
+                f"{self} cannot be renamed on this storage; move it away, or choose another run_name="
+            )
+        numbers = numbered(self.parent.entries(), f"{self.name}-{word}-")
+        aside = f"{self.name}-{word}-{max(numbers, default=0) + 1}"
+        self.local_path.rename(self.local_path.with_name(aside))
+        return self.parent / aside
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the files directly inside, by name."""
@@ -163,21 +185,81 @@ class Storage:
             entries = self._fs.get_file_info(selector)
         return sorted(entry.base_name for entry in entries if entry.type == pafs.FileType.Directory)
 
-    def delete(self) -> None:
-        """Remove the folder itself, if it is there, with all that is in it."""
-        with suppress(FileNotFoundError), self._reaching():
-            self._fs.delete_dir(self._root)
+    def entries(self) -> dict[str, Kind]:
+        """What lies directly inside, by name; a link is neither a file nor a folder. Nothing, if there is no folder."""
+        if self.local_path is None:
+            with self._reaching():
+                found = self._fs.get_file_info(pafs.FileSelector(self._root, allow_not_found=True))
+            kinds: dict[Any, Kind] = {pafs.FileType.File: "file", pafs.FileType.Directory: "folder"}
+            return {entry.base_name: kinds.get(entry.type, "other") for entry in found}
+        try:
+            with os.scandir(self.local_path) as entries:
+                return {entry.name: _kind(entry) for entry in entries}
+        except FileNotFoundError:
+            return {}
+
+    def delete_if_empty(self) -> None:
+        """Remove the folder itself if nothing is in it."""
+        if self.local_path is not None:
+            with suppress(OSError):  # it is not empty, is a link, or is gone
+                self.local_path.rmdir()
+        elif not self.entries():
+            with suppress(FileNotFoundError), self._reaching():
+                self._fs.delete_dir(self._root)
 
     def delete_file(self, name: str) -> None:
         """Remove the file `name`, if it is there."""
         with suppress(FileNotFoundError), self._reaching():
             self._fs.delete_file(f"{self._root}/{name}")
 
-    def sweep(self) -> None:
-        """Remove what killed processes left of files directly in a local folder. No other process may write there."""
-        if self.local_path is not None:
-            for aside in self.local_path.glob("*.tmp"):
-                aside.unlink(missing_ok=True)
+    def sweep(self, names: Collection[str]) -> None:
+        """Remove what killed processes left of writing `names` to a local folder. No other process may write there."""
+        if self.local_path is None:
+            return
+        left = re.compile(f"({'|'.join(map(re.escape, names))}){ASIDE}")
+        for name, kind in self.entries().items():
+            if kind == "file" and left.fullmatch(name):
+                self.delete_file(name)
+
+    def check_places(self, *, files: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
+        """Make sure that a local folder, and what is to be written in it, can be.
+
+        Raises:
+            UserError: something else has one of the names, or it may not be read and written.
+        """
+        if self.local_path is None:
+            return
+        _check_place(self.local_path, is_folder=True)
+        for name in files:
+            _check_place(self.local_path / name, is_folder=False)
+        for name in folders:
+            _check_place(self.local_path / name, is_folder=True)
+
+
+def numbered(names: Iterable[str], prefix: str) -> list[int]:
+    """The numbers behind `prefix` in those of `names` that are it and a number, in ascending order."""
+    matches = (re.fullmatch(rf"{re.escape(prefix)}([0-9]+)", name) for name in names)
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def _kind(entry: os.DirEntry) -> Kind:
+    if entry.is_file(follow_symlinks=False):
+        return "file"
+    return "folder" if entry.is_dir(follow_symlinks=False) else "other"
+
+
+def _check_place(path: Path, *, is_folder: bool) -> None:
+    what = "folder" if is_folder else "file"
+    mend = "move it away, or choose another run_name="
+    if not path.exists():
+        if path.is_symlink():
+            raise UserError(f"{path} is a link to nothing, where a {what} is to be; {mend}")
+    elif not (path.is_dir() if is_folder else path.is_file()):
+        raise UserError(f"{path} is not a {what}; {mend}")
+    elif not os.access(path, os.R_OK | os.W_OK | (os.X_OK if is_folder else 0)):
+        raise UserError(
+            f"{path}: no permission to read and write it; allow that, or choose another run_name="
+        )
 
 
 def _sync_folder(folder: Path) -> None:

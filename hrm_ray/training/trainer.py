@@ -3,7 +3,6 @@
 The loop itself runs in this process (`scaling=local`) or in the workers of Ray Train (`ray_train`).
 """
 
-import json
 import os
 import signal
 import sys
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.training.checkpoint import Checkpoint, finished, newest_whole
-from hrm_ray.training.logging import SUMMARY_FILE
+from hrm_ray.training.logging import check_places, last_summary
 from hrm_ray.training.loop import Hooks, Progress, Trainer
 from hrm_ray.training.plan import Plan
 from hrm_ray.training.resume import misfit, resume_point, set_aside
@@ -171,6 +170,7 @@ def announce(config: TrainConfig) -> str:
     dataset = open_dataset(config.data_path)
     plan = Plan.of(config, dataset.split("train"))
     run = run_folder(config)
+    check_places(run)
     point = None if _starts_from_weights(config, dataset) else resume_point(config, run, dataset)
     if point and point.manifest.global_step >= plan.last_step:
         step = point.manifest.global_step
@@ -187,14 +187,6 @@ def announce(config: TrainConfig) -> str:
 def _batches(config: TrainConfig) -> str:
     several = f"{config.supervision_steps} x " if config.supervision_steps > 1 else ""
     return f"{several}{config.global_batch_size}"
-
-
-def last_summary(run: Storage) -> dict[str, Any]:
-    """What summary.json says; nothing if it is not there or damaged."""
-    try:
-        return dict(json.loads(run.read(SUMMARY_FILE) or b"{}"))
-    except (ValueError, TypeError):
-        return {}
 
 
 def _where(config: TrainConfig) -> str:
@@ -238,9 +230,10 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> tuple[dict[str,
     dataset = open_dataset(config.data_path)
     plan = Plan.of(config, dataset.split("train"))
     run = run_folder(config)
+    check_places(run)
     bar = ProgressBar(config.global_batch_size * config.supervision_steps)
     if _starts_from_weights(config, dataset):
-        whole = newest_whole(run, bar.say)
+        whole = newest_whole(run, lambda event, what: bar.say(what))
         assert whole is not None  # it raises if none of those there is
         check_weights_fit(whole, config, dataset)
         aside = set_aside(run)

@@ -5,13 +5,12 @@ A member that does badly goes on from a copy of another's checkpoint, with a poi
     RUN/taken/0002/       1. the driver copies the checkpoint; with its manifest, written last, it is whole
     study                 2. the driver notes the new point: from now on it holds
     RUN/checkpoints/      3. the member's actor puts the copy in its place, for what the run had from that step on
-    RUN/taken             4. and deletes this
+    RUN/taken             4. and deletes this, but for what is not ours
 
 A process killed between any two of them leaves a member that goes on as it was (until 2) or as the copy. Knows no Ray.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,11 +23,13 @@ from hrm_ray.training.checkpoint import (
     Checkpoint,
     FileInfo,
     discard,
+    finished,
+    make_place,
     step_name,
     write_manifest,
 )
-from hrm_ray.training.logging import METRICS_FILE, note_event
-from hrm_ray.training.storage import Storage
+from hrm_ray.training.logging import METRICS_FILE, note_event, reports
+from hrm_ray.training.storage import Storage, numbered
 from hrm_ray.tuning.space import Point
 
 HISTORY = "history"  # attribute of a trial: [{step, from_trial, from_step, point}]
@@ -58,11 +59,10 @@ def stage(source: Storage, step: int, run: Storage, number: int) -> Checkpoint |
     Returns:
         the copy; None if there is nothing to copy.
     """
-    at_step = step_name(step)
-    later = [name for name in (source / FOLDER).folders() if name > at_step]
-    for name in (at_step, *reversed(later)):
+    later = [checkpoint for checkpoint in finished(source) if checkpoint.step >= step]
+    for checkpoint in sorted(later, key=lambda c: (c.step == step, c.step), reverse=True):
         try:
-            return _copied(Checkpoint(source / FOLDER / name), run / TAKEN / _name(number))
+            return _copied(checkpoint, run / TAKEN, _name(number))
         except (Damaged, OSError):  # or deleted, since there are newer ones; or the storage says no
             continue
     return None
@@ -70,9 +70,9 @@ def stage(source: Storage, step: int, run: Storage, number: int) -> Checkpoint |
 
 def drop_unknown(run: Storage, number: int) -> None:
     """Delete copies that were begun after copy `number`, and are in no study."""
-    for name in (run / TAKEN).folders():
-        if name > _name(number):
-            discard(run / TAKEN / name)
+    for copy in numbered((run / TAKEN).folders(), ""):
+        if copy > number:
+            discard(run / TAKEN, _name(copy))
 
 
 def take_over(run: Storage, number: int, wait_s: float) -> None:
@@ -84,8 +84,10 @@ def take_over(run: Storage, number: int, wait_s: float) -> None:
     Raises:
         UserError: one does so too long.
     """
-    copy = run / TAKEN / _name(number)
-    if not copy.exists():
+    taken = run / TAKEN
+    copy = taken / _name(number)
+    if not any(earlier <= number for earlier in numbered(taken.folders(), "")):
+        taken.delete_if_empty()
         return
     lock = run.lock(wait_s)
     try:
@@ -99,45 +101,43 @@ def take_over(run: Storage, number: int, wait_s: float) -> None:
                 )
             else:
                 _put(checkpoint, run)
-        copy.delete_file(MANIFEST)  # first: what is half deleted must not look whole
-        (run / TAKEN).delete()
+        for earlier in numbered(taken.folders(), ""):
+            if earlier <= number:
+                discard(taken, _name(earlier))
+        taken.delete_if_empty()
     finally:
         if lock:
             lock.close()
 
 
 def _put(copy: Checkpoint, run: Storage) -> None:
-    step = copy.manifest.global_step
-    for name in (run / FOLDER).folders():
-        if name >= step_name(step):
-            discard(run / FOLDER / name)
-    _copied(copy, run / FOLDER / step_name(step))
-    run.write(f"{FOLDER}/{SAVED}", b"")
-    lines = (run.read(METRICS_FILE) or b"").splitlines(keepends=True)
-    run.write(METRICS_FILE, b"".join(line for line in lines if _step_of(line) <= step))
+    step = copy.step
+    for checkpoint in finished(run):
+        if checkpoint.step >= step:
+            discard(run / FOLDER, checkpoint.name)
+    if (moved := make_place(run / FOLDER, step_name(step))) is not None:
+        note_event(run, "set_aside", global_step=step, message=moved)
+    _copied(copy, run / FOLDER, step_name(step))
+    if SAVED not in (run / FOLDER).entries():
+        run.write(f"{FOLDER}/{SAVED}", b"")
+    lines = [line + "\n" for line, report in reports(run) if report["global_step"] <= step]
+    run.write(METRICS_FILE, "".join(lines).encode())
     note_event(
         run, "taken_over", global_step=step, message=f"goes on from a copy of another run's step {step}"
     )
 
 
-def _copied(source: Checkpoint, folder: Storage) -> Checkpoint:
-    """A copy of a checkpoint, every byte of which is as its manifest says. Raises Damaged."""
-    discard(folder)
-    for name, info in source.manifest.files.items():
-        content = source.folder.read(name) or b""
+def _copied(source: Checkpoint, parent: Storage, name: str) -> Checkpoint:
+    """A copy of a checkpoint, in a folder of its own, every byte of which is as its manifest says. Raises Damaged."""
+    make_place(parent, name)
+    folder = parent / name
+    for file, info in source.manifest.files.items():
+        content = source.folder.read(file) or b""
         if FileInfo(bytes=len(content), sha256=hashlib.sha256(content).hexdigest()) != info:
-            raise Damaged(f"{source.folder}/{name} is missing or damaged; use another checkpoint")
-        folder.write(name, content)
+            raise Damaged(f"{source.folder}/{file} is missing or damaged; use another checkpoint")
+        folder.write(file, content)
     write_manifest(folder, source.manifest)
     return Checkpoint(folder)
-
-
-def _step_of(line: bytes) -> float:
-    """The step of a report; one that was cut short by a crash belongs to none."""
-    try:
-        return int(json.loads(line)["global_step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
 
 
 def _name(number: int) -> str:

@@ -85,17 +85,32 @@ def table(study: ReadStudy) -> list[dict[str, Any]]:
 def write_table(folder: Storage, study: ReadStudy) -> list[dict[str, Any]]:
     """Write trials.csv and best.yaml; returns the rows."""
     rows = table(study)
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    folder.write(TABLE, text.getvalue().encode())
+    folder.write(TABLE, _csv(rows))
     chosen = [describe(folder, study, trial) for trial in front(study)]
     if chosen:
         best = chosen[0] if len(study.config.metric) == 1 else chosen
         folder.write(BEST, yaml.safe_dump(best, sort_keys=False, width=1000).encode())
     return rows
+
+
+def _csv(rows: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def is_table(study: ReadStudy, content: bytes) -> bool:
+    """Whether `content` is a trials.csv of this study in our layout: no column more, no other separator."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(content.decode(), newline="")))
+    except (UnicodeDecodeError, csv.Error):
+        return False
+    columns = next((list(row) for row in table(study)), None)
+    same_columns = not rows or columns is None or list(rows[0]) == columns
+    return same_columns and not any(None in row for row in rows) and _csv(rows) == content
 
 
 def describe(folder: Storage, study: ReadStudy, trial: FrozenTrial) -> dict[str, Any]:

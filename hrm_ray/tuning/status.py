@@ -1,6 +1,5 @@
 """A sweep seen from outside: how it stands, and what its driver is asked to do."""
 
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from hrm_ray.errors import UserError
-from hrm_ray.training.logging import METRICS_FILE
+from hrm_ray.training.logging import reports
 from hrm_ray.training.storage import Storage
 from hrm_ray.tuning import report
 from hrm_ray.tuning.config import SETTABLE, override, plain, with_settings
@@ -41,12 +40,7 @@ def status(folder: Storage) -> tuple[ReadStudy, dict[str, Any], list[dict[str, A
 
 def _step_of(run: Storage) -> int:
     """The last step that a run has reported."""
-    for line in reversed((run.read(METRICS_FILE) or b"").splitlines()):
-        try:
-            return int(json.loads(line)["global_step"])
-        except (ValueError, KeyError):  # it is being written
-            continue
-    return 0
+    return max((report["global_step"] for _, report in reports(run)), default=0)
 
 
 def stop(folder: Storage, numbers: Sequence[int] = ()) -> str:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import yaml
@@ -23,12 +24,13 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.config.validate import in_one_line, read_yaml, validated
+from hrm_ray.config.validate import read_yaml, validated
 from hrm_ray.data.files import writing
 from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.every import Every
-from hrm_ray.training.checkpoint import FOLDER
-from hrm_ray.training.storage import Storage
+from hrm_ray.training.checkpoint import discard_all
+from hrm_ray.training.logging import is_dumped, keep_changed
+from hrm_ray.training.storage import Storage, numbered
 from hrm_ray.training.trainer import StopRequest
 from hrm_ray.tuning import report
 from hrm_ray.tuning.config import Repeat, SweepConfig, plain, with_settings
@@ -37,13 +39,14 @@ from hrm_ray.tuning.execute import ALIKE, Book, Executor, Live, Slot, check_fits
 from hrm_ray.tuning.explore import changeable
 from hrm_ray.tuning.lineage import drop_unknown, history, point_of
 from hrm_ray.tuning.outline import Outline, check_budget, slot_of
-from hrm_ray.tuning.points import OF_THE_SWEEP, Points, Refused, value_of
+from hrm_ray.tuning.points import OF_THE_SWEEP, Points, value_of
 from hrm_ray.tuning.runs import SHORTENING, Planned, RunsBook, other_seeds, spread, with_seed, without
 from hrm_ray.tuning.space import Point, words_of
 from hrm_ray.tuning.study import (
     ENDED,
     ENDING,
     ESTIMATE,
+    LOG,
     OUTCOME,
     SPENT,
     WORDS,
@@ -56,6 +59,8 @@ from hrm_ray.tuning.study import (
 from hrm_ray.tuning.view import View
 
 CONFIG_FILE = "sweep.yaml"
+WRITTEN = (CONFIG_FILE, report.TABLE, report.BEST, report.SUMMARY, report.PAGE)
+FILES = (*WRITTEN, LOG, "lock")
 LOCK_S = 20.0  # workers of a killed driver live on for some seconds
 NOTE_S = 10.0  # how often what was spent is written down
 BY_HAND = "stopped by hand"
@@ -137,10 +142,12 @@ class SweepBook(Book):
             number, _ = following
             trial = self.study.trials()[number]
             point = point_of(trial, self.config.space)
-            self.note_words(number, point)
             try:
+                if WORDS not in trial.user_attrs:
+                    self._make_place(number)
+                self.note_words(number, point)
                 run = self.run_of(number, point)
-            except Refused as error:
+            except UserError as error:  # Refused, or the place is taken
                 self.study.fail(number, str(error))
                 self._ended(number)
                 continue
@@ -148,6 +155,17 @@ class SweepBook(Book):
             copy = len(history(trial))
             drop_unknown(self.folder / trial_name(number), copy)
             return Live(number, run, last_step, " ".join(words_of(point)), copy=copy)
+
+    def _make_place(self, number: int) -> None:
+        """A new trial begins in a folder that is not there yet: what somebody has put there is kept under another name.
+
+        Raises:
+            UserError: it cannot be renamed on this storage.
+        """
+        name = trial_name(number)
+        if name in self.folder.entries():
+            aside = (self.folder / name).set_aside("before")
+            self.view.say(f"{self.folder / name} is of no trial of this sweep; it is kept as {aside.name}")
 
     def note_words(self, number: int, point: Point) -> None:
         """By which a trial runs from now on; with other resources later trials have others."""
@@ -215,7 +233,7 @@ class SweepBook(Book):
                 lock = run.lock(wait_s)
             except UserError:  # it is still writing its last one
                 continue
-            (run / FOLDER).delete()  # with the lock held: a run that is pruned may not have had any yet
+            discard_all(run)  # with the lock held: a run that is pruned may not have had any yet
             self._cleared.add(number)
             if lock:
                 lock.close()
@@ -288,6 +306,8 @@ class Driver:
 @contextmanager
 def _held(folder: Storage) -> Iterator[None]:
     """Inside, no other driver is at work on the sweep."""
+    was_there = folder.exists()
+    folder.check_places(files=FILES, folders=[report.PLOTS])
     if folder.local_path is not None:
         with writing(folder.local_path, "choose another storage="):
             folder.local_path.mkdir(parents=True, exist_ok=True)
@@ -300,9 +320,9 @@ def _held(folder: Storage) -> Iterator[None]:
     finally:
         if lock:
             lock.close()
-        if folder.local_path is not None and [p.name for p in folder.local_path.iterdir()] == ["lock"]:
-            (folder.local_path / "lock").unlink()
-            folder.local_path.rmdir()  # it never began
+        if not was_there and folder.local_path is not None and [*folder.entries()] == ["lock"]:
+            folder.delete_file("lock")
+            folder.delete_if_empty()  # it never began
 
 
 def run_sweep(
@@ -396,16 +416,27 @@ def _opened(
         folder, config, first_step=outline.first_step, last_step=outline.last_step, given=given
     )
     study.study.set_user_attr(ESTIMATE, estimated)
+    for name in (CONFIG_FILE, report.TABLE, report.BEST, report.SUMMARY):
+        is_ours = partial(report.is_table, study) if name == report.TABLE else is_dumped
+        if (copy := keep_changed(folder, name, is_ours)) is not None:
+            view.say(
+                f"{folder}/{name} has been changed, and is written again; as it was, it is kept as {copy}"
+            )
     folder.write(CONFIG_FILE, yaml.safe_dump(plain(config), sort_keys=False).encode())
     return study
 
 
 def _check_empty(folder: Storage) -> None:
-    """Raise UserError if a new study would begin over the trials of another one."""
-    if any(name.startswith("trial-") for name in folder.folders()):
+    """Raise UserError if a new study would begin over the trials of another one, or over something else's files."""
+    names = folder.entries()
+    if numbered(names, "trial-"):
         raise UserError(
             f"{folder} holds trials, but their study is gone or is another one; give study= as before, bring study.log "
             "back, or choose another run_name="
+        )
+    if found := [name for name in WRITTEN if name in names]:
+        raise UserError(
+            f"{folder} holds {found[0]}, which a new sweep would write over; move it away, or choose another run_name="
         )
 
 
@@ -481,13 +512,8 @@ def promote(
     """
     view = view or View()
     config = config_of(folder)
-    best_file = folder.read(report.BEST)
-    if best_file is None:
-        raise UserError(f"{folder}: no trial is complete yet; let the sweep go on first")
-    with in_one_line(f"{folder / report.BEST}"):
-        best = read_yaml(best_file, f"{folder / report.BEST}")
-        best = best[0] if isinstance(best, list) else best
-        base = [*without(best["words"], (*SHORTENING, "seed", "run_name")), *words]
+    best = _best_of(folder)
+    base = [*without(best["words"], (*SHORTENING, "seed", "run_name")), *words]
     metric = next(iter(config.metric))
     for word in words:
         if (key := word.partition("=")[0]) in OF_THE_SWEEP:
@@ -520,6 +546,23 @@ def promote(
     }
 
 
+def _best_of(folder: Storage) -> dict[str, Any]:
+    """The best trial of a sweep, as best.yaml tells of it; of several the first."""
+    content = folder.read(report.BEST)
+    if content is None:
+        raise UserError(f"{folder}: no trial is complete yet; let the sweep go on first")
+    best = read_yaml(content, f"{folder}/{report.BEST}")
+    best = best[0] if isinstance(best, list) and best else best
+    words = best.get("words") if isinstance(best, dict) else None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UserError(
+            f"{folder}/{report.BEST} has no list of words; the sweep's own command writes it again"
+        )
+    if type(best.get("number")) is not int:
+        raise UserError(f"{folder}/{report.BEST} has no number; the sweep's own command writes it again")
+    return best
+
+
 def config_of(folder: Storage) -> SweepConfig:
     """The sweep that lies in a folder. Raises UserError if there is none."""
     content = folder.read(CONFIG_FILE)
@@ -527,5 +570,8 @@ def config_of(folder: Storage) -> SweepConfig:
         raise UserError(
             f"{folder} is no sweep: it holds no {CONFIG_FILE}; give the folder that `hrm-ray tune` named"
         )
-    with in_one_line(f"{folder / CONFIG_FILE}"):
-        return validated(SweepConfig, read_yaml(content, f"{folder / CONFIG_FILE}"), str(folder))
+    where = f"{folder}/{CONFIG_FILE}"
+    values = read_yaml(content, where)
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{where} is damaged: not KEY: VALUE lines; the sweep's own command writes it again")
+    return validated(SweepConfig, values, where)

@@ -9,16 +9,13 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 from ray import tune
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import NotFinite, TooLittleMemory, UserError, first_line
-from hrm_ray.training.logging import METRICS_FILE
-from hrm_ray.training.storage import Storage
+from hrm_ray.training.logging import reports
 from hrm_ray.training.trainer import run_folder
 from hrm_ray.tuning.lineage import take_over
 
@@ -82,7 +79,7 @@ class Run:
             return self._stop or deadline.reason()
 
         run = run_folder(self._config)
-        for record in _earlier(run):  # of which the driver may have been killed before it heard
+        for _, record in reports(run):  # of which the driver may have been killed before it heard
             self.reports.put(record)
         if self._config.scaling.max_workers > 1:
             from hrm_ray.tuning.workers import train_in_reservation
@@ -96,13 +93,6 @@ class Run:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-
-def _earlier(run: Storage) -> Iterator[dict[str, Any]]:
-    """What the run has reported already."""
-    for line in (run.read(METRICS_FILE) or b"").splitlines():
-        with suppress(ValueError):  # cut short by a crash
-            yield json.loads(line)
 
 
 class Trial(tune.Trainable):

@@ -72,7 +72,10 @@ def test_write_read_list_delete(s3):
     assert folder.read("one/x") == b"2" and (folder / "one").read("x") == b"2"
     assert folder.exists() and folder.folders() == ["one", "two"]
     assert (folder / "two").name == "two" and Storage(s3("a")).folders() == ["run"]
-    (folder / "one").delete()
+    (folder / "one").delete_if_empty()
+    assert folder.folders() == ["one", "two"] and (folder / "one").entries() == {"x": "file"}
+    (folder / "one").delete_file("x")
+    (folder / "one").delete_if_empty()
     assert folder.folders() == ["two"] and folder.read("one/x") is None
     (folder / "three").create()
     assert (folder / "three").exists() and folder.lock() is None
@@ -91,8 +94,6 @@ def test_more_folders_than_one_answer_lists(s3):
     for name in names:
         folder.write(f"checkpoints/{name}/x", b"")
     assert (folder / "checkpoints").folders() == names
-    (folder / "checkpoints").delete()
-    assert folder.folders() == []
 
 
 # Runs
@@ -195,7 +196,8 @@ def test_a_damaged_remote_dataset_is_refused(remote_data):
     remote_data.write("manifest.json", manifest[:-2])
     assert "manifest.json is damaged: " in refusal(lambda: open_dataset(str(remote_data)))
     remote_data.write("manifest.json", manifest)
-    (remote_data / "test").delete()
+    for name in (remote_data / "test").entries():
+        (remote_data / "test").delete_file(name)
     assert "test/shard-00000.arrow is missing" in refusal(lambda: open_dataset(str(remote_data)))
 
 
@@ -216,7 +218,7 @@ def calls(uri: str) -> dict:
         "read": lambda: Storage(uri).read("x"),
         "write": lambda: Storage(uri).write("x", b""),
         "create": lambda: Storage(uri).create(),
-        "delete": lambda: Storage(uri).delete(),
+        "delete": lambda: Storage(uri).delete_file("x"),
         "dataset": lambda: open_dataset(uri),
     }
 

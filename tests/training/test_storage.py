@@ -15,7 +15,8 @@ def test_write_read_list_delete(tmp_path, scheme):
     (run / "two").write("y", b"3")
     assert run.read("one/x") == b"2" and (run / "one").read("x") == b"2"
     assert run.folders() == ["one", "two"]
-    (run / "one").delete()
+    (run / "one").delete_file("x")
+    (run / "one").delete_if_empty()
     assert run.folders() == ["two"]
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["y"]
 

@@ -273,7 +273,7 @@ def test_killed_anywhere_a_copy_is_taken_whole_or_not_at_all(runs, tmp_path, mon
 
         return method
 
-    for name in ("write", "delete", "delete_file", "append"):
+    for name in ("write", "delete_if_empty", "delete_file", "append"):
         monkeypatch.setattr(Storage, name, counted(getattr(Storage, name)))
     number = 0
     while True:
