@@ -19,6 +19,7 @@ from hrm_ray.errors import UserError
 
 ROOM = "hrm_ray.models"  # where the architectures are
 DEFAULT_ARCH = "hrm_v1"
+ROPE_THETA, RMS_NORM_EPS = 10_000.0, 1e-5  # as published
 
 
 class LossConfig(Settings):
@@ -37,6 +38,8 @@ class ArchConfig(Settings):
     num_heads: PositiveInt = 8
     expansion: PositiveFloat = 4  # SwiGLU's inner width is 2/3 of this times the width, to a multiple of 256
     pos_encodings: Literal["rope", "learned", "none"] = "rope"
+    rope_theta: PositiveFloat = ROPE_THETA  # base of the rotary frequencies
+    rms_norm_eps: float = Field(default=RMS_NORM_EPS, ge=0)  # added to the mean square in every norm
     puzzle_emb_ndim: int = Field(default=512, ge=0)  # numbers in a puzzle embedding; 0: none
     halt_max_steps: PositiveInt = 16  # ACT steps at most
     halt_exploration_prob: float = Field(default=0.1, ge=0, le=1)  # share of steps with a drawn minimum
