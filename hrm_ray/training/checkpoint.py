@@ -29,6 +29,7 @@ from hrm_ray.config.arch import DEFAULT_ARCH, Arch, arch_class
 from hrm_ray.config.validate import Settings, validated
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.manifest import MANIFEST, Damaged, seal, unseal
+from hrm_ray.published import checkpoint_hint
 from hrm_ray.training.storage import Storage
 
 FORMAT_VERSION = 1
@@ -236,11 +237,12 @@ def discard(folder: Storage) -> None:
 def find(path: str) -> Checkpoint:
     """The checkpoint that a user means by `path`: a checkpoint folder, or a run folder (then its best)."""
     folder = Storage(path)
+    hint = checkpoint_hint(folder.local_path) if folder.local_path else None
     if not folder.exists():
-        raise UserError(f"{path}: no such folder; give a checkpoint or a run folder")
+        raise UserError(hint or f"{path}: no such folder; give a checkpoint or a run folder")
     if folder.read(MANIFEST) is not None:
         return Checkpoint(folder)
     chosen = best(finished(folder))
     if chosen is None:
-        raise UserError(f"{path} holds no finished checkpoint; give a checkpoint or a run folder")
+        raise UserError(hint or f"{path} holds no finished checkpoint; give a checkpoint or a run folder")
     return chosen
