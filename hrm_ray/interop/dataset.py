@@ -245,9 +245,11 @@ def _recognise(about: _About, first: _Set) -> Task:
     """Sudoku if shape and vocabulary are its and the first answers are solutions; else we know nothing."""
     for size in BOX_SHAPES:
         task = Sudoku(size)
-        if (task.vocab_size, task.seq_len, task.pad_id) == (about.vocab_size, about.seq_len, about.pad_id):
-            if task.is_solution(*first.rows(0, _ROWS_TO_RECOGNISE)).all():
-                return task
+        is_alike = all(
+            getattr(task, key) == getattr(about, key) for key in ("vocab_size", "seq_len", "pad_id")
+        )
+        if is_alike and task.is_solution(*first.rows(0, _ROWS_TO_RECOGNISE)).all():
+            return task
     return Tokens(about.vocab_size, about.seq_len)
 
 

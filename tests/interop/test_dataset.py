@@ -275,7 +275,7 @@ def test_other_folders_are_told_apart(published, tmp_path):
 
 
 def plainly(root):
-    """The rows of every split as the layout is described, read one by one: inputs, labels, identifier, puzzle, group."""
+    """The rows of every split, read one by one as the layout says: inputs, labels, identifier, puzzle, group."""
     splits = {}
     for split in ("train", "test"):
         rows, puzzle, group = [], -1, -1
