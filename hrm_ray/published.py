@@ -34,4 +34,14 @@ def checkpoint_hint(path: Path) -> str | None:
     folder = path.parent if path.is_file() else path
     if (folder / CHECKPOINT_CONFIG).is_file():
         return f"{path} is in the published layout: hrm-ray import-checkpoint {path} out=DIR, and give DIR"
+    if is_hub_id(str(path)):
+        return (
+            f"{path}: no such folder; give a checkpoint or a run folder, or if it is on Hugging Face: "
+            f"hrm-ray import-checkpoint {path} out=DIR, and give DIR"
+        )
     return None
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` may name something on Hugging Face; a path whose first folder exists is a path."""
+    return HUB.fullmatch(text) is not None and ("://" in text or not Path(Path(text).parts[0]).exists())

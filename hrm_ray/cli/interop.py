@@ -16,11 +16,12 @@ class ImportOptions(OutOptions):
 def import_checkpoint(args: argparse.Namespace) -> None:
     from hrm_ray.data.shards import open_dataset
     from hrm_ray.interop.checkpoint import import_checkpoint
+    from hrm_ray.training.checkpoint import EMA_FILE
 
     options: ImportOptions = options_of(args)
     dataset = open_dataset(options.data) if options.data else None
     manifest = import_checkpoint(args.source, options.out, dataset)
-    averaged = ", averaged weights" if "ema.safetensors" in manifest.files else ""
+    averaged = ", averaged weights" if EMA_FILE in manifest.files else ""
     print(
         f"{options.out}: {manifest.arch.name}, task {manifest.dataset.task}, step {manifest.global_step}{averaged}"
     )

@@ -24,6 +24,8 @@ from hrm_ray.interop.state_dict import COMPILED, read_weights
 from hrm_ray.models.recursive import RecursiveModel
 from hrm_ray.published import CHECKPOINT_CONFIG
 from hrm_ray.training.checkpoint import (
+    EMA_FILE,
+    MODEL_FILE,
     Checkpoint,
     DatasetInfo,
     Manifest,
@@ -71,9 +73,9 @@ def import_checkpoint(source: str | Path, out: str | Path, dataset: Dataset | No
     folder = Storage(out)
     try:
         with writing(out):
-            entries = [write_tensors(folder, "model.safetensors", weights.tensors)]
+            entries = [write_tensors(folder, MODEL_FILE, weights.tensors)]
             if weights.averages:
-                entries.append(write_tensors(folder, "ema.safetensors", weights.averages))
+                entries.append(write_tensors(folder, EMA_FILE, weights.averages))
             manifest = Manifest(
                 global_step=files.step if weights.step is None else weights.step,
                 arch=arch,

@@ -13,10 +13,11 @@ from typing import NamedTuple
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.interop.files import check_regular
 from hrm_ray.manifest import MANIFEST
-from hrm_ray.published import CHECKPOINT_CONFIG, HUB
-from hrm_ray.training.checkpoint import FOLDER
+from hrm_ray.published import CHECKPOINT_CONFIG, HUB, is_hub_id
+from hrm_ray.training.checkpoint import FOLDER, MODEL_FILE
 
 WEIGHTS_FILE = "checkpoint"
+HUB_TIMEOUT_S = 20
 SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors"}
 STEP = re.compile(r"(?:^|[^A-Za-z])step[-_=]?(\d{1,18})(?!\d)")
 # What lies beside weights: outputs that the published code saves, and other parts of a trainer's state.
@@ -43,8 +44,7 @@ def locate(source: str) -> Files:
     if path.exists() or path.is_symlink():
         return _local(path)
     hub = HUB.fullmatch(source)
-    # A path with a folder that exists is a path, not an owner.
-    if hub is None or ("://" not in source and Path(path.parts[0]).exists()):
+    if hub is None or not is_hub_id(source):
         raise UserError(f"{source}: no such file or folder, and no Hugging Face id (OWNER/NAME)")
     return _fetch(hub["repo"], hub["inside"] or "", hub["revision"])
 
@@ -52,7 +52,9 @@ def locate(source: str) -> Files:
 def _local(path: Path) -> Files:
     if path.name == CHECKPOINT_CONFIG:
         path = path.parent
-    if path.is_dir() and ((path / MANIFEST).is_file() or (path / FOLDER).is_dir()):
+    if path.is_dir() and (
+        ((path / MANIFEST).is_file() and (path / MODEL_FILE).is_file()) or (path / FOLDER).is_dir()
+    ):
         raise UserError(f"{path} is a checkpoint or run of hrm_ray already; use it as it is")
     if not path.is_dir():
         check_regular(path)
@@ -76,8 +78,11 @@ def _fetch(repo: str, inside: str, revision: str | None) -> Files:
 
     where = f"{repo}/{inside}".rstrip("/")
     try:
-        files = [PurePosixPath(name) for name in huggingface_hub.list_repo_files(repo, revision=revision)]
+        info = huggingface_hub.model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S)
+        files = [PurePosixPath(file.rfilename) for file in info.siblings or ()]
         given = PurePosixPath(inside)
+        if not any(given == file or given in file.parents for file in files):
+            raise UserError(f"{repo} has no {inside}; it has: {', '.join(map(str, files[:9]))}")
         folder = given.parent if given in files else given
         configs = [f for f in (place / CHECKPOINT_CONFIG for place in (folder, folder.parent)) if f in files]
         if not configs:
@@ -87,7 +92,7 @@ def _fetch(repo: str, inside: str, revision: str | None) -> Files:
         if given not in files:
             weights = folder / choose((f.name for f in files if f.parent == folder), where)
         config, local = (
-            Path(huggingface_hub.hf_hub_download(repo, str(name), revision=revision))
+            Path(huggingface_hub.hf_hub_download(repo, str(name), revision=info.sha))  # both of one commit
             for name in (configs[0], weights)
         )
     except UserError:

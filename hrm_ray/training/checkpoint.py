@@ -18,6 +18,7 @@ whose checkpoints are all damaged is not started over.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
@@ -35,6 +36,7 @@ from hrm_ray.training.storage import Storage
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"
 SAVED = "saved"
+MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
 BEST_METRIC = "eval/exact_accuracy"  # unless the run says otherwise
 Tensors = dict[str, Tensor]
 
@@ -148,9 +150,9 @@ class Checkpoint:
 
     def weights(self) -> Tensors:
         """What to evaluate: the averaged weights if the run kept them, else the weights."""
-        weights = self.tensors("model.safetensors")
-        if "ema.safetensors" in self.manifest.files:
-            weights.update(self.tensors("ema.safetensors"))
+        weights = self.tensors(MODEL_FILE)
+        if EMA_FILE in self.manifest.files:
+            weights.update(self.tensors(EMA_FILE))
         return weights
 
 
@@ -237,7 +239,7 @@ def discard(folder: Storage) -> None:
 def find(path: str) -> Checkpoint:
     """The checkpoint that a user means by `path`: a checkpoint folder, or a run folder (then its best)."""
     folder = Storage(path)
-    hint = checkpoint_hint(folder.local_path) if folder.local_path else None
+    hint = checkpoint_hint(Path(path))
     if not folder.exists():
         raise UserError(hint or f"{path}: no such folder; give a checkpoint or a run folder")
     if folder.read(MANIFEST) is not None:

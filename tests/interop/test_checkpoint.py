@@ -6,6 +6,7 @@ import resource
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import create_autospec
 
 import huggingface_hub
@@ -446,7 +447,7 @@ def test_a_folder_for_each_step(tmp_path):
 
 def test_what_is_missing_or_unclear_is_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.list_repo_files", None)  # never asked
+    monkeypatch.setattr("huggingface_hub.model_info", None)  # never asked
     folder = published(tmp_path)
     shutil.copy(folder / "checkpoint", folder / "a.pt")
     (folder / "checkpoint").rename(folder / "b.pt")
@@ -474,6 +475,8 @@ def test_ours_and_existing_folders_are_told_apart(tmp_path):
         find(str(folder))
     with pytest.raises(UserError, match=r"hrm-ray import-checkpoint \S+published/checkpoint out=DIR"):
         find(str(folder / "checkpoint"))
+    with pytest.raises(UserError, match=r"no such folder; .* hrm-ray import-checkpoint owner/model out=DIR"):
+        find("owner/model")
 
 
 # Hugging Face
@@ -490,17 +493,20 @@ def hub(monkeypatch, tmp_path):
         (tmp_path / "many" / task / "checkpoint").rename(tmp_path / "many" / task / "step_518071")
     fetched = []
 
-    def list_repo_files(repo_id, *, revision=None):
+    def model_info(repo_id, *, revision=None, timeout=None):
         if repo_id not in repositories:
             raise RuntimeError(f"404 Client Error\nRepository Not Found for {repo_id}")
         root = repositories[repo_id]
-        return [str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()]
+        names = [str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()]
+        return SimpleNamespace(
+            siblings=[SimpleNamespace(rfilename=name) for name in names], sha=f"commit of {revision}"
+        )
 
     def hf_hub_download(repo_id, filename, *, revision=None):
         fetched.append((repo_id, filename, revision))
         return str(repositories[repo_id] / filename)
 
-    for stub in (list_repo_files, hf_hub_download):
+    for stub in (model_info, hf_hub_download):
         like = create_autospec(getattr(huggingface_hub, stub.__name__), side_effect=stub)
         monkeypatch.setattr(huggingface_hub, stub.__name__, like)
     return fetched
@@ -521,7 +527,7 @@ def test_ids_of_hugging_face_are_fetched(tmp_path, hub, dataset, source, revisio
     assert import_checkpoint(source, tmp_path / "ours", dataset).global_step == step
     config = str(Path(file).with_name("all_config.yaml"))
     assert [name for _, name, _ in hub] == [config, file]
-    assert {asked for _, _, asked in hub} == {revision}
+    assert {asked for _, _, asked in hub} == {f"commit of {revision}"}
     assert computes_the_golden_numbers(tmp_path / "ours")
 
 
@@ -533,7 +539,7 @@ def test_ids_of_hugging_face_are_fetched(tmp_path, hub, dataset, source, revisio
             "owner/nothing: no such file or folder here, and not to be had as a model .*404 Client",
         ),
         ("owner/many", "owner/many has no all_config.yaml, .*give owner/many/arc_v1 or owner/many/arc_v2"),
-        ("owner/model/step_9", "owner/model/step_9 has no file of weights"),
+        ("owner/model/step_9", "owner/model has no step_9; it has: "),
         ("model/checkpint", "no such file or folder, and no Hugging Face id"),
         ("s3://bucket/model", "no such file or folder, and no Hugging Face id"),
     ],
