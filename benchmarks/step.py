@@ -76,9 +76,9 @@ class PlainLinear(layers.Linear):
         return F.linear(x, self.weight.to(x.dtype), self.bias)
 
 
-def plain_rms_norm(x: Tensor) -> Tensor:
+def plain_rms_norm(x: Tensor, eps: float) -> Tensor:
     wide = x.to(torch.float32)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + layers.RMS_EPS)).to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def plain_apply_rope(x_BNSK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ def load_weights(case: str, inner: RecursiveModel) -> None:
     inner.load_state_dict({k.removeprefix("_orig_mod.model.inner."): v for k, v in weights.items()})
 
 
-def model_of(case: str) -> ACT:
+def model_of(case: str, **keys: float) -> ACT:
+    """The published model, with other keys of its architecture where given."""
     info = DatasetInfo(
         task="tokens",
         task_options={},
@@ -43,7 +44,7 @@ def model_of(case: str) -> ACT:
         num_puzzle_identifiers=NUM_IDENTIFIERS,
     )
     setup = resolve(device="cpu", forward_dtype="float32", attention="sdpa")
-    model = build_model(arch_of(case), info, setup)
+    model = build_model(arch_of(case).model_copy(update=keys), info, setup)
     load_weights(case, model.inner)
     return model
 

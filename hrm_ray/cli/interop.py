@@ -16,11 +16,15 @@ class ImportOptions(OutOptions):
 def import_checkpoint(args: argparse.Namespace) -> None:
     from hrm_ray.data.shards import open_dataset
     from hrm_ray.interop.checkpoint import import_checkpoint
+    from hrm_ray.training.checkpoint import EMA_FILE
 
     options: ImportOptions = options_of(args)
     dataset = open_dataset(options.data) if options.data else None
-    manifest = import_checkpoint(args.dir, options.out, dataset)
-    print(f"{options.out}: {manifest.arch.name}, task {manifest.dataset.task}, step {manifest.global_step}")
+    manifest = import_checkpoint(args.source, options.out, dataset)
+    averaged = ", averaged weights" if EMA_FILE in manifest.files else ""
+    print(
+        f"{options.out}: {manifest.arch.name}, task {manifest.dataset.task}, step {manifest.global_step}{averaged}"
+    )
 
 
 def export_checkpoint(args: argparse.Namespace) -> None:
@@ -38,9 +42,14 @@ def register(commands: Any) -> None:
         "import-checkpoint",
         import_checkpoint,
         "convert a checkpoint from the published layout",
-        "hrm-ray import-checkpoint HRM-checkpoint-sudoku-extreme out=checkpoints/published",
+        "hrm-ray import-checkpoint sapientinc/HRM-checkpoint-sudoku-extreme out=checkpoints/published\n"
+        "hrm-ray import-checkpoint checkpoints/my-run/step_26040 out=checkpoints/mine data=data/sudoku-9x9",
     )
-    p.add_argument("dir", help="folder with all_config.yaml and the weights")
+    p.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="folder with all_config.yaml and the weights, the file of weights, or OWNER/NAME[/FOLDER] on Hugging Face",
+    )
     p.add_argument("words", **KEY_VALUE, help="out=DIR [data=DIR]")
     p.set_defaults(options=ImportOptions)
     p = add(

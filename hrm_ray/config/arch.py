@@ -19,6 +19,7 @@ from hrm_ray.errors import UserError
 
 ROOM = "hrm_ray.models"  # where the architectures are
 DEFAULT_ARCH = "hrm_v1"
+ROPE_THETA, RMS_NORM_EPS = 10_000.0, 1e-5  # as published
 
 
 class LossConfig(Settings):
@@ -43,6 +44,10 @@ class ArchConfig(Settings):
     """SwiGLU's inner width is 2/3 of this times its outer width, rounded up to a multiple of 256."""
     pos_encodings: Literal["rope", "learned", "none"] = "rope"
     """How a token knows its position."""
+    rope_theta: float = Field(default=ROPE_THETA, gt=0, le=1e12)
+    """Base of the frequencies of rotary positions."""
+    rms_norm_eps: float = Field(default=RMS_NORM_EPS, ge=0, le=1)
+    """Added to the mean square in every norm."""
     puzzle_emb_ndim: int = Field(default_factory=lambda values: values.get("hidden_size", 0), ge=0, le=2**24)
     """Numbers in the embedding of a puzzle identifier; 0: no such embedding. Default: arch.hidden_size."""
     halt_max_steps: int = Field(default=16, gt=0, le=10**6)

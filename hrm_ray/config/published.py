@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 from hrm_ray.config.validate import read_value, shown
 from hrm_ray.errors import UserError
 
-ARCHITECTURES = {  # `arch.name` there, and here
+# `arch.name` there, and here; the first of each of ours is the one to write.
+ARCHITECTURES = {
     "hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1": "hrm_v1",
     "recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1": "trm",
+    "recursive_reasoning.hrm@HierarchicalReasoningModel_ACTV1": "hrm_v1",  # HRM in the repository of TRM
 }
 KEYS = {"arch.forward_dtype": "forward_dtype"}
 VALUES = {"arch": {"hrm": "hrm_v1"}, "arch.name": ARCHITECTURES, "wandb": {"disabled": "off"}}
@@ -75,8 +77,6 @@ ABSENT = {
         ("losses@ACTLossHead", "models.losses@ACTLossHead"), "arch.loss.loss_type=NAME chooses the loss"
     ),
     "arch.H_layers": Absent((0,), "trm has one module for both states, of arch.L_layers; leave it out"),
-    "arch.rms_norm_eps": Absent((1e-5,), "it is 1e-5 here; leave it out"),
-    "arch.rope_theta": Absent((10000,), "it is 10000 here; leave it out"),
     "hydra": Absent((), "Hydra writes nothing here, and storage=DIR says where runs lie; leave it out"),
 }
 

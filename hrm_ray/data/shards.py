@@ -17,6 +17,7 @@ from hrm_ray.data.format import IDS, File, Manifest, SplitInfo, parse_manifest, 
 from hrm_ray.data.tasks.base import Task, get_task
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.manifest import MANIFEST
+from hrm_ray.published import dataset_hint
 
 
 class Split:
@@ -130,9 +131,11 @@ class Dataset:
         return open_dataset, (self.path,)
 
     def split(self, name: str) -> Split:
-        """The split called `name`; UserError naming those there are."""
+        """The split called `name`. Raises UserError if there is none, naming those there are, or it is empty."""
         if name not in self.splits:
             raise UserError(f"{self.path} has no split '{name}'; it has: {', '.join(self.splits)}")
+        if not self.splits[name].num_examples:
+            raise UserError(f"{self.path}: split '{name}' holds no examples; build the data set again")
         return self.splits[name]
 
 
@@ -159,6 +162,8 @@ def read_manifest(root: Path) -> Manifest:
             f"no dataset folder {root}; build one with: hrm-ray data build recipe=NAME out={root}"
         )
     if not (root / MANIFEST).is_file():
+        if hint := dataset_hint(root):
+            raise UserError(hint)
         raise UserError(f"{root} has no {MANIFEST}: no dataset, or its build did not finish; build it again")
     return parse_manifest((root / MANIFEST).read_bytes(), str(root / MANIFEST), _mend(root))
 

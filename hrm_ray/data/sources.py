@@ -20,6 +20,7 @@ import pyarrow.csv
 
 from hrm_ray.data.tasks.sudoku import Sudoku
 from hrm_ray.errors import UserError
+from hrm_ray.published import dataset_hint
 
 PARTS = ("train", "test")
 KINDS = (".csv", ".txt")  # a folder's train and test files, in order of preference
@@ -168,6 +169,8 @@ def open_source(source: str) -> Source:
     if path.is_file():
         return Source({"train": path})
     if path.is_dir():
+        if hint := dataset_hint(path):
+            raise UserError(f"source={hint}")
         return _folder(path)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and path.suffix not in KINDS:
         return _folder(_download(source))

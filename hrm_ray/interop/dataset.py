@@ -7,74 +7,120 @@
     DIR/SPLIT/SET__puzzle_indices.npy        [puzzles + 1]: where each puzzle's examples begin
     DIR/SPLIT/SET__group_indices.npy         [groups + 1]: where each group's puzzles begin
 
-Groups, puzzles, identifiers and the order of examples are kept; the sets of a split are joined.
+Groups, puzzles, identifiers and the order of examples are kept; the sets of a split are joined. What does not hold
+together is refused: no number is changed to make it fit.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from hrm_ray.config.validate import Settings, validated
+from hrm_ray.data.files import sha256
 from hrm_ray.data.format import Manifest, SplitInfo
 from hrm_ray.data.tasks.base import Task, Tokens
 from hrm_ray.data.tasks.sudoku import BOX_SHAPES, Sudoku
 from hrm_ray.data.writer import DatasetWriter, balanced_cuts
-from hrm_ray.errors import UserError
+from hrm_ray.errors import UserError, first_line
+from hrm_ray.interop.files import check_regular, read_bytes
+from hrm_ray.manifest import MANIFEST
+from hrm_ray.published import DATASET_FILE, SPLITS, dataset_hint
 
-SPLITS = ("train", "test")
 IDENTIFIERS = "identifiers.json"
+INT32_MAX = 2**31 - 1  # puzzles, groups and identifiers are int32 columns
 
+_MAX_ABOUT_BYTES, _MAX_IDENTIFIERS_BYTES = 10_000_000, 1_000_000_000
 _ROWS_PER_SHARD = 131_072
 _ROWS_PER_READ = 65_536
 _ROWS_TO_RECOGNISE = 1_000
+
+Token = Annotated[int, Field(strict=True, ge=0, le=255)]
+Count = Annotated[int, Field(strict=True, ge=1, le=INT32_MAX)]
 
 
 class _About(Settings):
     """What dataset.json says of the data's meaning; the same in every split."""
 
-    pad_id: int
-    ignore_label_id: int | None
-    blank_identifier_id: int
-    vocab_size: int
-    seq_len: int
-    num_puzzle_identifiers: int
+    pad_id: Token
+    ignore_label_id: Annotated[int, Field(strict=True, ge=-INT32_MAX, le=INT32_MAX)] | None
+    blank_identifier_id: Annotated[int, Field(strict=True, ge=0, le=INT32_MAX)]
+    vocab_size: Count
+    seq_len: Count
+    num_puzzle_identifiers: Count
 
 
 @dataclass
 class _Set:
-    """The arrays of one set, mapped from disk, and their check."""
+    """The arrays of one set, mapped from disk; `where` is the beginning of their files' names.
 
+    Raises UserError, made or used, naming the file and what is wrong with it.
+    """
+
+    where: str
+    about: _About
     inputs: np.ndarray
     labels: np.ndarray
     puzzle_identifiers: np.ndarray
     puzzle_indices: np.ndarray
     group_indices: np.ndarray
 
-    def check(self, where: str, about: _About) -> None:
-        shape = (len(self.inputs), about.seq_len)
+    def __post_init__(self) -> None:
+        num_examples, num_puzzles = len(self.inputs), len(self.puzzle_identifiers)
         for name in ("inputs", "labels"):
-            if getattr(self, name).shape != shape:
-                raise UserError(f"{where}__{name}.npy has shape {getattr(self, name).shape}, not {shape}")
-        counts = {"puzzle_indices": shape[0], "group_indices": len(self.puzzle_identifiers)}
-        for name, count in counts.items():
-            starts = getattr(self, name)
-            if len(starts) < 1 or starts[0] != 0 or starts[-1] != count or (np.diff(starts) <= 0).any():
-                raise UserError(f"{where}__{name}.npy must rise from 0 to {count} without empty entries")
-        if len(self.puzzle_indices) != len(self.puzzle_identifiers) + 1:
-            raise UserError(f"{where}__puzzle_identifiers.npy and __puzzle_indices.npy differ in puzzles")
+            shape, expected = getattr(self, name).shape, (num_examples, self.about.seq_len)
+            if shape != expected:
+                raise UserError(f"{self.file(name)} has shape {shape}, not {expected}")
+        if not num_examples:
+            raise UserError(f"{self.file('inputs')} holds no examples; take its set out of {DATASET_FILE}")
+        if len(self.puzzle_indices) != num_puzzles + 1:
+            raise UserError(
+                f"{self.file('puzzle_indices')} has {len(self.puzzle_indices)} entries, where "
+                f"{self.file('puzzle_identifiers')} has {num_puzzles}; it must have one more"
+            )
+        self.puzzle_indices = self._rising("puzzle_indices", num_examples)
+        self.group_indices = self._rising("group_indices", num_puzzles)
+        self._check_range("puzzle_identifiers", self.puzzle_identifiers, self.about.num_puzzle_identifiers)
 
-    def rows(self, where: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    def file(self, name: str) -> str:
+        return f"{self.where}__{name}.npy"
+
+    def _rising(self, name: str, count: int) -> np.ndarray:
+        """The indices, int64, which say where each part begins; `count` is where the last ends."""
+        starts = getattr(self, name)
+        # The ends first: of a file of a terabyte the rest would take long to read. Compared as they are: unsigned
+        # numbers that fall have positive differences, and large ones turn negative in another type.
+        if (
+            not 2 <= len(starts) <= min(count, INT32_MAX) + 1
+            or (int(starts[0]), int(starts[-1])) != (0, count)
+            or (starts[1:] <= starts[:-1]).any()
+        ):
+            raise UserError(f"{self.file(name)} must rise from 0 to {count} without empty entries")
+        return starts.astype(np.int64)
+
+    def _check_range(self, name: str, values: np.ndarray, stop: int, first_row: int = 0) -> None:
+        """Raise UserError if some of `values` are not in 0..stop-1."""
+        if values.size and not 0 <= int(values.min()) <= int(values.max()) < stop:
+            row = int(
+                np.flatnonzero(((values < 0) | (values >= stop)).reshape(len(values), -1).any(axis=1))[0]
+            )
+            wrong = values[row][(values[row] < 0) | (values[row] >= stop)].flat[0]
+            raise UserError(f"{self.file(name)}: row {first_row + row} has {wrong}, outside 0..{stop - 1}")
+
+    def rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and labels of a range, uint8."""
-        tokens = []
         for name in ("inputs", "labels"):
-            values = getattr(self, name)[start:stop]
-            if values.size and not 0 <= values.min() <= values.max() <= 255:
-                raise UserError(f"{where}__{name}.npy has tokens outside 0..255")
-            tokens.append(values.astype(np.uint8))
-        return tokens[0], tokens[1]
+            self._check_range(name, getattr(self, name)[start:stop], self.about.vocab_size, start)
+        return self.inputs[start:stop].astype(np.uint8), self.labels[start:stop].astype(np.uint8)
+
+
+ARRAYS = tuple(field.name for field in fields(_Set) if field.type is np.ndarray)
 
 
 def import_npy(source_dir: str | Path, out: str | Path, *, overwrite: bool = False) -> Manifest:
@@ -86,87 +132,136 @@ def import_npy(source_dir: str | Path, out: str | Path, *, overwrite: bool = Fal
         UserError: a file is missing or does not fit the others, or `out` cannot be used.
     """
     folder = Path(source_dir)
-    names = [name for name in SPLITS if (folder / name / "dataset.json").is_file()]
+    names = [name for name in SPLITS if (folder / name / DATASET_FILE).exists()]
     if not names:
-        raise UserError(f"{folder} has no train/dataset.json or test/dataset.json: not the published layout")
+        raise UserError(_not_published(folder))
     read = {name: _read_split(folder / name) for name in names}
     about = read[names[0]][0]
     for name in names[1:]:
         if read[name][0] != about:
-            raise UserError(f"{folder}: the dataset.json of {names[0]} and {name} describe different data")
-    if about.vocab_size > 256:
-        raise UserError(
-            f"{folder}: a vocabulary of {about.vocab_size}, where at most 256 tokens are supported"
-        )
+            raise UserError(f"{folder}: the {DATASET_FILE} of {names[0]} and {name} describe different data")
+    extra = [folder / IDENTIFIERS] if (folder / IDENTIFIERS).exists() else []
+    contents = {file.name: read_bytes(file, _MAX_IDENTIFIERS_BYTES) for file in extra}
+    _check_room(Path(out), about, [part for _, sets in read.values() for part in sets.values()])
 
     task = _recognise(about, next(iter(read[names[0]][1].values())))
     with DatasetWriter(out, overwrite=overwrite) as writer:
-        splits = {name: _copy_split(writer, name, about, folder, sets) for name, (_, sets) in read.items()}
-        extra = []
-        if (folder / IDENTIFIERS).is_file():
-            extra.append(writer.add_file(IDENTIFIERS, (folder / IDENTIFIERS).read_bytes()))
+        splits = {name: _copy_split(writer, name, about, sets) for name, (_, sets) in read.items()}
         manifest = Manifest(
             task=task.name,
             task_options=task.options,
             **about.model_dump(),
             seed=None,
             recipe={},
-            source_digest=_digest(folder),
+            source_digest=_digest(folder, [*_files(folder, read), *extra]),
             report={"imported_sets": {name: list(sets) for name, (_, sets) in read.items()}},
-            extra_files=tuple(extra),
+            extra_files=tuple(writer.add_file(name, content) for name, content in contents.items()),
             splits=splits,
         )
         writer.finish(manifest)
     return manifest
 
 
+def _not_published(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder}: no such folder; give one with train/{DATASET_FILE}"
+    if (folder / MANIFEST).is_file():
+        return f"{folder} is a data set of hrm_ray already; use it as it is"
+    return dataset_hint(folder) or (
+        f"{folder} has no train/{DATASET_FILE} or test/{DATASET_FILE}: not the published layout"
+    )
+
+
 def _read_split(folder: Path) -> tuple[_About, dict[str, _Set]]:
-    where = folder / "dataset.json"
+    where = folder / DATASET_FILE
+    content = read_bytes(where, _MAX_ABOUT_BYTES)
     try:
-        values = json.loads(where.read_text())
-        sets = values["sets"]
-        about = {key: value for key, value in values.items() if key in _About.model_fields}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{where} is damaged: not the JSON of a published data set") from None
-    parsed = validated(_About, about, str(where))
-    return parsed, {name: _open_set(folder, name, parsed) for name in sets}
+        values = json.loads(content)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is damaged: not the JSON of a published data set")
+    sets = values.get("sets")
+    if not isinstance(sets, list) or not sets or not all(isinstance(n, str) and n for n in sets):
+        raise UserError(f"{where}: 'sets' must list the names of the sets, as [\"all\"]")
+    plain = {name for name in sets if name == Path(name).name and name.isprintable()}
+    if strange := [name for name in sets if name not in plain or sets.count(name) > 1]:
+        raise UserError(f"{where}: 'sets' must list each set once, by its plain name; it has {strange[0]!r}")
+    about = validated(
+        _About, {key: value for key, value in values.items() if key in _About.model_fields}, str(where)
+    )
+    if about.vocab_size > 256:
+        raise UserError(
+            f"{where}: a vocabulary of {about.vocab_size}, where at most 256 tokens are supported"
+        )
+    if about.blank_identifier_id >= about.num_puzzle_identifiers:
+        raise UserError(
+            f"{where}: blank_identifier_id={about.blank_identifier_id} must be below "
+            f"num_puzzle_identifiers={about.num_puzzle_identifiers}"
+        )
+    return about, {name: _open_set(folder, name, about) for name in sets}
 
 
 def _open_set(folder: Path, name: str, about: _About) -> _Set:
-    arrays = {}
-    for field in _Set.__dataclass_fields__:
-        file = folder / f"{name}__{field}.npy"
-        try:
-            arrays[field] = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read: {error}") from None
-    opened = _Set(**arrays)
-    opened.check(str(folder / name), about)
-    return opened
+    where = str(folder / name)
+    arrays = {array: _open_array(Path(f"{where}__{array}.npy")) for array in ARRAYS}
+    for array, opened in arrays.items():
+        num_axes = 2 if array in ("inputs", "labels") else 1
+        if opened.ndim != num_axes:
+            raise UserError(
+                f"{where}__{array}.npy has shape {opened.shape}; it must have {num_axes} "
+                f"{'axes' if num_axes > 1 else 'axis'}"
+            )
+    return _Set(where, about, **arrays)
+
+
+def _open_array(file: Path) -> np.ndarray:
+    """An array of whole numbers, mapped from disk."""
+    check_regular(file)
+    try:
+        array = np.lib.format.open_memmap(file, mode="r")
+    except Exception as error:  # a header is a Python literal: there are many ways in which it may be wrong
+        raise UserError(f"{file} cannot be read as an array of numbers: {first_line(error)}") from None
+    if array.dtype.kind not in "iu":
+        raise UserError(f"{file} holds {array.dtype}, not whole numbers; save it as an array of integers")
+    size, expected = file.stat().st_size, array.offset + array.nbytes
+    if size != expected:
+        raise UserError(f"{file} has {size} bytes, where its header says {expected}; copy it again")
+    return array
+
+
+def _check_room(out: Path, about: _About, sets: list[_Set]) -> None:
+    """Raise UserError if the disk is too small, before hours of copying show it."""
+    needed = sum(len(part.inputs) * (2 * about.seq_len + 12) for part in sets)
+    there = next(folder for folder in out.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise UserError(
+            f"out={out} needs {needed / 1e9:,.1f} GB, and {there} has {free / 1e9:,.1f} GB free; pick another out"
+        )
 
 
 def _recognise(about: _About, first: _Set) -> Task:
     """Sudoku if shape and vocabulary are its and the first answers are solutions; else we know nothing."""
     for size in BOX_SHAPES:
         task = Sudoku(size)
-        if (task.vocab_size, task.seq_len, task.pad_id) == (about.vocab_size, about.seq_len, about.pad_id):
-            head = slice(0, _ROWS_TO_RECOGNISE)
-            if task.is_solution(first.inputs[head], first.labels[head]).all():
-                return task
+        is_alike = all(
+            getattr(task, key) == getattr(about, key) for key in ("vocab_size", "seq_len", "pad_id")
+        )
+        if is_alike and task.is_solution(*first.rows(0, _ROWS_TO_RECOGNISE)).all():
+            return task
     return Tokens(about.vocab_size, about.seq_len)
 
 
-def _copy_split(
-    writer: DatasetWriter, name: str, about: _About, folder: Path, sets: dict[str, _Set]
-) -> SplitInfo:
+def _copy_split(writer: DatasetWriter, name: str, about: _About, sets: dict[str, _Set]) -> SplitInfo:
     rows_per_group = [np.diff(part.puzzle_indices[part.group_indices]) for part in sets.values()]
     cuts = balanced_cuts(np.concatenate(rows_per_group), _ROWS_PER_SHARD)
     split = writer.split(name, about.seq_len, cuts)
     first_puzzle = first_group = 0
-    for set_name, part in sets.items():
+    for part in sets.values():
         for start in range(0, len(part.inputs), _ROWS_PER_READ):
             stop = min(start + _ROWS_PER_READ, len(part.inputs))
-            inputs, labels = part.rows(str(folder / name / set_name), start, stop)
+            inputs, labels = part.rows(start, stop)
             puzzles = np.searchsorted(part.puzzle_indices, np.arange(start, stop), side="right") - 1
             groups = np.searchsorted(part.group_indices, puzzles, side="right") - 1
             identifiers = part.puzzle_identifiers[puzzles].astype(np.int32)
@@ -176,11 +271,16 @@ def _copy_split(
     return split.finish()
 
 
-def _digest(folder: Path) -> str:
+def _files(folder: Path, read: dict[str, tuple[_About, dict[str, _Set]]]) -> Iterator[Path]:
+    """All files of the splits that were read."""
+    for name, (_, sets) in read.items():
+        yield folder / name / DATASET_FILE
+        for part in sets.values():
+            yield from (Path(part.file(array)) for array in ARRAYS)
+
+
+def _digest(folder: Path, files: list[Path]) -> str:
     total = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        if file.suffix in (".npy", ".json"):
-            with file.open("rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
-            total.update(f"{file.relative_to(folder)}:{digest}\n".encode())
+    for file in sorted(files):
+        total.update(f"{file.relative_to(folder)}:{sha256(file)}\n".encode())
     return total.hexdigest()

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from hrm_ray.models import attention
 from hrm_ray.models.rotary import Rope
 
-RMS_EPS = 1e-5
 # Standard deviation of a standard normal truncated at two sigma: what JAX's truncated normal divides by.
 TRUNCATED_STD = 0.87962566103423978
 
@@ -66,9 +65,9 @@ def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
             layer.cast(dtype)
 
 
-def rms_norm(x: Tensor) -> Tensor:
+def rms_norm(x: Tensor, eps: float) -> Tensor:
     """Root-mean-square normalisation over the last axis, without weight, computed in float32."""
-    return F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS)
+    return F.rms_norm(x, (x.shape[-1],), eps=eps)
 
 
 class Attention(nn.Module):
@@ -108,28 +107,33 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Post-norm transformer block: x = rms(x + attention(x)); x = rms(x + swiglu(x))."""
 
-    def __init__(self, hidden_size: int, num_heads: int, expansion: float, attention: str = "sdpa"):
+    def __init__(
+        self, hidden_size: int, num_heads: int, expansion: float, norm_eps: float, attention: str = "sdpa"
+    ):
         super().__init__()
+        self.norm_eps = norm_eps
         self.self_attn = Attention(hidden_size, num_heads, attention)
         self.mlp = SwiGLU(hidden_size, expansion)
 
     def forward(self, x_BSD: Tensor, rope: Rope) -> Tensor:
-        x_BSD = rms_norm(x_BSD + self.self_attn(x_BSD, rope))
-        return rms_norm(x_BSD + self.mlp(x_BSD))
+        x_BSD = rms_norm(x_BSD + self.self_attn(x_BSD, rope), self.norm_eps)
+        return rms_norm(x_BSD + self.mlp(x_BSD), self.norm_eps)
 
 
 class MixerBlock(nn.Module):
     """Post-norm block whose tokens are mixed by a SwiGLU over the sequence axis (`mlp_t`) instead of attention."""
 
-    def __init__(self, num_tokens: int, hidden_size: int, expansion: float):
+    def __init__(self, num_tokens: int, hidden_size: int, expansion: float, norm_eps: float):
         super().__init__()
+        self.norm_eps = norm_eps
         self.mlp_t = SwiGLU(num_tokens, expansion)
         self.mlp = SwiGLU(hidden_size, expansion)
 
     def forward(self, x_BSD: Tensor, rope: Rope) -> Tensor:
         x_BDS = x_BSD.transpose(1, 2)
-        x_BSD = rms_norm(x_BDS + self.mlp_t(x_BDS)).transpose(1, 2)  # over the tokens, as published
-        return rms_norm(x_BSD + self.mlp(x_BSD))
+        x_BDS = rms_norm(x_BDS + self.mlp_t(x_BDS), self.norm_eps)  # over the tokens, as published
+        x_BSD = x_BDS.transpose(1, 2)
+        return rms_norm(x_BSD + self.mlp(x_BSD), self.norm_eps)
 
 
 class ReasoningModule(nn.Module):

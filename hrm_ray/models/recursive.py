@@ -97,7 +97,7 @@ class RecursiveModel(nn.Module, ABC):
         elif config.pos_encodings == "rope":
             self.rope_cos: Tensor
             self.rope_sin: Tensor
-            cos, sin = rope_tables(self.num_tokens, D // config.num_heads)
+            cos, sin = rope_tables(self.num_tokens, D // config.num_heads, config.rope_theta)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
         self.build(config)
@@ -110,7 +110,8 @@ class RecursiveModel(nn.Module, ABC):
         """A module of `num_layers` transformer blocks of this model's width."""
         c = self.config
         return ReasoningModule(
-            Block(c.hidden_size, c.num_heads, c.expansion, self.attention) for _ in range(num_layers)
+            Block(c.hidden_size, c.num_heads, c.expansion, c.rms_norm_eps, self.attention)
+            for _ in range(num_layers)
         )
 
     @abstractmethod

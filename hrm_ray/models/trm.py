@@ -58,7 +58,7 @@ class TRM(RecursiveModel, config=TRMConfig):
         self.H_cycles, self.L_cycles = config.H_cycles, config.L_cycles
         if config.mlp_t:
             self.L_level = ReasoningModule(
-                MixerBlock(self.num_tokens, config.hidden_size, config.expansion)
+                MixerBlock(self.num_tokens, config.hidden_size, config.expansion, config.rms_norm_eps)
                 for _ in range(config.L_layers)
             )
         else:

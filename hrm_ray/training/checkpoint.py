@@ -24,6 +24,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
@@ -35,12 +36,14 @@ from hrm_ray.config.arch import DEFAULT_ARCH, Arch, arch_class
 from hrm_ray.config.validate import Settings, validated
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.manifest import MANIFEST, Damaged, seal, unseal
+from hrm_ray.published import checkpoint_hint
 from hrm_ray.remote import StorageError
 from hrm_ray.training.storage import ASIDE, Storage
 
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"
 SAVED = "saved"
+MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
 BEST_METRIC = "eval/exact_accuracy"  # unless the run says otherwise
 # The files of the format; what `Storage.write` left of one belongs to it.
 OUR_FILES = re.compile(
@@ -183,9 +186,9 @@ class Checkpoint:
 
     def weights(self) -> Tensors:
         """What to evaluate: the averaged weights if the run kept them, else the weights."""
-        weights = self.tensors("model.safetensors")
-        if "ema.safetensors" in self.manifest.files:
-            weights.update(self.tensors("ema.safetensors"))
+        weights = self.tensors(MODEL_FILE)
+        if EMA_FILE in self.manifest.files:
+            weights.update(self.tensors(EMA_FILE))
         return weights
 
 
@@ -392,11 +395,12 @@ def discard_all(run: Storage) -> None:
 def find(path: str) -> Checkpoint:
     """The checkpoint that a user means by `path`: a checkpoint folder, or a run folder (then its best)."""
     folder = Storage(path)
+    hint = checkpoint_hint(Path(path))
     if not folder.exists():
-        raise UserError(f"{path}: no such folder; give a checkpoint or a run folder")
+        raise UserError(hint or f"{path}: no such folder; give a checkpoint or a run folder")
     if folder.read(MANIFEST) is not None:
         return Checkpoint(folder)
     chosen = best(finished(folder))
     if chosen is None:
-        raise UserError(f"{path} holds no finished checkpoint; give a checkpoint or a run folder")
+        raise UserError(hint or f"{path} holds no finished checkpoint; give a checkpoint or a run folder")
     return chosen

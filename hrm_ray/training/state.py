@@ -23,6 +23,8 @@ from hrm_ray.models.recursive import State
 from hrm_ray.models.registry import build_model
 from hrm_ray.optim.adam_atan2 import AdamATan2
 from hrm_ray.training.checkpoint import (
+    EMA_FILE,
+    MODEL_FILE,
     Checkpoint,
     DatasetInfo,
     Manifest,
@@ -106,10 +108,10 @@ class TrainState:
             carry |= {REPLAY + name: tensor for name, tensor in self.learner.memory._asdict().items()}
         files = {carry_name(world.rank, world.size): carry}
         if world.is_first:
-            files["model.safetensors"] = self.model.inner.state_dict()
+            files[MODEL_FILE] = self.model.inner.state_dict()
             files["optimizer.safetensors"] = self._optimizer_tensors()
             if self.averages:
-                files["ema.safetensors"] = self.averages
+                files[EMA_FILE] = self.averages
             if self.learner is not None:
                 files["target.safetensors"] = self.learner.target._asdict()
         manifest = Manifest(
@@ -145,7 +147,7 @@ class TrainState:
             this worker's share of the sums of metrics not yet reported.
         """
         device = next(self.model.parameters()).device
-        self.model.inner.load_state_dict(checkpoint.tensors("model.safetensors"))
+        self.model.inner.load_state_dict(checkpoint.tensors(MODEL_FILE))
         moments = checkpoint.tensors("optimizer.safetensors")
         for name, parameter in self.model.inner.named_parameters():
             if f"{name}.step" not in moments:  # every step so far was left out
@@ -156,7 +158,7 @@ class TrainState:
                 exp_avg_sq=moments[f"{name}.exp_avg_sq"].to(device),
             )
         if self.averages:
-            averages = checkpoint.tensors("ema.safetensors")
+            averages = checkpoint.tensors(EMA_FILE)
             self.averages = {name: averages[name].to(device) for name in self.averages}
         share = _deal(checkpoint, world)
         self.carry = _unflatten_carry(share, device, self.model.inner.dtype)

@@ -116,7 +116,6 @@ def test_every_published_key_is_understood_and_its_value_is_our_default(name, ow
         ("freeze_weights=True", "all weights are trained"),
         ("data_paths_test=[x]", "hrm-ray eval RUN data=DIR"),
         ("arch.loss.name=losses@Other", "arch.loss.loss_type=NAME"),
-        ("arch.rope_theta=500000", "it is 10000 here"),
         (
             "arch.H_layers=2",
             "arch.H_layers=2: trm has one module for both states, of arch.L_layers; leave it out",

@@ -8,9 +8,9 @@ from hrm_ray.models.losses import METRICS, act_loss
 from tests.golden_cases import CASES, FOLDER, arch_of, batch_of, model_of
 
 
-def run(case, dtype):
+def run(case, dtype, **keys):
     """Every ACT step of the published puzzles."""
-    model = model_of(case)
+    model = model_of(case, **keys)
     model.to(dtype).eval()
     model.inner.dtype = dtype
     golden = np.load(FOLDER / case / "eval.npz")
@@ -63,3 +63,17 @@ def test_first_step_and_metrics_in_float32(case):
     for name, value in zip(METRICS, metrics, strict=True):
         if f"metric_{name}" in golden:
             np.testing.assert_allclose(value, golden[f"metric_{name}"], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "q_halt"),
+    [
+        ("rope_theta", 10_000.0, [-3.94415, -1.68299, 4.13084]),
+        ("rope_theta", 100.0, [-1.44988, 1.11474, 2.33755]),
+        ("rms_norm_eps", 0.1, [-3.81215, -1.65863, 3.84389]),
+    ],
+)
+def test_other_positions_and_norms_are_the_published_code_s(key, value, q_halt):
+    """Its q_halt of three puzzles after four steps, with the weights of `hrm_base`."""
+    _, steps = run("hrm_base", torch.float32, **{key: value})
+    np.testing.assert_allclose(steps[-1].prediction.q_halt[:3], q_halt, atol=2e-4)
