@@ -12,6 +12,7 @@ import uuid
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import IO
+from urllib.parse import quote, unquote
 
 from pyarrow import fs as pafs
 
@@ -27,27 +28,37 @@ class Storage:
 
     def __init__(self, where: str | Path):
         text = str(where)
-        uri = text if "://" in text else Path(text).absolute().as_uri()
+        self._is_uri = "://" in text
+        uri = text if self._is_uri else Path(text).absolute().as_uri()
         self._fs, self._root = filesystem_of(uri, f"storage {text}")
-        self._where = text if "://" in text else str(Path(text).absolute())
+        self._where = text if self._is_uri else str(Path(text).absolute())
 
     def __str__(self) -> str:
         return self._where
 
     def __truediv__(self, name: str) -> "Storage":
-        folder, mark, query = self._where.partition("?")  # a URI's options stay at its end
-        return Storage(f"{folder.rstrip('/')}/{name}{mark}{query}")
+        folder, options = self._parts
+        return Storage(f"{folder}/{quote(name) if self._is_uri else name}{options}")
 
     @property
     def name(self) -> str:
         """The folder's own name."""
-        return self._where.partition("?")[0].rstrip("/").rpartition("/")[2]
+        name = self._parts[0].rpartition("/")[2]
+        return unquote(name) if self._is_uri else name
 
     @property
     def parent(self) -> "Storage":
         """The folder that holds this one."""
+        folder, options = self._parts
+        return Storage(f"{folder.rpartition('/')[0] or '/'}{options}")
+
+    @property
+    def _parts(self) -> tuple[str, str]:
+        """The address without a slash at its end, and its options: those of a URI follow a question mark."""
+        if not self._is_uri:
+            return self._where.rstrip("/"), ""
         folder, mark, query = self._where.partition("?")
-        return Storage(f"{folder.rstrip('/').rpartition('/')[0] or '/'}{mark}{query}")
+        return folder.rstrip("/"), mark + query
 
     def create(self) -> None:
         """Make the folder, if need be."""

@@ -39,3 +39,26 @@ def test_options_of_a_uri_stay_at_its_end():
 def test_an_unknown_scheme_is_named():
     with pytest.raises(UserError, match="storage sftp://host/runs"):
         Storage("sftp://host/runs")
+
+
+@pytest.mark.parametrize("name", ["what?x", "a#b", "50%", "%3F", "a b", "é&=c", "?"])
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_any_name_of_a_folder_is_that_folder(tmp_path, name, scheme):
+    """Only a URI has options behind a question mark; a name in one is quoted."""
+    run = Storage(f"{scheme}{tmp_path}") / name / "run"
+    run.write("x", b"1")
+    assert run.local_path == tmp_path / name / "run" and (tmp_path / name / "run" / "x").exists()
+    assert Storage(str(run)).read("x") == b"1"  # as a worker is told where it is
+    assert run.parent.name == name and str(run.parent.parent) == f"{scheme}{tmp_path}"
+
+
+def test_a_local_path_with_a_question_mark(tmp_path, monkeypatch):
+    (tmp_path / "a?b").mkdir()
+    monkeypatch.chdir(tmp_path / "a?b")
+    (Storage("runs") / "x").write("f", b"1")
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == [
+        "a?b",
+        "a?b/runs",
+        "a?b/runs/x",
+        "a?b/runs/x/f",
+    ]
