@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from hrm_ray.cli import data, doctor, evaluate, interop, solve, train, tune
+from hrm_ray.cli import data, doctor, evaluate, interop, solve, streams, train, tune
 from hrm_ray.errors import UserError, about_file
 
 TRACEBACK = "HRM_RAY_TRACEBACK"  # set it to see where an error came from
@@ -29,13 +29,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    args = build_parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        with streams.usable():
+            args = build_parser().parse_args(argv)
+            return args.run(args) or 0
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
         return 0
     except (UserError, OSError) as error:
         mistake = error if isinstance(error, UserError) else about_file(error)

@@ -67,6 +67,8 @@ def train_on_ray(
     with _environment(_ray_settings(config)):
         while True:
             with ray_session() as is_ours:
+                if driver.stop.signal is not None:  # that came while Ray was started
+                    return driver.nothing_ran("signal")
                 try:
                     return _fit(config, run, driver, is_ours, group)
                 except NobodyCame as wait:
