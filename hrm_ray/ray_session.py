@@ -13,6 +13,7 @@ import secrets
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -27,8 +28,7 @@ from hrm_ray.errors import RayFailed, UserError, first_line
 
 ANSWER_S = 3.0  # how long a cluster may take for each answer
 REMOVE_S = 10.0  # how long processes that are ending may keep a private Ray's folder
-LOOPBACK = "127.0.0.1"
-HOST_PORT = re.compile(r"(\[[\w:.%]+\]|[\w.-]+):(\d{1,5})", re.ASCII)
+HOST_PORT = re.compile(r"(\[[\w:.%]+\]|[\w.-]+):(\d{1,4}|[1-5]\d{4}|6[0-5]\d{3})", re.ASCII)
 # What Ray adds to the folder that is given to it, for the socket with the longest name.
 SOCKET = "/session_2000-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
 SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # that the path of a socket may have
@@ -64,7 +64,10 @@ def ray_session(
     if env_vars:
         options["runtime_env"] = {"env_vars": env_vars}
     address = cluster_address()
-    with _unwinding_on_signals(), _cluster(address, options) if address else _private(object_store_bytes, options):
+    with (
+        _unwinding_on_signals(),
+        _cluster(address, options) if address else _private(object_store_bytes, options),
+    ):
         yield True
 
 
@@ -80,12 +83,43 @@ def _cluster(address: str, options: dict[str, Any]) -> Iterator[None]:
     try:
         try:
             with _handlers_kept():
-                ray.init(address, **options)
+                joined = ray.init(address, **options).address_info
         except Exception as error:
             raise UserError(f"RAY_ADDRESS={address} cannot be joined: {_last_line(error)}") from error
-        yield
+        with _witnessed(joined["gcs_address"], joined["raylet_socket_name"], f"RAY_ADDRESS={address}"):
+            yield
     finally:
         ray.shutdown()
+
+
+WITNESS = """
+import socket, sys
+gcs, raylet, message = sys.argv[1:]
+if sys.stdin.read() != "done":
+    host, _, port = gcs.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), 3).close()
+        socket.socket(socket.AF_UNIX).connect(raylet)
+    except OSError:
+        print(message, file=sys.stderr)
+"""
+
+
+@contextmanager
+def _witnessed(gcs: str, raylet: str, named: str) -> Iterator[None]:
+    """Inside, another process waits to say that the cluster was lost, since Ray's core ends this one silently then."""
+    message = (
+        f"error: {named}: the cluster, or its node on this machine, was lost; give the same command again"
+    )
+    witness = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", WITNESS, gcs, raylet, message],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is not for it
+    )
+    try:
+        yield
+    finally:
+        witness.communicate(b"done")
 
 
 def check_answers(address: str) -> None:
@@ -94,7 +128,7 @@ def check_answers(address: str) -> None:
     Raises:
         UserError: there is none, it does not let us in, or it is another version of Ray or Python.
     """
-    named = f"RAY_ADDRESS={address}"
+    named = f"RAY_ADDRESS={address if address.isprintable() else repr(address)}"
     logging.getLogger("ray").setLevel(logging.ERROR)
     host, port = _resolved(address, named)
     try:
@@ -103,20 +137,18 @@ def check_answers(address: str) -> None:
         raise UserError(
             f"{named} does not answer ({first_line(error)}); start that cluster, or unset RAY_ADDRESS"
         ) from None
-    _check_health(f"{host}:{port}", named)
-    _check_version(f"{host}:{port}", named)
+    _check_version(json.loads(_metadata(f"{host}:{port}", named) or b"{}"), named)
 
 
 def _resolved(address: str, named: str) -> tuple[str, int]:
     """Host and port, as `ray.init` takes them."""
     from ray._private import services
+    from ray._private.authentication import authentication_token_setup
 
-    if "://" in address:
-        raise UserError(f"{named} is no address of a cluster; give HOST:PORT (HOST:6379), or unset it")
-    if address == "auto":
-        from ray._private.authentication import authentication_token_setup
-
+    if address == "auto":  # then Ray takes a token of the user's by itself
         authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    elif "://" in address:
+        raise UserError(f"{named} is no address of a cluster; give HOST:PORT (HOST:6379), or unset it")
     elif not HOST_PORT.fullmatch(address):
         raise UserError(f"{named} is no address; give HOST:PORT (HOST:6379), or unset it")
     try:
@@ -126,44 +158,37 @@ def _resolved(address: str, named: str) -> tuple[str, int]:
         raise UserError(f"{named}: no Ray runs on this machine; start one, or unset RAY_ADDRESS") from None
 
 
-def _check_health(place: str, named: str) -> None:
-    """Raise UserError if no server of Ray's answers there."""
+def _metadata(place: str, named: str) -> bytes:
+    """What the cluster says of itself, as JSON. Raises UserError if it is none, or does not tell us."""
     import grpc
     from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.gcs_service_pb2 import InternalKVGetRequest
+    from ray.core.generated.gcs_service_pb2_grpc import InternalKVGcsServiceStub
 
-    try:
+    request = InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster")
+    try:  # by gRPC itself: Ray's client waits for minutes in its core, where no signal is heard
         with init_grpc_channel(place, [("grpc.enable_http_proxy", 0)]) as channel:
-            channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=ANSWER_S)
+            return InternalKVGcsServiceStub(channel).InternalKVGet(request, timeout=ANSWER_S).value
     except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+            raise UserError(
+                f"{named} refuses us: set RAY_AUTH_MODE=token and the cluster's token (RAY_AUTH_TOKEN or "
+                "RAY_AUTH_TOKEN_PATH), or RAY_AUTH_MODE=disabled if it has none"
+            ) from None
         raise UserError(
             f"{named} answers, but not as Ray does ({error.code().name}); give the port of `ray start --head` "
             "(6379 if it was given none), or unset RAY_ADDRESS"
         ) from None
 
 
-def _check_version(place: str, named: str) -> None:
-    """Raise UserError if the cluster refuses us, or cannot be joined by this version."""
-    import ray
+def _check_version(metadata: dict[str, str], named: str) -> None:
+    """Raise UserError if a cluster of these versions cannot be joined by ours."""
     from ray._private.utils import check_version_info, compute_version_info
-    from ray._raylet import GcsClient
-    from ray.exceptions import AuthenticationError
 
     try:
-        content = GcsClient(address=place).internal_kv_get(
-            b"CLUSTER_METADATA", namespace=b"cluster", timeout=ANSWER_S
-        )
-    except AuthenticationError:
-        raise UserError(
-            f"{named} refuses us: set RAY_AUTH_MODE=token and the cluster's token (RAY_AUTH_TOKEN or "
-            "RAY_AUTH_TOKEN_PATH), or RAY_AUTH_MODE=disabled if it has none"
-        ) from None
-    except (ray.exceptions.RayError, RuntimeError) as error:
-        raise UserError(f"{named} does not answer ({first_line(error)})") from None
-    metadata = json.loads(content or b"{}")
-    if not {"ray_version", "python_version"} <= set(metadata):
-        return  # ray.init will tell
-    try:
         check_version_info(metadata, "here")
+    except KeyError:  # `ray.init` will tell
+        return
     except RuntimeError:
         version, python = compute_version_info()
         raise UserError(
@@ -193,6 +218,7 @@ def _private(object_store_bytes: int | None, options: dict[str, Any]) -> Iterato
                         include_dashboard=False,
                         object_store_memory=object_store_bytes,
                         _temp_dir=f"{folder}/s",  # Ray makes it open to all, within the closed one
+                        _system_config={"enable_metrics_collection": False},  # its page asks for no token
                         **options,
                     )
             except Exception as error:
@@ -217,7 +243,7 @@ def _new_folder() -> Path:
     longest = f"{base}/hrm-12345678/s{SOCKET.format(pid=os.getpid())}"
     if (excess := len(os.fsencode(longest)) - SOCKET_BYTES) > 0:
         raise UserError(
-            f"{named} is too long by {excess} bytes for the sockets of Ray; set RAY_TMPDIR=/tmp or to another short path"
+            f"{named} is too long by {excess} bytes for Ray's sockets; set RAY_TMPDIR=/tmp, or another short path"
         )
     try:
         return Path(tempfile.mkdtemp(prefix="hrm-", dir=base))
@@ -242,9 +268,10 @@ def _remove(folder: Path, keep_logs: bool) -> None:
 
 @contextmanager
 def _own_token() -> Iterator[None]:
-    """Inside, Ray asks for a token that nobody else knows, and that is written nowhere; unless the user has decided.
+    """Inside, Ray asks for a token that nobody else knows and that is written nowhere, unless the user has decided.
 
-    Ray's own is a file in the user's home, which others may read, and by which clusters that the user starts later ask for it.
+    Ray's own is in a file in the user's home, which others may be able to read, and which changes what a later
+    `ray start` does.
     """
     if "RAY_AUTH_MODE" in os.environ:
         yield
@@ -281,8 +308,8 @@ def _environment(values: dict[str, str], changed: Any) -> Iterator[None]:
 def _on_loopback() -> Iterator[None]:
     """Inside, `ray.init` starts a Ray on 127.0.0.1, which is what it does by itself on macOS and Windows alone.
 
-    The agent gets a free port: a fixed one would be missed by a cluster's head on this machine, which needs it for jobs.
-    And the folder from which a command is run is not copied to a cluster that is this machine (as Ray does under `uv run`).
+    The agent gets a free port: a head that is started on this machine needs the usual one, to run jobs. And under
+    `uv run` Ray would copy the current folder to its workers, which are on this machine anyway.
     """
     from ray._private import parameter, ray_constants
 

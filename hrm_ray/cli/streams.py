@@ -86,7 +86,9 @@ class Results(_Stream):
         try:
             yield
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # for what is still to be written
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), self._stream.fileno()
+            )  # for what is still to be written
             if isinstance(error, BrokenPipeError):
                 raise
             raise UserError(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import MayPass, NotFinite, RunFailed, TooLittleMemory, UserError
+from hrm_ray.errors import MayPass, NotFinite, RayFailed, RunFailed, TooLittleMemory, UserError
 from hrm_ray.every import Every
 from hrm_ray.memory import ONE_ARENA
 from hrm_ray.training.channel import Channel
@@ -129,13 +129,13 @@ def _give_back(channel: Channel) -> None:
 
 @contextmanager
 def _ray_may_give_up() -> Iterator[None]:
-    """Inside, what Ray raises becomes a RunFailed."""
+    """Inside, what Ray raises becomes a RayFailed."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise RunFailed(
+        raise RayFailed(
             f"Ray Train gave up: {_first_cause(error)}; the same command goes on from the last checkpoint"
         ) from error
 
@@ -334,7 +334,7 @@ def _ray_trainer(
             "reports": wants_reports,
             "group": group and group.id.hex(),
         },
-        torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+        torch_config=ray_overrides.Joined(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]  # the types are of Ray's older version
             elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,  # type: ignore[call-arg]
@@ -360,6 +360,8 @@ def _resources(config: TrainConfig) -> tuple[int, bool]:
     """
     import ray
 
+    from hrm_ray.ray_session import cluster_address
+
     scaling = config.scaling
     least, most = scaling.min_workers, scaling.max_workers
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -372,12 +374,16 @@ def _resources(config: TrainConfig) -> tuple[int, bool]:
     else:
         on_largest_node = int(max(node.get("CPU", 0) for node in nodes))
         cpus = 1 if use_gpu else max(1, min(total_cpus // most, on_largest_node))
-    if not os.environ.get("RAY_ADDRESS"):
+    if cluster_address() is None:
+        if use_gpu and not total_gpus:
+            wish = "device=cuda" if config.device == "cuda" else "scaling.use_gpu=true"
+            raise UserError(f"{wish}: Ray sees no GPU on this machine; use {wish.partition('=')[0]}=auto")
         wanted = [(least * cpus, total_cpus, "CPUs"), (least * use_gpu, total_gpus, "GPUs")]
         for needed, there, kind in wanted:
             if needed > there:
+                fewer = "fewer" if least > 1 else f"scaling.cpus_per_worker={there}"
                 raise UserError(
-                    f"scaling.num_workers={least} needs {needed} {kind}, this machine has {there}; use fewer"
+                    f"scaling.num_workers={least} needs {needed} {kind}, this machine has {there}; use {fewer}"
                 )
     return cpus, use_gpu
 

@@ -9,7 +9,8 @@ import os
 import shutil
 import time
 import uuid
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO
 from urllib.parse import quote, unquote
@@ -85,7 +86,7 @@ class Storage:
             return
         aside = Path(f"{path}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            with aside.open("wb") as stream:
+            with _naming(path), aside.open("wb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -99,7 +100,8 @@ class Storage:
         if self.local_path is None:
             self.write(name, (self.read(name) or b"") + text.encode())
             return
-        with (self.local_path / name).open("a") as stream:
+        path = self.local_path / name
+        with _naming(path), path.open("a") as stream:
             stream.write(text)
 
     def sync(self, name: str) -> None:
@@ -189,6 +191,17 @@ class Storage:
         if self.local_path is not None:
             for aside in self.local_path.glob("*.tmp"):
                 aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """What the disk says no to while a file is written names the file, as it does by itself where one is opened."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,9 +1,12 @@
 """Files of a run: whole or not there, on any filesystem."""
 
+import resource
+import signal
+
 import pytest
 
 from hrm_ray.errors import UserError
-from hrm_ray.training.storage import Storage
+from hrm_ray.training.storage import Storage, is_full
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
@@ -62,3 +65,23 @@ def test_a_local_path_with_a_question_mark(tmp_path, monkeypatch):
         "a?b/runs/x",
         "a?b/runs/x/f",
     ]
+
+
+@pytest.fixture
+def small_files():
+    """No file of this process may have more than 100 bytes, as on a disk that is full then."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("how", ["write", "append"])
+def test_a_full_disk_names_the_file_and_leaves_no_part_of_a_whole_one(tmp_path, small_files, how):
+    run, content = Storage(tmp_path), "x" * 101
+    with pytest.raises(OSError, match="File too large") as info:
+        run.write("config.yaml", content.encode()) if how == "write" else run.append("config.yaml", content)
+    assert info.value.filename == str(tmp_path / "config.yaml") and is_full(info.value)
+    assert [p.name for p in tmp_path.iterdir()] == ([] if how == "write" else ["config.yaml"])
