@@ -25,6 +25,10 @@ class RunFailed(UserError):
     exit_code = 1
 
 
+class RayFailed(RunFailed):
+    """Ray could not be started, or gave a run up."""
+
+
 class NotFinite(RunFailed):
     """The loss is not finite: these settings cannot train."""
 

@@ -1,12 +1,43 @@
-"""A Ray to work on: the cluster we are part of, or a private one on this machine, kept quiet."""
+"""A Ray to work on: the cluster of RAY_ADDRESS, or a private one on this machine.
 
+What always holds of a private one: all it opens is on loopback, it has a token of its own, its files lie in a folder
+that only its user can enter, and at its end nothing of it is left. A cluster is asked before it is joined, since
+`ray.init` waits for minutes for one that does not answer, and hears no signal meanwhile.
+"""
+
+import json
 import logging
 import os
+import re
+import secrets
+import shutil
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+from hrm_ray.errors import RayFailed, UserError, first_line
+
+ANSWER_S = 3.0  # how long a cluster may take for each answer
+REMOVE_S = 10.0  # how long processes that are ending may keep a private Ray's folder
+HOST_PORT = re.compile(r"(\[[\w:.%]+\]|[\w.-]+):(\d{1,4}|[1-5]\d{4}|6[0-5]\d{3})", re.ASCII)
+# What Ray adds to the folder that is given to it, for the socket with the longest name.
+SOCKET = "/session_2000-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
+SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # that the path of a socket may have
+
+
+def cluster_address() -> str | None:
+    """The cluster that RAY_ADDRESS names (Ray sets it in jobs); None: a private Ray is wanted."""
+    address = os.environ.get("RAY_ADDRESS")
+    return None if address in (None, "", "local") else address
 
 
 @contextmanager
@@ -15,9 +46,12 @@ def ray_session(
 ) -> Iterator[bool]:
     """Inside, `ray` is initialised; what was started here is shut down at the end. Yields whether it was.
 
-    RAY_ADDRESS (which Ray sets in jobs) names a cluster to join. Without it a private cluster is started on this
-    machine, so that a stray one is never joined by accident; `object_store_bytes` bounds its shared memory. `env_vars`
-    are set in all its workers.
+    RAY_ADDRESS names a cluster to join. Without it a private Ray is started on this machine, so that a stray one is
+    never joined by accident; `object_store_bytes` bounds its shared memory. `env_vars` are set in all its workers.
+
+    Raises:
+        UserError: RAY_ADDRESS names no cluster that can be joined, or a private Ray has no folder for its files.
+        RayFailed: Ray cannot be started. One that is raised inside is told where the logs of a private Ray are kept.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences a warning
@@ -26,24 +60,311 @@ def ray_session(
     if ray.is_initialized():
         yield False
         return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if env_vars:
-        quiet["runtime_env"] = {"env_vars": env_vars}
-    with _sigterm_handler_kept():
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
-        else:
-            ray.init(
-                address="local", include_dashboard=False, object_store_memory=object_store_bytes, **quiet
-            )
-    try:
+        options["runtime_env"] = {"env_vars": env_vars}
+    address = cluster_address()
+    with (
+        _unwinding_on_signals(),
+        _cluster(address, options) if address else _private(object_store_bytes, options),
+    ):
         yield True
+
+
+# A cluster
+
+
+@contextmanager
+def _cluster(address: str, options: dict[str, Any]) -> Iterator[None]:
+    """Inside, the cluster at `address` is joined."""
+    import ray
+
+    check_answers(address)
+    try:
+        try:
+            with _handlers_kept():
+                joined = ray.init(address, **options).address_info
+        except Exception as error:
+            raise UserError(f"RAY_ADDRESS={address} cannot be joined: {_last_line(error)}") from error
+        with _witnessed(joined["gcs_address"], joined["raylet_socket_name"], f"RAY_ADDRESS={address}"):
+            yield
     finally:
         ray.shutdown()
 
 
+WITNESS = """
+import socket, sys
+gcs, raylet, message = sys.argv[1:]
+if sys.stdin.read() != "done":
+    host, _, port = gcs.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), 3).close()
+        socket.socket(socket.AF_UNIX).connect(raylet)
+    except OSError:
+        print(message, file=sys.stderr)
+"""
+
+
 @contextmanager
-def _sigterm_handler_kept() -> Iterator[None]:
+def _witnessed(gcs: str, raylet: str, named: str) -> Iterator[None]:
+    """Inside, another process waits to say that the cluster was lost, since Ray's core ends this one silently then."""
+    message = (
+        f"error: {named}: the cluster, or its node on this machine, was lost; give the same command again"
+    )
+    witness = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", WITNESS, gcs, raylet, message],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is not for it
+    )
+    try:
+        yield
+    finally:
+        witness.communicate(b"done")
+
+
+def check_answers(address: str) -> None:
+    """Ask whether there is a cluster that can be joined. Takes milliseconds, or seconds where nothing answers.
+
+    Raises:
+        UserError: there is none, it does not let us in, or it is another version of Ray or Python.
+    """
+    named = f"RAY_ADDRESS={address if address.isprintable() else repr(address)}"
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    host, port = _resolved(address, named)
+    try:
+        socket.create_connection((host.strip("[]"), port), timeout=ANSWER_S).close()
+    except (OSError, UnicodeError, OverflowError) as error:
+        raise UserError(
+            f"{named} does not answer ({first_line(error)}); start that cluster, or unset RAY_ADDRESS"
+        ) from None
+    _check_version(json.loads(_metadata(f"{host}:{port}", named) or b"{}"), named)
+
+
+def _resolved(address: str, named: str) -> tuple[str, int]:
+    """Host and port, as `ray.init` takes them."""
+    from ray._private import services
+    from ray._private.authentication import authentication_token_setup
+
+    if address == "auto":  # then Ray takes a token of the user's by itself
+        authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    elif "://" in address:
+        raise UserError(f"{named} is no address of a cluster; give HOST:PORT (HOST:6379), or unset it")
+    elif not HOST_PORT.fullmatch(address):
+        raise UserError(f"{named} is no address; give HOST:PORT (HOST:6379), or unset it")
+    try:
+        host, _, port = str(services.canonicalize_bootstrap_address(address)).rpartition(":")
+        return host, int(port)
+    except ConnectionError:
+        raise UserError(f"{named}: no Ray runs on this machine; start one, or unset RAY_ADDRESS") from None
+
+
+def _metadata(place: str, named: str) -> bytes:
+    """What the cluster says of itself, as JSON. Raises UserError if it is none, or does not tell us."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.gcs_service_pb2 import InternalKVGetRequest
+    from ray.core.generated.gcs_service_pb2_grpc import InternalKVGcsServiceStub
+
+    request = InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster")
+    try:  # by gRPC itself: Ray's client waits for minutes in its core, where no signal is heard
+        with init_grpc_channel(place, [("grpc.enable_http_proxy", 0)]) as channel:
+            return InternalKVGcsServiceStub(channel).InternalKVGet(request, timeout=ANSWER_S).value
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+            raise UserError(
+                f"{named} refuses us: set RAY_AUTH_MODE=token and the cluster's token (RAY_AUTH_TOKEN or "
+                "RAY_AUTH_TOKEN_PATH), or RAY_AUTH_MODE=disabled if it has none"
+            ) from None
+        raise UserError(
+            f"{named} answers, but not as Ray does ({error.code().name}); give the port of `ray start --head` "
+            "(6379 if it was given none), or unset RAY_ADDRESS"
+        ) from None
+
+
+def _check_version(metadata: dict[str, str], named: str) -> None:
+    """Raise UserError if a cluster of these versions cannot be joined by ours."""
+    from ray._private.utils import check_version_info, compute_version_info
+
+    try:
+        check_version_info(metadata, "here")
+    except KeyError:  # `ray.init` will tell
+        return
+    except RuntimeError:
+        version, python = compute_version_info()
+        raise UserError(
+            f"{named} runs ray {metadata['ray_version']} on Python {metadata['python_version']}, this is ray "
+            f"{version} on Python {python}; install the cluster's versions here"
+        ) from None
+
+
+# A private Ray
+
+
+@contextmanager
+def _private(object_store_bytes: int | None, options: dict[str, Any]) -> Iterator[None]:
+    """Inside, a new Ray runs on this machine; at the end all of it is removed, but its logs if Ray has failed."""
+    import ray
+
+    folder = _new_folder()
+    keep_logs = False
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(_own_token())
+            stack.callback(ray.shutdown)
+            try:
+                with _handlers_kept(), _on_loopback(), _deaf_to_hangups():
+                    ray.init(
+                        address="local",
+                        include_dashboard=False,
+                        object_store_memory=object_store_bytes,
+                        _temp_dir=f"{folder}/s",  # Ray makes it open to all, within the closed one
+                        _system_config={"enable_metrics_collection": False},  # its page asks for no token
+                        **options,
+                    )
+            except Exception as error:
+                raise RayFailed(f"Ray cannot be started here: {_last_line(error)}") from error
+            yield
+    except RayFailed as error:
+        keep_logs = True
+        raise RayFailed(f"{error}; Ray's logs are kept in {folder}/logs") from error.__cause__
+    finally:
+        _remove(folder, keep_logs)
+
+
+def _new_folder() -> Path:
+    """An empty folder for a Ray's files, which only this user can enter.
+
+    Raises:
+        UserError: none can be made, or its path is too long for Ray's sockets.
+    """
+    of_ray = os.environ.get("RAY_TMPDIR")
+    base = Path(of_ray or ("/tmp" if sys.platform == "darwin" else tempfile.gettempdir())).absolute()
+    named = f"RAY_TMPDIR={of_ray}" if of_ray else f"TMPDIR={base}"
+    longest = f"{base}/hrm-12345678/s{SOCKET.format(pid=os.getpid())}"
+    if (excess := len(os.fsencode(longest)) - SOCKET_BYTES) > 0:
+        raise UserError(
+            f"{named} is too long by {excess} bytes for Ray's sockets; set RAY_TMPDIR=/tmp, or another short path"
+        )
+    try:
+        return Path(tempfile.mkdtemp(prefix="hrm-", dir=base))
+    except OSError as error:
+        raise UserError(
+            f"{named}: Ray's files cannot be there ({error.strerror}); set RAY_TMPDIR to a folder that can be written"
+        ) from None
+
+
+def _remove(folder: Path, keep_logs: bool) -> None:
+    """Remove the folder of a Ray that has been shut down; its processes may still be about to end."""
+    if keep_logs:
+        for logs in folder.glob("s/session_2*/logs"):
+            logs.rename(folder / "logs")
+    doomed = folder / "s" if keep_logs else folder
+    deadline = time.monotonic() + REMOVE_S
+    while doomed.exists() and time.monotonic() < deadline:
+        shutil.rmtree(doomed, ignore_errors=True)
+        if doomed.exists():
+            time.sleep(0.1)
+
+
+@contextmanager
+def _own_token() -> Iterator[None]:
+    """Inside, Ray asks for a token that nobody else knows and that is written nowhere, unless the user has decided.
+
+    Ray's own is in a file in the user's home, which others may be able to read, and which changes what a later
+    `ray start` does.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        yield
+        return
+    with _environment({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}, _reload_token):
+        yield
+
+
+def _reload_token() -> None:
+    """Let Ray look at its environment again."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def _environment(values: dict[str, str], changed: Any) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    changed()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        changed()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Inside, `ray.init` starts a Ray on 127.0.0.1, which is what it does by itself on macOS and Windows alone.
+
+    The agent gets a free port: a head that is started on this machine needs the usual one, to run jobs. And under
+    `uv run` Ray would copy the current folder to its workers, which are on this machine anyway.
+    """
+    from ray._private import parameter, ray_constants
+
+    changes = [
+        (ray_constants, "ENABLE_RAY_CLUSTER", False),
+        (ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", False),
+        (parameter, "RayParams", partial(parameter.RayParams, dashboard_agent_listen_port=0)),
+    ]
+    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
+    for module, name, value in changes:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+@contextmanager
+def _deaf_to_hangups() -> Iterator[None]:
+    """Inside, processes are started that live on when the terminal is closed, as long as this process wants them.
+
+    Ray does the same for Ctrl-C. A hangup that comes now is received afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# Signals
+
+
+@contextmanager
+def _unwinding_on_signals() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP end this process by an exception, so that what it began is ended too.
+
+    Whoever handles or ignores one of them goes on doing so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, lambda received, frame: sys.exit(128 + received))
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
     """A caller who handles SIGTERM goes on doing so, while `ray.init` runs too.
 
     It would replace the handler by one of its own, and its core sets another below Python's, which passes the signal
@@ -66,3 +387,10 @@ def _sigterm_handler_kept() -> Iterator[None]:
         signal.setitimer(
             signal.ITIMER_REAL, *alarm
         )  # not the one by which it aborts, if a signal has come already
+
+
+def _last_line(error: BaseException) -> str:
+    """The most telling line of what Ray raises: the last of the innermost cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(reversed(str(error).strip().splitlines()), type(error).__name__)

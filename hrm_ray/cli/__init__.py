@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from hrm_ray import __version__
-from hrm_ray.cli import config, data, doctor, evaluate, interop, solve, train, tune
+from hrm_ray.cli import config, data, doctor, evaluate, interop, solve, streams, train, tune
 from hrm_ray.cli.command import Parser
 from hrm_ray.errors import UserError, about_file
 
@@ -43,14 +43,14 @@ def check_line_ends(words: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     try:
-        words = sys.argv[1:] if argv is None else list(argv)
-        check_line_ends(words)
-        args = build_parser().parse_args(words)
-        return args.run(args) or 0
+        with streams.usable():
+            words = sys.argv[1:] if argv is None else list(argv)
+            check_line_ends(words)
+            args = build_parser().parse_args(words)
+            return args.run(args) or 0
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
         return 0
     except (UserError, OSError) as error:
         mistake = error if isinstance(error, UserError) else about_file(error)

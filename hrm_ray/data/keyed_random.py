@@ -7,7 +7,8 @@ Every constant and operand is spelt as uint64: numba turns a mixed int64/uint64 
 """
 
 import numpy as np
-from numba import njit
+
+from hrm_ray.machine_code import njit
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -15,7 +16,7 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 _27, _30, _31, _32 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(32)
 
 
-@njit(cache=True)
+@njit()
 def mix(x):
     """SplitMix64's finaliser: a bijection of uint64 in which every input bit reaches every output bit."""
     x = (x ^ (x >> _30)) * _MIX_1
@@ -23,7 +24,7 @@ def mix(x):
     return x ^ (x >> _31)
 
 
-@njit(cache=True)
+@njit()
 def stream(seed, first, second):
     """The start of the random stream of the key (seed, first, second), a uint64."""
     x = mix(np.uint64(seed) + _GOLDEN)
@@ -31,14 +32,14 @@ def stream(seed, first, second):
     return mix((x ^ np.uint64(second)) + _GOLDEN)
 
 
-@njit(cache=True)
+@njit()
 def below(state, bound):
     """Step the stream `state` (uint64[1]) and draw an integer of 0..bound-1; biased by less than bound / 2^32."""
     state[0] += _GOLDEN
     return np.int64(((mix(state[0]) >> _32) * np.uint64(bound)) >> _32)
 
 
-@njit(cache=True)
+@njit()
 def shuffle(state, items):
     """Fisher-Yates, in place."""
     for last in range(items.size - 1, 0, -1):
@@ -46,7 +47,7 @@ def shuffle(state, items):
         items[last], items[other] = items[other], items[last]
 
 
-@njit(cache=True)
+@njit()
 def row_keys(seed, purpose, rows):
     """One random uint64 for each row number (int64[n]). The k smallest keys are a uniform sample of k rows."""
     keys = np.empty(rows.size, np.uint64)

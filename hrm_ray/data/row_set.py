@@ -1,15 +1,15 @@
 """A set of token rows that can be asked, exactly and fast, which of a million rows are in it."""
 
 import numpy as np
-from numba import njit
 
 from hrm_ray.data.keyed_random import mix
+from hrm_ray.machine_code import njit
 
 _PRIME = np.uint64(0x100000001B3)  # FNV-1a, mixed once at the end
 _BASIS = np.uint64(0xCBF29CE484222325)
 
 
-@njit(cache=True)
+@njit()
 def _hash_rows(rows):
     hashes = np.empty(len(rows), np.uint64)
     for i in range(len(rows)):
@@ -20,7 +20,7 @@ def _hash_rows(rows):
     return hashes
 
 
-@njit(cache=True)
+@njit()
 def _contains(members, hashes, rows, row_hashes):
     found = np.zeros(len(rows), np.bool_)
     first = np.searchsorted(hashes, row_hashes)

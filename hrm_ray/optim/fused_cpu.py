@@ -7,19 +7,16 @@ polynomial so that it can.
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from threading import Lock
-from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
-from hrm_ray.errors import first_line
+from hrm_ray.machine_code import njit
 from hrm_ray.optim.adam_atan2 import Hyperparameters, Tensors
 
 # Numbers that one call updates: the same whatever the number of threads, so that every one comes out alike.
@@ -68,20 +65,13 @@ def _equations(p, g, m, v, alpha1, beta2, alpha2, m_scale, v_scale, step_size, k
 
 
 def _compiled() -> Callable[..., None]:
-    """`_equations` as machine code, which numba keeps on disk if it can.
+    """`_equations` as machine code.
 
     Raises:
         Exception: whatever numba raises where it cannot compile.
     """
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
-    nothing: list[Any] = [np.empty(0, np.float32)] * 4 + [ZERO] * 7
-    try:
-        function = njit(cache=True, **options)(_equations)
-        function(*nothing)
-    except Exception as error:  # of any kind where what is kept is damaged
-        function = njit(**options)(_equations)
-        function(*nothing)
-        warnings.warn(f"AdamATan2 is compiled anew at every start: {first_line(error)}", stacklevel=2)
+    function = njit(nogil=True, error_model="numpy", fastmath={"contract"})(_equations)
+    function(*[np.empty(0, np.float32)] * 4, *[ZERO] * 7)
     return function
 
 

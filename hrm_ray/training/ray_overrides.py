@@ -11,27 +11,39 @@ or another worker says so first, whose connection to it broke, Ray ends the run,
 the reservation is given back, and each of these is a failure of a worker like others: the next start follows, up to
 `max_failures` times.
 
+A worker that is alone forms no process group, which would only open sockets. Several on a private Ray, which is one
+machine, meet in a file and talk on loopback: torch's own meeting place would answer anybody in the network.
+
 And workers may be started in a placement group that is lent to the run, such as a trial's of Ray Tune. It stays when
 they end; of a lost node Ray itself moves its part elsewhere.
 """
 
 import logging
+import os
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
+from ray._common.network_utils import get_localhost_ip
 from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.actor import ActorHandle
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train import WorkerGroupError
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import (
+    _set_torch_distributed_env_vars,
+    _setup_torch_process_group,
+    _TorchBackend,
+)
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group import ExecutionGroup, WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import (
     DefaultPlacementGroupHandle,
     PlacementGroupHandle,
@@ -103,6 +115,52 @@ class NonblockingTrainer(TorchTrainer):
             num_cpus=0, label_selector=node, runtime_env=environment, scheduling_strategy="DEFAULT"
         )(Controller)
         return Started(controller.remote(**parameters))
+
+
+@dataclass
+class Joined(TorchConfig):
+    """How the workers are joined to a process group: as Ray Train does, unless they are alone or on a private Ray."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return JoinsWhereNeeded
+
+
+class JoinsWhereNeeded(_TorchBackend):
+    """In the controller."""
+
+    def on_start(self, worker_group: ExecutionGroup, backend_config: TorchConfig) -> None:
+        if len(worker_group) == 1:
+            return
+        if ray.util.get_node_ip_address() != get_localhost_ip():
+            super().on_start(worker_group, backend_config)
+            return
+        session = ray._private.worker._global_node.get_session_dir_path()
+        meeting_point = tempfile.mkdtemp(prefix="store-", dir=session)  # a new one at each start
+        worker_group.execute(_set_torch_distributed_env_vars)
+        worker_group.execute(_talk_on_loopback)
+        ray.get(
+            [
+                worker_group.execute_single_async(
+                    rank,
+                    _setup_torch_process_group,
+                    backend=backend_config.backend,
+                    world_rank=rank,
+                    world_size=len(worker_group),
+                    init_method=f"file://{meeting_point}/store",
+                    timeout_s=backend_config.timeout_s,
+                )
+                for rank in range(len(worker_group))
+            ]
+        )
+
+
+def _talk_on_loopback() -> None:
+    """In each worker: also where the user has named another interface, for clusters."""
+    here = get_localhost_ip()
+    interfaces = psutil.net_if_addrs().items()
+    name = next(name for name, addresses in interfaces if any(a.address == here for a in addresses))
+    os.environ.update({"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name})
 
 
 class AsksForNoNodes(FixedScalingPolicy):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import MayPass, NotFinite, RunFailed, TooLittleMemory, UserError
+from hrm_ray.errors import MayPass, NotFinite, RayFailed, RunFailed, TooLittleMemory, UserError
 from hrm_ray.every import Every
 from hrm_ray.memory import ONE_ARENA
 from hrm_ray.training.channel import Channel
@@ -67,6 +67,8 @@ def train_on_ray(
     with _environment(_ray_settings(config)):
         while True:
             with ray_session() as is_ours:
+                if driver.stop.signal is not None:  # that came while Ray was started
+                    return driver.nothing_ran("signal")
                 try:
                     return _fit(config, run, driver, is_ours, group)
                 except NobodyCame as wait:
@@ -127,13 +129,13 @@ def _give_back(channel: Channel) -> None:
 
 @contextmanager
 def _ray_may_give_up() -> Iterator[None]:
-    """Inside, what Ray raises becomes a RunFailed."""
+    """Inside, what Ray raises becomes a RayFailed."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise RunFailed(
+        raise RayFailed(
             f"Ray Train gave up: {_first_cause(error)}; the same command goes on from the last checkpoint"
         ) from error
 
@@ -332,7 +334,7 @@ def _ray_trainer(
             "reports": wants_reports,
             "group": group and group.id.hex(),
         },
-        torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+        torch_config=ray_overrides.Joined(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]  # the types are of Ray's older version
             elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,  # type: ignore[call-arg]
@@ -358,6 +360,8 @@ def _resources(config: TrainConfig) -> tuple[int, bool]:
     """
     import ray
 
+    from hrm_ray.ray_session import cluster_address
+
     scaling = config.scaling
     least, most = scaling.min_workers, scaling.max_workers
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -370,7 +374,7 @@ def _resources(config: TrainConfig) -> tuple[int, bool]:
     else:
         on_largest_node = int(max(node.get("CPU", 0) for node in nodes))
         cpus = 1 if use_gpu else max(1, min(total_cpus // most, on_largest_node))
-    if not os.environ.get("RAY_ADDRESS"):
+    if cluster_address() is None:
         if least * use_gpu > total_gpus:
             wanted, instead = "scaling.use_gpu=true", "scaling.use_gpu=false (or auto)"
             if config.device == "cuda":
@@ -380,8 +384,9 @@ def _resources(config: TrainConfig) -> tuple[int, bool]:
                 f"{instead}{f', or scaling.num_workers={total_gpus}' if total_gpus else ''}"
             )
         if least * cpus > total_cpus:
+            fewer = "fewer" if least > 1 else f"scaling.cpus_per_worker={total_cpus}"
             raise UserError(
-                f"scaling.num_workers={least} needs {least * cpus} CPUs, this machine has {total_cpus}; use fewer"
+                f"scaling.num_workers={least} needs {least * cpus} CPUs, this machine has {total_cpus}; use {fewer}"
             )
     return cpus, use_gpu
 

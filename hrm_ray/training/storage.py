@@ -10,10 +10,11 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Iterable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
+from urllib.parse import quote, unquote
 
 from pyarrow import fs as pafs
 
@@ -32,27 +33,37 @@ class Storage:
 
     def __init__(self, where: str | Path):
         text = str(where)
-        uri = text if "://" in text else Path(text).absolute().as_uri()
+        self._is_uri = "://" in text
+        uri = text if self._is_uri else Path(text).absolute().as_uri()
         self._fs, self._root = filesystem_of(uri, f"storage {text}")
-        self._where = text if "://" in text else str(Path(text).absolute())
+        self._where = text if self._is_uri else str(Path(text).absolute())
 
     def __str__(self) -> str:
         return self._where
 
     def __truediv__(self, name: str) -> "Storage":
-        folder, mark, query = self._where.partition("?")  # a URI's options stay at its end
-        return Storage(f"{folder.rstrip('/')}/{name}{mark}{query}")
+        folder, options = self._parts
+        return Storage(f"{folder}/{quote(name) if self._is_uri else name}{options}")
 
     @property
     def name(self) -> str:
         """The folder's own name."""
-        return self._where.partition("?")[0].rstrip("/").rpartition("/")[2]
+        name = self._parts[0].rpartition("/")[2]
+        return unquote(name) if self._is_uri else name
 
     @property
     def parent(self) -> "Storage":
         """The folder that holds this one."""
+        folder, options = self._parts
+        return Storage(f"{folder.rpartition('/')[0] or '/'}{options}")
+
+    @property
+    def _parts(self) -> tuple[str, str]:
+        """The address without a slash at its end, and its options: those of a URI follow a question mark."""
+        if not self._is_uri:
+            return self._where.rstrip("/"), ""
         folder, mark, query = self._where.partition("?")
-        return Storage(f"{folder.rstrip('/').rpartition('/')[0] or '/'}{mark}{query}")
+        return folder.rstrip("/"), mark + query
 
     def create(self) -> None:
         """Make the folder, if need be."""
@@ -81,7 +92,7 @@ class Storage:
             return
         aside = Path(f"{path}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            with aside.open("wb") as stream:
+            with _naming(path), aside.open("wb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -95,7 +106,8 @@ class Storage:
         if self.local_path is None:
             self.write(name, (self.read(name) or b"") + text.encode())
             return
-        with (self.local_path / name).open("a") as stream:
+        path = self.local_path / name
+        with _naming(path), path.open("a") as stream:
             stream.write(text)
 
     def sync(self, name: str) -> None:
@@ -260,6 +272,17 @@ def _check_place(path: Path, *, is_folder: bool) -> None:
         raise UserError(
             f"{path}: no permission to read and write it; allow that, or choose another run_name="
         )
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """What the disk says no to while a file is written names the file, as it does by itself where one is opened."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def _sync_folder(folder: Path) -> None:

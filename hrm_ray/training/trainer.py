@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -65,9 +65,9 @@ class ProgressBar:
 
 
 class StopRequest:
-    """Asks the run to stop after its step: on the first SIGINT or SIGTERM, or when `max_time_s` are over.
+    """Asks the run to stop after its step: on the first SIGINT, SIGTERM or SIGHUP, or when `max_time_s` are over.
 
-    The second signal ends the process at once.
+    The second signal ends the process at once. A SIGHUP that is ignored stays so: what `nohup` starts is to go on.
     """
 
     def __init__(self, max_time_s: float | None = None) -> None:
@@ -85,7 +85,10 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._receive) for number in numbers}
         try:
             yield self
         finally:
@@ -93,11 +96,16 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: Any) -> None:
-        if self.signal is not None:
+        is_hangup = number == signal.SIGHUP  # which may come several times when a terminal closes
+        if self.signal not in (None, signal.SIGHUP) and not is_hangup:
             os._exit(128 + number)
-        self.signal = number
-        # Not by print, which may be at work where the signal came.
-        os.write(2, b"\nstopping after this step, with a checkpoint; once more to stop at once\n")
+        is_first = self.signal is None
+        if is_first or not is_hangup:
+            self.signal = number
+        if is_first:
+            with suppress(OSError):  # the terminal may be gone
+                # Not by print, which may be at work where the signal came.
+                os.write(2, b"\nstopping, with a checkpoint of all steps done; once more to stop at once\n")
 
 
 class Driver:

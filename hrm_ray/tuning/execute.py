@@ -25,7 +25,7 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
 from hrm_ray.every import Every
 from hrm_ray.memory import ONE_ARENA
-from hrm_ray.ray_session import ray_session
+from hrm_ray.ray_session import cluster_address, ray_session
 from hrm_ray.training.ray_train import absolute, where_not_set
 from hrm_ray.tuning.trial import Trial
 
@@ -411,4 +411,4 @@ def _environment() -> Iterator[None]:
 def session() -> Iterator[bool]:
     """A Ray to work on; yields whether it is a private one, which does not grow."""
     with ray_session(env_vars=where_not_set(ONE_ARENA)):
-        yield not os.environ.get("RAY_ADDRESS")
+        yield cluster_address() is None

@@ -4,13 +4,10 @@ import math
 import multiprocessing
 import sys
 import threading
-import warnings
 from copy import deepcopy
 from functools import partial
 from itertools import permutations
 
-import numba
-import numpy as np
 import pytest
 import torch
 
@@ -454,21 +451,6 @@ def test_a_forked_process_goes_on():
         assert child.exitcode == 0
     finally:
         torch.set_num_threads(before)
-
-
-def test_what_numba_kept_is_damaged(monkeypatch, tmp_path):
-    monkeypatch.setattr(numba.core.config, "CACHE_DIR", str(tmp_path))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fused_cpu._compiled()
-        fused_cpu._compiled()
-    (index,) = tmp_path.rglob("*.nbi")
-    index.write_bytes(index.read_bytes()[:-9])
-    with pytest.warns(UserWarning, match="AdamATan2 is compiled anew at every start: "):
-        update = fused_cpu._compiled()
-    p, g, m, v = (np.ones(3, np.float32) for _ in range(4))
-    update(p, g, m, v, *(np.float32(0.5) for _ in range(7)))
-    assert np.all(p < 1)
 
 
 def test_an_interrupted_update_leaves_nobody_writing(monkeypatch):

@@ -21,7 +21,6 @@ import torch
 import yaml
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.train import WorkerGroupError
-from ray.train.torch.config import TorchConfig, _TorchBackend
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.worker_group import ExecutionGroup, WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -160,7 +159,7 @@ def test_when_the_session_of_a_run_ends_nothing_in_the_process_uses_it(config, r
 
 
 @dataclass
-class DiesWhileJoining(TorchConfig):
+class DiesWhileJoining(ray_overrides.Joined):
     """Kills a worker while the first process group is formed: number 1 before, or `joining` when all are to join."""
 
     marker: str = ""
@@ -171,7 +170,7 @@ class DiesWhileJoining(TorchConfig):
         return DyingBackend
 
 
-class DyingBackend(_TorchBackend):
+class DyingBackend(ray_overrides.JoinsWhereNeeded):
     def on_start(self, worker_group, backend_config):
         marker, victim = Path(backend_config.marker), backend_config.joining
         if not marker.exists():
@@ -334,7 +333,7 @@ def test_a_worker_killed_while_the_workers_join_leaves_nothing_reserved(
     """The two workers take the whole cluster: another start has room only if the dead one gave back its own."""
     marker = tmp_path / "killed"
     dying = partial(DiesWhileJoining, marker=str(marker), joining=joining)
-    monkeypatch.setattr("ray.train.torch.TorchConfig", dying)
+    monkeypatch.setattr(ray_overrides, "Joined", dying)
     summary, _ = trainer.train(TrainConfig(**config | {"scaling": on_ray(2)}), show_progress=False)
     assert marker.exists() and summary["finished"]
 
@@ -345,14 +344,13 @@ def test_where_no_worker_comes_though_there_is_room_ray_is_joined_anew(config, t
     program = """
         import json, sys
         from functools import partial
-        import ray.train.torch
         from ray.train.v2._internal.execution.controller import TrainController
         from hrm_ray.config.schema import TrainConfig
         from hrm_ray.training import ray_overrides, ray_train, trainer
         from tests.training.test_ray import DiesWhileJoining
         marker, config = sys.argv[1], json.loads(sys.argv[2])
         ray_overrides.Controller = TrainController  # Ray's own, which keeps what the dead start had reserved
-        ray.train.torch.TorchConfig, ray_train.COMING_S = partial(DiesWhileJoining, marker=marker), 8.0
+        ray_overrides.Joined, ray_train.COMING_S = partial(DiesWhileJoining, marker=marker), 8.0
         trainer.train(TrainConfig(**config))
     """
     scaling = {"mode": "ray", "num_workers": 2, "cpus_per_worker": (os.cpu_count() or 2) // 2}
@@ -383,21 +381,24 @@ def command(config: dict, *more: str) -> list[str]:
     return [sys.executable, "-m", "hrm_ray.cli", "train", *words, *more]
 
 
-@pytest.mark.parametrize("mode", ["ray", "local"])
-def test_a_signal_stops_with_a_checkpoint_and_the_same_command_continues(config, mode):
+@pytest.mark.parametrize(
+    ("mode", "number"),
+    [("ray", signal.SIGINT), ("ray", signal.SIGHUP), ("local", signal.SIGINT), ("local", signal.SIGHUP)],
+)
+def test_a_signal_stops_with_a_checkpoint_and_the_same_command_continues(config, mode, number):
     config |= {"epochs": 400, "max_steps": 2500, "eval_interval": 1000, "log_interval": 1}
     words = command(config, f"scaling={mode}", "scaling.num_workers=1")
     run = trainer.run_folder(TrainConfig(**config)).local_path
-    # A process group of its own, signalled whole: what Ctrl-C in a terminal does.
+    # A process group of its own, signalled whole: what Ctrl-C in a terminal does, and closing it.
     process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE, text=True)
     try:
         _wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text(), process)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         _, errors = process.communicate(timeout=60)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130, errors
+    assert process.returncode == 128 + number, errors
     assert "the same command continues" in errors
     stopped_at = finished(trainer.run_folder(TrainConfig(**config)))[-1].manifest.global_step
     assert 0 < stopped_at < 2500
@@ -439,6 +440,19 @@ def test_more_workers_than_the_machine_has_is_said_at_once(config, ray_cluster):
     with pytest.raises(UserError, match="needs 4 CPUs, this machine has 2; use fewer"):
         trainer.train(many, show_progress=False)
     assert not trainer.run_folder(many).exists()
+
+
+@pytest.mark.parametrize(
+    ("wish", "mend"),
+    [
+        ({"scaling": on_ray(1) | {"use_gpu": True}}, "scaling.use_gpu=true: .* use scaling.use_gpu=auto"),
+        ({"scaling": on_ray(2), "device": "cuda"}, "device=cuda: .* use device=auto"),
+        ({"scaling": on_ray(1) | {"cpus_per_worker": 3}}, "needs 3 CPUs, .* use scaling.cpus_per_worker=2"),
+    ],
+)
+def test_what_the_machine_has_not_is_said_with_what_mends_it(config, ray_cluster, wish, mend):
+    with pytest.raises(UserError, match=mend):
+        trainer.train(TrainConfig(**config | wish), show_progress=False)
 
 
 def test_time_is_up_although_no_worker_could_be_had(config, ray_cluster, monkeypatch):

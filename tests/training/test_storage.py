@@ -1,9 +1,12 @@
 """Files of a run: whole or not there, on any filesystem."""
 
+import resource
+import signal
+
 import pytest
 
 from hrm_ray.errors import UserError
-from hrm_ray.training.storage import Storage
+from hrm_ray.training.storage import Storage, is_full
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
@@ -40,3 +43,46 @@ def test_options_of_a_uri_stay_at_its_end():
 def test_an_unknown_scheme_is_named():
     with pytest.raises(UserError, match="storage sftp://host/runs"):
         Storage("sftp://host/runs")
+
+
+@pytest.mark.parametrize("name", ["what?x", "a#b", "50%", "%3F", "a b", "é&=c", "?"])
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_any_name_of_a_folder_is_that_folder(tmp_path, name, scheme):
+    """Only a URI has options behind a question mark; a name in one is quoted."""
+    run = Storage(f"{scheme}{tmp_path}") / name / "run"
+    run.write("x", b"1")
+    assert run.local_path == tmp_path / name / "run" and (tmp_path / name / "run" / "x").exists()
+    assert Storage(str(run)).read("x") == b"1"  # as a worker is told where it is
+    assert run.parent.name == name and str(run.parent.parent) == f"{scheme}{tmp_path}"
+
+
+def test_a_local_path_with_a_question_mark(tmp_path, monkeypatch):
+    (tmp_path / "a?b").mkdir()
+    monkeypatch.chdir(tmp_path / "a?b")
+    (Storage("runs") / "x").write("f", b"1")
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == [
+        "a?b",
+        "a?b/runs",
+        "a?b/runs/x",
+        "a?b/runs/x/f",
+    ]
+
+
+@pytest.fixture
+def small_files():
+    """No file of this process may have more than 100 bytes, as on a disk that is full then."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("how", ["write", "append"])
+def test_a_full_disk_names_the_file_and_leaves_no_part_of_a_whole_one(tmp_path, small_files, how):
+    run, content = Storage(tmp_path), "x" * 101
+    with pytest.raises(OSError, match="File too large") as info:
+        run.write("config.yaml", content.encode()) if how == "write" else run.append("config.yaml", content)
+    assert info.value.filename == str(tmp_path / "config.yaml") and is_full(info.value)
+    assert [p.name for p in tmp_path.iterdir()] == ([] if how == "write" else ["config.yaml"])

@@ -6,15 +6,15 @@ token d + 2. Random decisions are keyed (see keyed_random): the same whoever com
 """
 
 import numpy as np
-from numba import njit
 
 from hrm_ray.data.keyed_random import below, shuffle, stream
+from hrm_ray.machine_code import njit
 
 BLANK = 1
 FIRST_DIGIT = 2
 
 
-@njit(cache=True)
+@njit()
 def _place(cell, bit, grid, used, trail, num_placed, unit_of_cell):
     grid[cell] = bit
     for k in range(3):
@@ -23,7 +23,7 @@ def _place(cell, bit, grid, used, trail, num_placed, unit_of_cell):
     return num_placed + 1
 
 
-@njit(cache=True)
+@njit()
 def _undo(num_kept, grid, used, trail, num_placed, unit_of_cell):
     while num_placed > num_kept:
         num_placed -= 1
@@ -34,13 +34,13 @@ def _undo(num_kept, grid, used, trail, num_placed, unit_of_cell):
     return num_placed
 
 
-@njit(cache=True)
+@njit()
 def _candidates(cell, used, unit_of_cell, full):
     taken = used[unit_of_cell[cell, 0]] | used[unit_of_cell[cell, 1]] | used[unit_of_cell[cell, 2]]
     return full & ~taken
 
 
-@njit(cache=True)
+@njit()
 def _propagate(grid, used, trail, num_placed, cells_of_unit, unit_of_cell):
     """Place everything that is forced: cells with one candidate, digits with one place in a unit.
 
@@ -94,7 +94,7 @@ def _propagate(grid, used, trail, num_placed, cells_of_unit, unit_of_cell):
             return num_placed, best_cell
 
 
-@njit(cache=True)
+@njit()
 def _pick(left, state):
     """One set bit of `left`: the lowest, or a random one if there is a random state (uint64[1])."""
     if state.size:
@@ -108,7 +108,7 @@ def _pick(left, state):
     return left & -left
 
 
-@njit(cache=True)
+@njit()
 def solve_one(board, cells_of_unit, unit_of_cell, limit, state, solution):
     """Search for up to `limit` solutions of `board`; the first one found goes to `solution` (uint8[S]).
 
@@ -165,7 +165,7 @@ def solve_one(board, cells_of_unit, unit_of_cell, limit, state, solution):
         num_guesses += 1
 
 
-@njit(cache=True)
+@njit()
 def solve(boards, cells_of_unit, unit_of_cell):
     """Solve boards uint8[n, S]. Returns solutions uint8[n, S] (zeros where there is none), the number of solutions
     up to 2, int64[n], and the number of guesses, int64[n]."""
@@ -181,7 +181,7 @@ def solve(boards, cells_of_unit, unit_of_cell):
     return solutions, num_solutions, num_guesses
 
 
-@njit(cache=True)
+@njit()
 def generate(seed, first, count, num_clues, max_tries, cells_of_unit, unit_of_cell):
     """Generate puzzles number first..first+count-1 of `seed`: one solution, exactly `num_clues` clues.
 
@@ -223,7 +223,7 @@ def generate(seed, first, count, num_clues, max_tries, cells_of_unit, unit_of_ce
     return questions, answers
 
 
-@njit(cache=True)
+@njit()
 def _line_order(state, box_lines, order):
     """Draw an order of rows (or columns): whole bands change places, and lines within each band.
 
@@ -241,7 +241,7 @@ def _line_order(state, box_lines, order):
         shuffle(state, lines)
 
 
-@njit(cache=True)
+@njit()
 def draw_symmetry(state, box_rows, box_cols, source, digits):
     """Draw one of Sudoku's validity-preserving symmetries, uniformly: relabelling, bands, rows in bands, stacks,
     columns in stacks, and transposition where boxes are square.
@@ -268,7 +268,7 @@ def draw_symmetry(state, box_rows, box_cols, source, digits):
                 source[row * size + col] = rows[row] * size + cols[col]
 
 
-@njit(cache=True)
+@njit()
 def augment(questions, answers, groups, num_aug, seed, box_rows, box_cols):
     """Each puzzle followed by `num_aug` random symmetric copies; question and answer change together.
 
