@@ -43,3 +43,10 @@ def about_file(error: OSError) -> UserError | None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for use in one of ours; its type's name if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def shown(text: str, width: int = 100) -> str:
+    """Text of a file as it may stand in a message: on one line, control characters escaped, a long one cut."""
+    if len(text) > width:
+        text = text[: width - 3] + "..."
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -29,7 +29,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    # No option is without letters: such a word is one that begins with -, as a puzzle with - for its blanks.
+    words = [word for word in unknown if not any(map(str.isalpha, word))]
+    if len(words) < len(unknown) or (words and "words" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if words:
+        args.words = [*args.words, *words]
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:

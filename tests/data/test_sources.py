@@ -62,8 +62,8 @@ def test_text(tmp_path):
 
 
 def test_chunks_join_without_a_seam(tmp_path, monkeypatch):
-    monkeypatch.setattr("hrm_ray.data.sources._CSV_BLOCK_BYTES", 200)
-    monkeypatch.setattr("hrm_ray.data.sources._LINES_PER_CHUNK", 3)
+    monkeypatch.setattr("hrm_ray.data.puzzle_files._CSV_BLOCK_BYTES", 200)
+    monkeypatch.setattr("hrm_ray.data.puzzle_files._ROWS_PER_CHUNK", 3)
     questions = [blanked(SOLVED, i % 16) for i in range(50)]
     expected = np.array([TASK.parse(question) for question in questions])
     (tmp_path / "a.txt").write_text("\n".join(questions))
