@@ -17,11 +17,11 @@ from typing import IO, Any, BinaryIO
 
 import pyarrow as pa
 
-from hrm_ray.errors import UserError, first_line
+from hrm_ray.errors import UserError, first_line, shown
 
 HEAD_BYTES = 1 << 18  # what is looked at to find out how a file is written
 
-_ZIP = b"PK\x03\x04"
+_ZIP = b"PK\x03\x04", b"PK\x05\x06"  # the latter is empty
 _PACKED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _MAX_LAYERS = 4  # a zip in a gzip in a zip in ...
 _MARKS = {
@@ -112,9 +112,10 @@ def _only_member(path: Path, archive: zipfile.ZipFile) -> str:
     if {"[Content_Types].xml", "content.xml"} & set(names):
         raise UserError(f"{path} is a spreadsheet or a document; save its puzzles as CSV")
     if len(names) != 1:
-        some = ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
-        hint = f"; name one, as {path}/{names[0]!r}" if names else ""
-        raise UserError(f"{path} holds {len(names)} files{': ' * bool(names)}{some}{hint}")
+        if not names:
+            raise UserError(f"{path} holds no files")
+        some = ", ".join(shown(name) for name in names[:5]) + ", ..." * (len(names) > 5)
+        raise UserError(f"{path} holds {len(names)} files ({some}); name one, as {path}/{shown(names[0])}")
     return names[0]
 
 
@@ -130,7 +131,7 @@ def encoding_of(path: Path, head: bytes) -> str:
     if half and max(zeros) > 0.9 * half and min(zeros) == 0:
         return "utf-16-be" if zeros[0] else "utf-16-le"
     num_controls = len(head) - len(head.translate(None, _CONTROLS))
-    if any(zeros) or num_controls > len(head) // 100:
+    if any(zeros) or num_controls > 3 + len(head) // 100:
         raise UserError(
             f"{path} is no text file, and no JSON, Parquet, gzip or zip file; save the puzzles as CSV or text"
         )

@@ -15,7 +15,7 @@ from hrm_ray.errors import UserError, shown
 
 _BETWEEN_CELLS = str.maketrans("", "", " \t|,;:\"'()[]{}│┃║")
 _BETWEEN_FIELDS = re.compile(r"[\s,;:/|\"'#()\[\]{}<>=]+")
-_FRAME = set("+-=|*_~# \t") | {chr(code) for code in range(0x2500, 0x2580)}  # the latter draw boxes
+_FRAME = set("+-=|*_~# \t,;()[]{}") | {chr(code) for code in range(0x2500, 0x2580)}  # the latter draw boxes
 _FRAME_WITH_DASHES = _FRAME | set(".:'")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _SEPARATORS = ",;\t"
@@ -200,22 +200,50 @@ class _Finder:
     def _in_line(self, line: int, raw: str) -> Found | None:
         """The puzzle of a line that holds more than that: spaces or commas, its answer, a remark."""
         cells, size = self.cells, self.cells.size
-        first, behind = cells.plain(raw[:size]), raw[size : size + 1]
-        if first and _BETWEEN_FIELDS.fullmatch(behind) and not (" " in raw[:size] and behind.isspace()):
-            grids = [first, *_grids(cells, _BETWEEN_FIELDS.split(raw[size:]))]
+        start, behind = raw[:size], raw[size : size + 1]
+        fields = [text for text in _BETWEEN_FIELDS.split(raw) if text]
+        if grids := cells.of_fields(raw):
+            fields = []
+        elif (
+            (first := cells.plain(start))
+            and _BETWEEN_FIELDS.fullmatch(behind)
+            and behind not in start
+            and not (" " in start and behind.isspace())
+        ):
+            fields = _BETWEEN_FIELDS.split(raw[size:])
+            grids = [first, *_grids(cells, fields)]
+        elif taken := _take(cells, fields):
+            following = _take(cells, taken[1])
+            grids = [taken[0], *([following[0]] if following else _grids(cells, taken[1]))]
+            fields = [] if following else taken[1]
         else:
-            fields = [text for text in _BETWEEN_FIELDS.split(raw) if text]
             grids = _grids(cells, fields)
-            if not grids and (taken := _take(cells, fields)):
-                following = _take(cells, taken[1])
-                grids = [taken[0], *([following[0]] if following else _grids(cells, taken[1]))]
-            grids = grids or cells.of_fields(raw)
         grids = list(dict.fromkeys(grids))
         complete = [chars for chars in grids if cells.is_complete(chars)]
         if len(complete) > 1 or len(grids) - len(complete) > 1:
             return Found(line, problem=f"{len(grids)} puzzles on one line; give each a line of its own")
+        if grids and (damaged := self._damaged(fields)):
+            return Found(
+                line, problem=f"'{shown(damaged)}', on the line of a puzzle, is no other of {size} cells"
+            )
         grids.sort(key=cells.is_complete)  # the question, then its answer
         return Found(line, *grids) if grids else None
+
+    def _damaged(self, fields: list[str]) -> str | None:
+        """What among the fields of a line may be left of a puzzle or an answer."""
+        cells, symbols = self.cells, set(self.cells.symbols)
+        left = [text for text in fields if cells.plain(text) is None]
+        in_cells = [text for text in left if not set(text).difference(cells.symbols, cells.blanks)]
+        for text in [*left, "".join(in_cells)]:
+            others = set(text).difference(cells.symbols, cells.blanks)
+            if (
+                len(text) >= cells.size // 2
+                and len(others) <= 1
+                and symbols & set(text)
+                and len(text) < 2 * cells.size
+            ):
+                return text
+        return None
 
     def _add_labelled(self, found: Found, text: str) -> None:
         """Add the puzzle of a line which may say what it is."""
@@ -244,7 +272,7 @@ class _Finder:
     def _row(self, line: int, raw: str) -> _Row | None:
         """A line as a row of a grid, its frame left out; None if it is none."""
         cells, width, blank = self.cells, self.cells.width, self.cells.blanks[0]
-        if len(raw) < width or len(raw) > 8 * width + 16:
+        if len(raw) < width or len(raw) > 8 * width + 16 or cells.of_fields(raw):
             return None
         if ("'" in raw or "!" in raw or "|   |" in raw) and (row := self._marked_row(line, raw)):
             return row
@@ -323,7 +351,7 @@ class _Finder:
             count = (
                 f"{len(rows)} row{'s' * (len(rows) > 1)} of {cells.width} cells, where a grid has {height}"
             )
-            self.found.append(Found(rows[0].line, problem=f"{count}; is a line missing, or one too many?"))
+            self.found.append(Found(rows[0].line, problem=f"{count}: one may be missing, or too many"))
             return
         for start in range(0, len(rows), height):
             grid = rows[start : start + height]
@@ -398,7 +426,8 @@ def choose_columns(
         [reads(row[i]) for row in rows if i < len(row) and row[i] and (row[i] or "").strip()]
         for i in range(len(names))
     ]
-    held = [i for i, column in enumerate(grids) if sum(map(bool, column)) * 2 > len(column)]
+    some = [i for i in range(len(names)) if any(grids[i])]
+    held = [i for i in some if sum(map(bool, grids[i])) * 2 >= len(grids[i])] or some
     has_blanks = [i for i in held if any(chars and not is_complete(chars) for chars in grids[i])]
 
     def named(wanted: set[str], among: list[int]) -> list[int]:

@@ -5,6 +5,7 @@ as the published ones are, goes through Arrow's reader, which is some ten times 
 """
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ _CSV_BLOCK_BYTES = 1 << 22
 _ROWS_LOOKED_AT = 100
 _LONGEST_LINE = 1 << 20
 _SEPARATORS = ",;\t|"
-_NAMED = ".csv", ".tsv"  # files that surely are tables
+_TABLES = ".csv", ".tsv"  # files that surely are some
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,9 @@ class PuzzleFile:
             if not self._head:
                 raise UserError(f"{path} is empty")
             self._encoding = "" if self._head.startswith(_Parquet.MAGIC) else encoding_of(path, self._head)
-            self._table = self._find_table()
-            self._columns = self._choose() if self._table else None
-        if self._columns is None:
-            self._table = None
+            table = self._find_table()
+            self._columns = self._choose(table) if table else None
+            self._table = table if self._columns else None
 
     @property
     def unit(self) -> str:
@@ -129,30 +129,36 @@ class PuzzleFile:
     def _find_table(self) -> _Table | None:
         if not self._encoding:
             return _Parquet(self.path)
-        head = self._head.decode(self._encoding, errors="replace")
-        if head.lstrip().startswith(("{", "[")) and (
-            table := _json_table(self.path, self._encoding, head, self.reads)
-        ):
-            return table
-        lines = head.splitlines(keepends=True)
-        if len(self._head) == HEAD_BYTES and len(lines) > 1:
-            del lines[-1]  # cut somewhere
-        return _csv_table(self.path, self._encoding, lines, self.reads)
+        head = self._head.decode(self._encoding, errors="replace").removeprefix("\ufeff")
+        table: _Table | None = None
+        if head.lstrip().startswith(("{", "[")):
+            table = _json_table(self.path, self._encoding, head, self.reads)
+        return table or _csv_table(self.path, self._encoding, self._first_lines(head), self.reads)
 
-    def _choose(self) -> Columns | None:
-        assert self._table
-        columns = choose_columns(
-            str(self.path), self._table.names, self._table.rows, self.reads, self._is_complete
-        )
-        if columns is None and (
-            not isinstance(self._table, _Csv) or self.path.name.lower().removesuffix(".gz").endswith(_NAMED)
-        ):
-            names = ", ".join(shown(name, 40) for name in self._table.names[:20])
+    def _first_lines(self, head: str) -> list[str]:
+        lines = io.StringIO(head, newline=None).readlines()
+        return (
+            lines[:-1] if len(self._head) == HEAD_BYTES and len(lines) > 1 else lines
+        )  # the last is cut somewhere
+
+    def _choose(self, table: _Table) -> Columns | None:
+        columns = choose_columns(str(self.path), table.names, table.rows, self.reads, self._is_complete)
+        if columns is None and table.names and not self._may_be_text(table):
+            names = ", ".join(shown(name, 40) for name in table.names[:20])
             raise UserError(
                 f"{self.path} has no column 'question' (it has: {names}), and none that holds puzzles of "
                 f"{self.task.seq_len} cells; name one 'question', and one 'answer' if answers are given"
             )
         return columns
+
+    def _may_be_text(self, table: _Table) -> bool:
+        """Whether a table without a column of puzzles may be none: a heading with a comma, one column a cell."""
+        if not isinstance(table, _Csv) or not self.path.name.lower().removesuffix(".gz").endswith(_TABLES):
+            return isinstance(table, _Csv)
+        cells, lines = self.task.cells, self._first_lines(self._head.decode(self._encoding, errors="replace"))
+        return cells is not None and any(
+            cells.plain(found.question) for found in find_puzzles(lines, cells) if not found.problem
+        )
 
     def reads(self, text: str) -> str | None:
         """The puzzle that `text` is; None if it is none."""
@@ -366,6 +372,8 @@ def _json_table(path: Path, encoding: str, head: str, reads: Callable[[str], obj
     """The JSON that `head` begins; None if it is none, but may be text."""
 
     def is_puzzle(value: Any) -> bool:
+        if isinstance(value, list) and len(value) < 2:  # a list of one puzzle
+            return False
         text = _text_of(value)
         return bool(text and reads(text))
 
@@ -411,7 +419,7 @@ def _records(path: Path, value: Any, is_puzzle: Callable[[Any], bool]) -> list[d
         if len(found) > 1:
             some = ", ".join(f"'{shown(name, 40)}'" for name in list(found)[:5])
             raise UserError(f"{path} holds puzzles under several names ({some}); give a file for each")
-        return next(iter(found.values()), [] if columns else [value])
+        return next(iter(found.values()), [] if columns or not value else [value])
     if (
         not isinstance(value, list)
         or is_puzzle(value)

@@ -28,7 +28,7 @@ PACKED = (".gz", ".bz2", ".xz", ".zip")
 _PART_NAME = re.compile(r"(train|test)(-\d+-of-\d+)?((?:\.[a-z0-9]+)+)", re.IGNORECASE)
 _PATTERNS = [f"{folder}{part}*" for folder in ("", "data/") for part in PARTS]  # of a Hugging Face dataset
 _MAX_LISTED = 20
-_RATING = r"^\d{1,18}(\.\d*)?$"  # min_difficulty is whole: what is behind the point does not count
+_RATING = r"^-?\d{1,18}(\.\d*)?$"  # min_difficulty is whole: what is behind the point does not count
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,8 @@ def _encode(column: pa.Array, task: Sudoku) -> tuple[np.ndarray, np.ndarray]:
         codes = np.frombuffer(texts.buffers()[2], np.uint8)[ends[0] : ends[-1]]
         tokens[fits] = task.encode(codes.reshape(-1, task.seq_len))
     good = (tokens != 0).all(axis=1)
-    for i in np.flatnonzero(~good):  # the few that are not written as most are
+    given = pc.greater(pc.binary_length(column), 0).to_numpy(zero_copy_only=False)
+    for i in np.flatnonzero(given & ~good):  # the few that are not written as most are
         if chars := task.cells.whole(column[i].as_py()):
             tokens[i], good[i] = task.parse(chars), True
     return tokens, good

@@ -102,7 +102,7 @@ BAD_ROWS = {
         f"web,{blanked(SOLVED, 0)},{SOLVED[1:]},1",
         "15 characters, where 4x4 Sudoku has 16",
     ),
-    "rating": (f"web,{blanked(SOLVED, 0)},{SOLVED},hard", "rating 'hard' is no whole number"),
+    "rating": (f"web,{blanked(SOLVED, 0)},{SOLVED},hard", "rating 'hard' is no number"),
 }
 
 
@@ -191,7 +191,8 @@ def test_hugging_face(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert open_source("owner/puzzles").parts == {"train": tmp_path / "train.csv"}
-    assert calls == [("owner/puzzles", {"repo_type": "dataset", "allow_patterns": ["*.csv"]})]
+    patterns = ["train*", "test*", "data/train*", "data/test*"]
+    assert calls == [("owner/puzzles", {"repo_type": "dataset", "allow_patterns": patterns})]
 
     def offline(repo_id, **options):
         raise ConnectionError("Network is unreachable\nlong story")
