@@ -57,6 +57,11 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def shown(text: str, width: int = 100) -> str:
+    """Text of a file as it may stand in a message: on one line, control characters escaped, a long one cut."""
+    return one_line(text if len(text) <= width else f"{text[: width - 3]}...")
+
+
 def one_line(text: str) -> str:
     """`text` with control characters spelled out (``\\r``), and its middle left out if it is long."""
     if not text.isprintable():

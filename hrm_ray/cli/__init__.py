@@ -40,13 +40,26 @@ def check_line_ends(words: Sequence[str]) -> None:
             )
 
 
+def read_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """What the words of a command mean to its parser."""
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(words)
+    # No option is without letters: such a word is one that begins with -, as a puzzle with - for its blanks.
+    more = [word for word in unknown if not any(map(str.isalpha, word))]
+    if len(more) < len(unknown) or (more and "words" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if more:
+        args.words = [*args.words, *more]
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     try:
         with streams.usable():
             words = sys.argv[1:] if argv is None else list(argv)
             check_line_ends(words)
-            args = build_parser().parse_args(words)
+            args = read_arguments(words)
             return args.run(args) or 0
     except KeyboardInterrupt:
         return 130

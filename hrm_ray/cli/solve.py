@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,15 @@ from hrm_ray.cli.command import add
 from hrm_ray.cli.evaluate import inference_of, load_solver
 from hrm_ray.config.inference import Inference
 from hrm_ray.config.validate import read_words, validated
-from hrm_ray.errors import UserError
+from hrm_ray.data.puzzle_files import PuzzleFile
+from hrm_ray.errors import UserError, shown
 
 if TYPE_CHECKING:
     import numpy as np
 
     from hrm_ray.api import Solver
+
+_KEY_VALUE = re.compile(r"[A-Za-z_][\w.]*=")  # not a puzzle with = for its blanks
 
 
 class SolveOptions(Inference):
@@ -33,9 +37,9 @@ class SolveOptions(Inference):
 
 def solve(args: argparse.Namespace) -> None:
     solver = load_solver(args.checkpoint)
-    named = [word for word in args.words if "=" in word]
+    named = [word for word in args.words if _KEY_VALUE.match(word) and not _is_file(word)]
     options = validated(SolveOptions, read_words(named, SolveOptions), args.title)
-    puzzles = _read_puzzles(solver, [word for word in args.words if "=" not in word], options)
+    puzzles = _read_puzzles(solver, [word for word in args.words if word not in named], options)
     solutions = solver.solve(puzzles, batch_size=options.batch_size, **inference_of(options))
     if args.json:
         for s in solutions:
@@ -51,30 +55,30 @@ def solve(args: argparse.Namespace) -> None:
 
 
 def _read_puzzles(solver: "Solver", words: Sequence[str], options: SolveOptions) -> list["np.ndarray"]:
-    """The puzzles that are meant: one puzzle, a file of them, or examples of a dataset."""
+    """The puzzles that are meant: one puzzle, a file of them, or examples of a dataset. A file's name is the file."""
     if options.data is not None and not words:
         return solver.questions(options.data, split=options.split, index=options.index, count=options.count)
     if len(words) != 1 or options.data is not None:
         raise UserError("give one puzzle (without spaces), one file, or data=DIR")
     word = words[0]
-    file = Path(word)
-    if len(word) < 255 and file.is_file():
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            raise UserError(f"{file} is no text file; give one with a puzzle on each line") from None
-        numbered = [(f"{file}:{n}", line.strip()) for n, line in enumerate(lines, 1)]
-        puzzles = [_read_puzzle(solver, t, where) for where, t in numbered if t and not t.startswith("#")]
-        if not puzzles:
-            raise UserError(f"{file} holds no puzzle")
-        return puzzles
-    return [_read_puzzle(solver, word, f"'{word}' is no file and no puzzle to solve")]
+    if not _is_file(word):
+        return [_read_puzzle(solver, word, f"'{shown(word)}' is no file and no puzzle to solve")]
+    file = PuzzleFile(Path(word), solver.task)
+    puzzles = [_read_puzzle(solver, text, f"{file.path}:{place}") for place, text in file.questions()]
+    if not puzzles:
+        raise UserError(f"{file.path} holds no puzzle")
+    return puzzles
+
+
+def _is_file(word: str) -> bool:
+    return len(word) < 255 and Path(word).is_file()
 
 
 def _read_puzzle(solver: "Solver", text: str, where: str) -> "np.ndarray":
     question = solver.parse(text, where)
     if solver.task.num_solutions(question) == 2:
-        print(f"note: '{text}' has several solutions; any of them counts as valid", file=sys.stderr)
+        puzzle = solver.task.to_text(question)
+        print(f"note: '{puzzle}' has several solutions; any of them counts as valid", file=sys.stderr)
     return question
 
 
@@ -94,7 +98,7 @@ def register(commands: Any) -> None:
         "words",
         nargs="*",
         metavar="PUZZLE",
-        help="a puzzle, a file with one a line, or data=DIR [split=test] [index=0] [count=1]; "
+        help="a puzzle, a file of puzzles, or data=DIR [split=test] [index=0] [count=1]; "
         "[halt=max|learned] [halt_max_steps=N] [votes=K] [batch_size=N]",
     )
     p.add_argument("--json", action="store_true", help="print one JSON object a puzzle")

@@ -190,8 +190,18 @@ class _Job:
             test = self._solve(test, source.parts.get("test", source.parts["train"]), "check test")
             chosen = self._solve(chosen, source.parts["train"], "check train")
         if not len(chosen):
-            raise UserError(f"source={recipe.source}: no training puzzles are left; loosen the recipe")
+            raise UserError(f"source={recipe.source}: no training puzzles are left; {self._why_none_left()}")
         return chosen, test
+
+    def _why_none_left(self) -> str:
+        if not self.bad.count:
+            return "loosen the recipe"
+        if self.show_progress:
+            for line in self._skipped():
+                print(line, file=sys.stderr)
+        some = self.bad.listed()[:3]
+        more = f"; and {self.bad.count - len(some)} more" if self.bad.count > len(some) else ""
+        return f"{self.bad.count} bad rows were skipped: {'; '.join(some)}{more}"
 
     def _read(self, source: Source, part: str) -> Iterator[Rows]:
         recipe = self.recipe
@@ -338,16 +348,20 @@ class _Job:
 
     def notes(self) -> Iterator[str]:
         """The same for a person; nothing to tell, no line."""
-        if self.bad.count:
-            listed = self.bad.listed()
-            yield f"skipped {self.bad.count} bad rows:"
-            yield from (f"  {line}" for line in listed)
-            if self.bad.count > len(listed):
-                yield f"  and {self.bad.count - len(listed)} more"
+        yield from self._skipped()
         yield (
             f"dropped because they equal a test example: {self.num_groups_in_test} training puzzles, "
             f"{self.num_examples_in_test} augmentations"
         )
+
+    def _skipped(self) -> Iterator[str]:
+        if not self.bad.count:
+            return
+        listed = self.bad.listed()
+        yield f"skipped {self.bad.count} bad rows:"
+        yield from (f"  {line}" for line in listed)
+        if self.bad.count > len(listed):
+            yield f"  and {self.bad.count - len(listed)} more"
 
 
 # What runs in Ray's workers

@@ -99,9 +99,9 @@ def test_bytes_do_not_depend_on_cpus_blocks_or_chunks(tmp_path, folder, ray_clus
     values = {"subsample_size": 30, "num_aug": 100, "rows_per_shard": 1000, "rate": True, "seed": 5}
     run(tmp_path / "two", folder, **values)
     script = (
-        "import sys, ray; from hrm_ray.data import pipeline, sources; from hrm_ray.data.recipe import Recipe;"
+        "import sys, ray; from hrm_ray.data import pipeline, puzzle_files; from hrm_ray.data.recipe import Recipe;"
         "ray.init(address='local', num_cpus=1, include_dashboard=False, log_to_driver=False);"
-        "pipeline._ROWS_PER_TASK = 700; sources._CSV_BLOCK_BYTES = 500;"
+        "pipeline._ROWS_PER_TASK = 700; puzzle_files._CSV_BLOCK_BYTES = 500;"
         f"pipeline.build(Recipe(source={str(folder)!r}, size=4, **{values!r}), sys.argv[1], show_progress=False)"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "one")], check=True, env=os.environ)

@@ -62,8 +62,8 @@ def test_text(tmp_path):
 
 
 def test_chunks_join_without_a_seam(tmp_path, monkeypatch):
-    monkeypatch.setattr("hrm_ray.data.sources._CSV_BLOCK_BYTES", 200)
-    monkeypatch.setattr("hrm_ray.data.sources._LINES_PER_CHUNK", 3)
+    monkeypatch.setattr("hrm_ray.data.puzzle_files._CSV_BLOCK_BYTES", 200)
+    monkeypatch.setattr("hrm_ray.data.puzzle_files._ROWS_PER_CHUNK", 3)
     questions = [blanked(SOLVED, i % 16) for i in range(50)]
     expected = np.array([TASK.parse(question) for question in questions])
     (tmp_path / "a.txt").write_text("\n".join(questions))
@@ -102,7 +102,7 @@ BAD_ROWS = {
         f"web,{blanked(SOLVED, 0)},{SOLVED[1:]},1",
         "15 characters, where 4x4 Sudoku has 16",
     ),
-    "rating": (f"web,{blanked(SOLVED, 0)},{SOLVED},hard", "rating 'hard' is no whole number"),
+    "rating": (f"web,{blanked(SOLVED, 0)},{SOLVED},hard", "rating 'hard' is no number"),
 }
 
 
@@ -191,7 +191,8 @@ def test_hugging_face(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert open_source("owner/puzzles").parts == {"train": tmp_path / "train.csv"}
-    assert calls == [("owner/puzzles", {"repo_type": "dataset", "allow_patterns": ["*.csv"]})]
+    patterns = ["train*", "test*", "data/train*", "data/test*"]
+    assert calls == [("owner/puzzles", {"repo_type": "dataset", "allow_patterns": patterns})]
 
     def offline(repo_id, **options):
         raise ConnectionError("Network is unreachable\nlong story")

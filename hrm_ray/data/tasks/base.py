@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from hrm_ray.config.validate import nearest
-from hrm_ray.errors import UserError
+from hrm_ray.data.layout import Cells
+from hrm_ray.errors import UserError, shown
 
 
 class Task(ABC):
@@ -24,6 +25,7 @@ class Task(ABC):
         seq_len: tokens in a question, and in an answer.
         pad_id, ignore_label_id, blank_identifier_id: as in the published data sets.
         checkable: whether `is_solution` can tell right from wrong.
+        cells: how its puzzles are written, for the reader of files; None: as `parse` says, one a line.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Task(ABC):
     ignore_label_id: int | None = 0
     blank_identifier_id: int = 0
     checkable: bool = True
+    cells: Cells | None = None
 
     @abstractmethod
     def parse(self, text: str) -> np.ndarray:
@@ -81,7 +84,9 @@ class Tokens(Task):
         words = text.replace(",", " ").split()
         for position, word in enumerate(words, start=1):
             if not word.isdecimal() or int(word) >= self.vocab_size:
-                raise UserError(f"token '{word}' at position {position}; allowed: 0..{self.vocab_size - 1}")
+                raise UserError(
+                    f"token '{shown(word)}' at position {position}; allowed: 0..{self.vocab_size - 1}"
+                )
         if len(words) != self.seq_len:
             raise UserError(f"{len(words)} tokens, where {self.seq_len} are needed")
         return np.array(words, dtype=np.uint8)

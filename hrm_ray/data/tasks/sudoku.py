@@ -10,8 +10,9 @@ from types import ModuleType
 
 import numpy as np
 
+from hrm_ray.data.layout import Cells
 from hrm_ray.data.tasks.base import Task
-from hrm_ray.errors import UserError
+from hrm_ray.errors import UserError, shown
 
 BLANK = 1
 FIRST_DIGIT = 2
@@ -37,28 +38,27 @@ class Sudoku(Task):
         self.box_rows, self.box_cols = BOX_SHAPES[size]
         self.vocab_size = size + FIRST_DIGIT
         self.seq_len = size * size
+        digits = "".join(str(digit) for digit in range(1, size + 1))
+        self.cells = Cells(width=size, height=size, symbols=digits, blanks=".0")
         # Character code -> token; 0 where the character is impossible.
         self._token_of_char = np.zeros(256, np.uint8)
         self._token_of_char[[ord("."), ord("0")]] = BLANK
-        for digit in range(1, size + 1):
-            self._token_of_char[ord(str(digit))] = digit + 1
+        self._token_of_char[[ord(digit) for digit in digits]] = np.arange(size) + FIRST_DIGIT
 
     # Text
 
     def parse(self, text: str) -> np.ndarray:
+        if puzzle := self.cells.whole(text):
+            return self._token_of_char[[ord(char) for char in puzzle]]
         chars = "".join(text.split())
         for position, char in enumerate(chars[: self.seq_len]):
             if ord(char) > 255 or self._token_of_char[ord(char)] == 0:
                 row, col = divmod(position, self.size)
                 raise UserError(
-                    f"impossible digit '{char}' in row {row + 1}, column {col + 1}; "
+                    f"impossible digit '{shown(char)}' in row {row + 1}, column {col + 1}; "
                     f"allowed: 1-{self.size}, and . or 0 for a blank"
                 )
-        if len(chars) != self.seq_len:
-            raise UserError(
-                f"{len(chars)} characters, where {self.size}x{self.size} Sudoku has {self.seq_len}"
-            )
-        return self._token_of_char[[ord(char) for char in chars]]
+        raise UserError(f"{len(chars)} characters, where {self.size}x{self.size} Sudoku has {self.seq_len}")
 
     def encode(self, codes: np.ndarray) -> np.ndarray:
         """Tokens of many puzzles at once: character codes uint8[n, seq_len] -> uint8[n, seq_len], 0 (pad) where a
@@ -141,7 +141,7 @@ class Sudoku(Task):
         try:
             inputs = self.parse(question)
         except UserError as error:
-            return f"question '{_shorten(question)}': {error}"
+            return f"question '{shown(question)}': {error}"
         if contradiction := self.contradiction(inputs):
             return f"question '{question}': its clues contradict: {contradiction}"
         if not answer:
@@ -149,7 +149,7 @@ class Sudoku(Task):
         try:
             outputs = self.parse(answer)
         except UserError as error:
-            return f"answer '{_shorten(answer)}': {error}"
+            return f"answer '{shown(answer)}': {error}"
         if self.is_solution(inputs[None], outputs[None])[0]:
             return None
         differ = np.flatnonzero((inputs != outputs) & (inputs != BLANK))
@@ -245,7 +245,3 @@ class Sudoku(Task):
         tokens = np.tile(np.arange(self.vocab_size), (count, 1))
         tokens[:, FIRST_DIGIT:] = FIRST_DIGIT + np.array(list(found))
         return tokens
-
-
-def _shorten(text: str, width: int = 100) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
