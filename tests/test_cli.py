@@ -57,9 +57,11 @@ def is_of_the_own_model(words: list[str]) -> bool:
     return "arch=gated" in words
 
 
-COMMANDS = [words for words in commands_in(TEXT) if not is_of_the_own_model(words)] + examples_of(
-    build_parser()
-)
+COMMANDS = [words for words in commands_in(TEXT) if not is_of_the_own_model(words)]
+COMMANDS += examples_of(build_parser())
+COMMANDS += [
+    ["train", *words.split()] for words in re.findall(r"\| `(experiment=[^`]+)` \|", TEXT)
+]  # in tables
 
 
 @pytest.mark.parametrize("words", sorted(set(map(tuple, COMMANDS))), ids=" ".join)
