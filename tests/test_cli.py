@@ -17,6 +17,7 @@ from hrm_ray import memory
 from hrm_ray.cli import build_parser, main
 from hrm_ray.cli.command import options_of
 from hrm_ray.cli.data import build_options
+from hrm_ray.cli.tune import VERBS
 from hrm_ray.config.compose import choices, train_config
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import known_keys
@@ -25,18 +26,20 @@ from hrm_ray.data.recipe import recipe_names
 from hrm_ray.data.tasks.base import get_task
 from hrm_ray.data.writer import DatasetWriter, balanced_cuts
 from hrm_ray.training import trainer
-from hrm_ray.tuning.config import sweep_names
+from hrm_ray.tuning.config import load_sweep, sweep_names
 from tests.toy import ARCH, toy_config, toy_dataset
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+TEXT = "\n".join(page.read_text() for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+# Files that the pages tell their reader to write, by name.
+EXAMPLES = dict(re.findall(r"`(\w+\.yaml)`[^`]*\n\n```yaml\n(.*?)^```", TEXT, flags=re.M | re.S))
 
 
 def commands_in(text: str) -> list[list[str]]:
-    """Every line `hrm-ray ...` of a text's code blocks, split into words."""
-    blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.M | re.S)
-    lines = [line for block in blocks for line in block.splitlines() if line.startswith("hrm-ray ")]
-    return [shlex.split(line, comments=True)[1:] for line in lines]
+    """Every line `hrm-ray ...` of a text's code blocks, also behind VARIABLE=value, split into words."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.M | re.S)
+    lines = re.findall(r"^(?:\$ )?(?:[A-Z_]+=\S+ )*hrm-ray (.*)$", "\n".join(blocks), flags=re.M)
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 def examples_of(parser) -> list[list[str]]:
@@ -52,12 +55,29 @@ def examples_of(parser) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("words", commands_in(README) + examples_of(build_parser()), ids=" ".join)
-def test_every_command_in_readme_and_help_is_understood(words):
+def is_of_the_own_model(words: list[str]) -> bool:
+    """Whether a command needs the model that a page shows how to add; tests/test_extend.py runs it."""
+    return "arch=gated" in words
+
+
+COMMANDS = [words for words in commands_in(TEXT) if not is_of_the_own_model(words)]
+COMMANDS += examples_of(build_parser())
+COMMANDS += [
+    ["train", *words.split()] for words in re.findall(r"\| `(experiment=[^`]+)` \|", TEXT)
+]  # in tables
+
+
+@pytest.mark.parametrize("words", sorted(set(map(tuple, COMMANDS))), ids=" ".join)
+def test_every_command_in_the_pages_and_in_help_is_understood(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, content in EXAMPLES.items():
+        Path(name).write_text(content)
     args = build_parser().parse_args(words)
     if args.command == "train":
         train_config(args.words)
-    if words[:2] == ["data", "build"]:
+    if args.command == "tune" and args.sweep not in VERBS:
+        load_sweep(args.sweep, args.words)
+    if words[:2] == ("data", "build"):
         build_options(args.words)
     if "options" in args and all("=" in word for word in args.words):  # the others are puzzles
         options_of(args)

@@ -1,25 +1,105 @@
-"""The pages say nothing that is not there."""
+"""The pages name nothing that is not there, and keep their size."""
 
+import importlib
 import re
+from functools import reduce
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
+from hrm_ray.config.arch import architectures
+from hrm_ray.config.schema import TrainConfig
+from hrm_ray.config.validate import known_keys
+
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+README = ROOT / "README.md"
+PAGES = sorted([README, *(ROOT / "docs").glob("*.md")])
+MAX_LINES = {"README.md": 150, "performance.md": 120}
+MAX_WIDTH = 130  # outside tables
+FENCE = re.compile(r"^```.*?^```\n", flags=re.M | re.S)
+AVOIDED = ("anew", "want of", "of ours", "heed", "lest", "does well to", "others' reruns")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere_and_nothing_is_left_to_fill_in(page):
-    text = page.read_text()
-    links = re.findall(r"\]\(([^)#]+)\)", text)
-    for link in links:
-        assert link.startswith("http") or (page.parent / link).exists(), link
-    assert not re.findall(r"\b[A-Z]{3,}_[A-Z_]{3,}\b", re.sub(r"`[^`]*`|RAY_ADDRESS", "", text))
+def each_page(test):
+    return pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)(test)
+
+
+def anchors(page: Path) -> set[str]:
+    """The names by which links reach the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@each_page
+def test_nothing_is_left_to_fill_in(page):
+    assert not re.findall(r"\b[A-Z]{3,}_[A-Z_]{3,}\b", re.sub(r"`[^`]*`|RAY_ADDRESS", "", page.read_text()))
+
+
+@each_page
+def test_pages_are_short_and_lines_fit_a_screen(page):
+    lines = page.read_text().splitlines()
+    assert len(lines) <= MAX_LINES.get(page.name, len(lines))
+    assert not [line for line in lines if len(line) > MAX_WIDTH and not line.startswith("|")]
+
+
+@each_page
+def test_words_are_plain(page):
+    text = page.read_text().lower()
+    assert not [words for words in AVOIDED if re.search(rf"\b{words}\b", text)]
+
+
+@each_page
+def test_benchmarks_and_make_targets_exist(page):
+    text, targets = page.read_text(), re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    for module in re.findall(r"python -m (benchmarks\.\w+)", text):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+    for target in re.findall(r"(?:`|^)make ([a-z-]+)", text, flags=re.M):
+        assert target in targets, target
 
 
 def test_every_recipe_experiment_and_sweep_is_in_the_readme():
-    readme = (ROOT / "README.md").read_text()
+    readme = README.read_text()
     for folder in ("datasets", "hrm_ray/config/experiment", "tune_configs"):
         for file in (ROOT / folder).glob("*.yaml"):
-            assert f"`{file.stem}`" in readme, file
+            assert re.search(rf"`([^`]*[= ])?{file.stem}\b", readme), file
+
+
+def test_every_page_is_in_the_readme():
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{page.name})" in README.read_text(), page
+
+
+PAPERS = re.sub(r"```.*?```", "", (ROOT / "docs/paper-to-code.md").read_text(), flags=re.S)
+SPANS = re.findall(r"`([^`]+)`", PAPERS)
+
+
+@pytest.mark.parametrize(
+    "name", sorted({s for s in SPANS if re.match(r"(models|data|training|optim|config)\.\w", s)})
+)
+def test_functions_named_beside_the_papers_exist(name):
+    *modules, last = name.split(".")
+    first_class = next((i for i, part in enumerate(modules) if part[0].isupper()), len(modules))
+    module = importlib.import_module(".".join(["hrm_ray", *modules[:first_class]]))
+    reduce(getattr, [*modules[first_class:], last], module)
+
+
+def test_keys_named_beside_the_papers_exist():
+    keys = {
+        *known_keys(TrainConfig),
+        *chain(*(known_keys(kind, "arch.") for kind in architectures().values())),
+    }
+    named = {span.partition("=")[0] for span in SPANS if re.fullmatch(r"arch\.[\w.]+(=\S+)?|\w+=\w+", span)}
+    assert len(named) >= 20
+    assert named - {"arch", "halting", "halt"} <= keys

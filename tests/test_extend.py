@@ -1,4 +1,4 @@
-"""The architecture in the README is one module and one YAML, and trains, halts, resumes and evaluates as it stands."""
+"""What docs/extend.md shows works as it stands: a model of one module and one YAML, and token arrays of one's own."""
 
 import json
 import os
@@ -8,25 +8,33 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import hrm_ray
+from hrm_ray.cli import main
+from hrm_ray.data.shards import open_dataset
 from tests.toy import toy_dataset
 
-ROOT = Path(__file__).parents[1]
+PAGE = (Path(__file__).parents[1] / "docs" / "extend.md").read_text()
+
+
+def code_in(heading: str, kind: str) -> str:
+    """The one block of code of a kind under a heading of the page."""
+    level = heading.partition(" ")[0]
+    section = re.split(rf"\n#{{1,{len(level)}}} ", PAGE.partition(f"{heading}\n")[2])[0]
+    (code,) = re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL)
+    return code
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """A copy of the package with the two files of the README in it, and data."""
+    """A copy of the package with the two files of the page in it, and data."""
     folder = tmp_path_factory.mktemp("own")
     shutil.copytree(Path(hrm_ray.__file__).parent, folder / "hrm_ray")
-    readme = (ROOT / "README.md").read_text()
-    section = readme.partition("## An architecture of your own")[2].partition("\n## ")[0]
     for kind, file in (("python", "models/gated.py"), ("yaml", "config/arch/gated.yaml")):
-        assert f"hrm_ray/{file}" in section
-        (code,) = re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL)
-        (folder / "hrm_ray" / file).write_text(code)
+        assert f"`hrm_ray/{file}`" in PAGE
+        (folder / "hrm_ray" / file).write_text(code_in("## A model", kind))
     toy_dataset(folder / "data")
     return folder
 
@@ -94,3 +102,14 @@ def test_a_run_whose_architecture_is_gone_says_so(tree):
     finally:
         for file in ("models/gated.py", "config/arch/gated.yaml"):
             (tree / Path(file).name).rename(tree / "hrm_ray" / file)
+
+
+def test_token_arrays_of_ones_own_become_a_data_set(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(code_in("### Token arrays", "python"), {})
+    assert main(["data", "import-npy", "reverse-npy", "out=data/reverse"]) == 0
+    assert capsys.readouterr().out == "data/reverse: train 5,000, test 200 examples\n"
+    dataset = open_dataset("data/reverse")
+    assert dataset.manifest.task == "tokens"
+    rows = dataset.split("test").rows(np.arange(200))
+    np.testing.assert_array_equal(rows["inputs"][:, ::-1], rows["labels"])
