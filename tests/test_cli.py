@@ -238,7 +238,7 @@ MISTAKES = [
     (["solve", "{run}", "data={data}", "index=foo"], "solve: index='foo': input should be a valid integer"),
     (["solve", "{run}", "data={data}", "count=0"], "count=0: input should be greater than 0"),
     (["solve", "{run}"], "give one puzzle (without spaces), one file, or data=DIR"),
-    (["solve", "{run}", "{binary}"], "is no text file"),
+    (["solve", "{run}", "{binary}"], "allowed: 0..5"),
     (["solve", "{run}", "1,2,3"], "3 tokens, where 16 are needed"),
     (["solve", "{run}", "data={data}", "index=24"], "holds examples 0..23"),
     (["train", "experiment=quickstrat"], "did you mean 'quickstart'?"),

@@ -8,9 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from hrm_ray.config.arch import ArchConfig, LossConfig, arch_class
 from hrm_ray.config.published import ARCHITECTURES
-from hrm_ray.config.validate import as_text, read_yaml, validated
+from hrm_ray.config.validate import as_text, validated
 from hrm_ray.errors import UserError
 from hrm_ray.interop.files import read_bytes
 from hrm_ray.training.checkpoint import Manifest
@@ -45,7 +47,9 @@ def read_config(file: Path) -> dict[str, Any]:
     """
     content = read_bytes(file, _MAX_BYTES)
     try:
-        config = json.loads(json.dumps(read_yaml(content, str(file)), default=str))
+        config = json.loads(json.dumps(yaml.safe_load(content), default=str))
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is no valid YAML: {' '.join(str(error).split())}") from None
     except (ValueError, TypeError, RecursionError, AttributeError):  # numbers, dates and knots that are none
         raise UserError(f"{file} is no valid YAML of plain values") from None
     if not isinstance(config, dict) or not isinstance(config.get("arch"), dict):
