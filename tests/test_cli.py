@@ -455,6 +455,68 @@ def test_solve_refuses_what_has_no_solution_and_remarks_on_several(sudoku_run, t
     assert capsys.readouterr().err == ""
 
 
+PUZZLE, GRID = "...1.2....3.4...", "...1\n.2..\n..3.\n4...\n"
+
+
+@pytest.mark.parametrize(
+    "word", [PUZZLE.replace(".", blank) for blank in "*-=?_ "] + [GRID, " ".join(PUZZLE)]
+)
+def test_solve_takes_a_puzzle_with_any_character_for_a_blank(sudoku_run, capsys, word):
+    assert main(["solve", str(sudoku_run), word, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["puzzle"] == PUZZLE
+
+
+def test_words_that_begin_with_dashes(sudoku_run, capsys):
+    for words in (
+        ["doctor", "---1"],
+        ["solve", str(sudoku_run), "--jsno"],
+        ["solve", str(sudoku_run), "--1", "-x"],
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert "unrecognized arguments: " + words[-1] in capsys.readouterr().err.replace("--1 ", "")
+    assert main(["solve", str(sudoku_run), "---1-2"]) == 2
+    assert "error: '---1-2' is no file and no puzzle to solve: " in capsys.readouterr().err
+
+
+def test_solve_a_file_of_any_layout(sudoku_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["solve", str(sudoku_run), PUZZLE]) == 0
+    printed = capsys.readouterr().out
+    contents = {
+        "lr=0.1.txt": PUZZLE,
+        "index=1": GRID,
+        "a.CSV": f"id;quizzes\n1;{PUZZLE}",
+        "a.json": f'["{PUZZLE}"]',
+    }
+    for name, content in contents.items():
+        Path(name).write_text(content)
+        assert main(["solve", str(sudoku_run), name, "--json"]) == 0
+        row = capsys.readouterr().out
+        assert json.loads(row)["puzzle"] == PUZZLE
+    for name, content in {"a.jsonl": row, "printed.txt": printed}.items():
+        Path(name).write_text(content)
+        status = main(["solve", str(sudoku_run), name, "--json"])
+        output = capsys.readouterr()
+        if "!" in content:  # it changed a clue, which is lost
+            assert status == 2 and "a digit marked ! is not the clue" in output.err
+        else:
+            assert status == 0 and json.loads(output.out)["puzzle"] == PUZZLE
+
+
+def test_solve_names_file_and_line_of_what_it_cannot_read(sudoku_run, tmp_path, capsys):
+    file = tmp_path / "a"
+    for content, said in {
+        f"q,a\n{PUZZLE},\n\n12,\n": ":4: 2 characters, where 4x4 Sudoku has 16",
+        GRID + "\n...1\n.2..\n": ":6: 2 rows of 4 cells, where a grid has 4",
+        f"{PUZZLE}\n\x1b[31m\n": ":2: impossible digit '\\x1b' in row 1, column 1",
+        "# nothing": " holds no puzzle",
+    }.items():
+        file.write_text(content)
+        assert main(["solve", str(sudoku_run), str(file)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {file}{said}")
+
+
 @pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN])
 def test_an_interrupt_at_the_start_is_not_lost(tmp_path, handler):
     """Where an import, say, takes any exception for something missing; or in a script's background job, which starts

@@ -128,7 +128,7 @@ def encoding_of(path: Path, head: bytes) -> str:
         raise UserError(f"{path} is a pointer of Git LFS, not the file itself; run: git lfs pull")
     zeros = [head[first::2].count(0) for first in (0, 1)]
     half = len(head) // 2
-    if half and max(zeros) > 0.9 * half and min(zeros) == 0:
+    if half > 1 and max(zeros) > 0.9 * half and min(zeros) == 0:
         return "utf-16-be" if zeros[0] else "utf-16-le"
     num_controls = len(head) - len(head.translate(None, _CONTROLS))
     if any(zeros) or num_controls > 3 + len(head) // 100:

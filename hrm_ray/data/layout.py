@@ -422,10 +422,8 @@ def choose_columns(
         UserError: several columns may be meant.
     """
     lower = [name.strip().lower() for name in names]
-    grids = [
-        [reads(row[i]) for row in rows if i < len(row) and row[i] and (row[i] or "").strip()]
-        for i in range(len(names))
-    ]
+    columns = [[row[i] or "" for row in rows if i < len(row)] for i in range(len(names))]
+    grids = [[reads(text) for text in column if text.strip()] for column in columns]
     some = [i for i in range(len(names)) if any(grids[i])]
     held = [i for i in some if sum(map(bool, grids[i])) * 2 >= len(grids[i])] or some
     has_blanks = [i for i in held if any(chars and not is_complete(chars) for chars in grids[i])]

@@ -52,12 +52,23 @@ class Chunk:
 class _Table(Protocol):
     """A file of named columns."""
 
-    names: list[str]
-    rows: list[list[str | None]]  # the first ones
-    unit: str
+    @property
+    def names(self) -> list[str]:
+        """Of the columns."""
 
-    def chunks(self, columns: Columns, skips: bool) -> Iterator[Chunk]: ...
-    def places(self, numbers: set[int]) -> dict[int, int]: ...
+    @property
+    def rows(self) -> list[list[str | None]]:
+        """The first ones, as text."""
+
+    @property
+    def unit(self) -> str:
+        """What a place is: "line" or "entry"."""
+
+    def chunks(self, columns: Columns, skips: bool) -> Iterator[Chunk]:
+        """The rows; `skips`: go on behind a misfit."""
+
+    def places(self, numbers: set[int]) -> dict[int, int]:
+        """The places of rows, by their numbers."""
 
 
 class PuzzleFile:
@@ -283,7 +294,8 @@ class _Csv:
                 for batch in batches:
                     if batch.num_rows:
                         texts = [None if i is None else batch[str(i)] for i in columns]
-                        yield Chunk(*texts, np.arange(next_number, next_number + batch.num_rows))
+                        numbers = np.arange(next_number, next_number + batch.num_rows)
+                        yield Chunk(texts[0], texts[1], texts[2], numbers)
                     next_number += batch.num_rows
         except pa.ArrowException as error:
             if not num_ragged and "Empty CSV file" not in str(error):
@@ -355,14 +367,15 @@ class _Json:
         entries = self.entries()
         while some := list(islice(entries, _ROWS_PER_CHUNK)):
             records = [(place, entry) for place, entry in some if isinstance(entry, dict)]
-            columns_of_text = [
+            texts = [
                 None
                 if name is None
                 else pa.array([_text_of(entry.get(name)) for _, entry in records], pa.string())
                 for name in names
             ]
             places = np.array([place for place, _ in records], np.int64)
-            yield Chunk(*columns_of_text, places, [(p, e) for p, e in some if isinstance(e, str)])
+            misfits = [(place, entry) for place, entry in some if isinstance(entry, str)]
+            yield Chunk(texts[0], texts[1], texts[2], places, misfits)
 
     def places(self, numbers: set[int]) -> dict[int, int]:
         return {number: number for number in numbers}
@@ -470,7 +483,7 @@ class _Parquet:
             names = [self.names[i] for i in dict.fromkeys(columns) if i is not None]
             for batch in file.iter_batches(_ROWS_PER_CHUNK, columns=names):
                 texts = [None if i is None else _strings(batch[self.names[i]]) for i in columns]
-                yield Chunk(*texts, np.arange(first, first + batch.num_rows))
+                yield Chunk(texts[0], texts[1], texts[2], np.arange(first, first + batch.num_rows))
                 first += batch.num_rows
 
     def places(self, numbers: set[int]) -> dict[int, int]:

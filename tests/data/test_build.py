@@ -171,6 +171,20 @@ def test_skipping_is_told(tmp_path, folder, ray_cluster, capfd):
     assert "skipped 1 bad rows:\n  a.csv, line 6: question '12': 2 characters" in told
 
 
+def test_skipping_everything_says_what_and_why(tmp_path, capfd):
+    (tmp_path / "a.txt").write_text("Grid 01\n12\n" * 30)
+    with pytest.raises(UserError) as error:
+        build(recipe(tmp_path / "a.txt", num_test=0, on_bad="skip"), tmp_path / "data")
+    reason = "question '12': 2 characters, where 4x4 Sudoku has 16"
+    assert f"no training puzzles are left; 30 bad rows were skipped: a.txt, line 2: {reason}; a.txt" in str(
+        error.value
+    )
+    assert str(error.value).endswith("; and 27 more") and "\n" not in str(error.value)
+    told = capfd.readouterr().err.splitlines()
+    assert told[0] == "skipped 30 bad rows:" and len(told) == 22 and told[-1] == "  and 10 more"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
 def test_generator_that_cannot(tmp_path, ray_cluster, monkeypatch):
     generator = {"source": "generator", "size": 4, "num_test": 0}
     with pytest.raises(

@@ -29,6 +29,7 @@ class Sudoku(Task):
     """See the module. `size` is 4, 6 or 9."""
 
     name = "sudoku"
+    cells: Cells
 
     def __init__(self, size: int = 9):
         if size not in BOX_SHAPES:
