@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from hrm_ray.errors import RayFailed, UserError, first_line
 
 ANSWER_S = 3.0  # how long a cluster may take for each answer
@@ -211,6 +213,7 @@ def _private(object_store_bytes: int | None, options: dict[str, Any]) -> Iterato
         with ExitStack() as stack:
             stack.enter_context(_own_token())
             stack.callback(ray.shutdown)
+            before = set(psutil.Process().children())
             try:
                 with _handlers_kept(), _on_loopback(), _deaf_to_hangups():
                     ray.init(
@@ -222,6 +225,8 @@ def _private(object_store_bytes: int | None, options: dict[str, Any]) -> Iterato
                         **options,
                     )
             except Exception as error:
+                for started in set(psutil.Process().children()) - before:  # Ray knows them no more
+                    started.kill()
                 raise RayFailed(f"Ray cannot be started here: {_last_line(error)}") from error
             yield
     except RayFailed as error:
@@ -393,4 +398,4 @@ def _last_line(error: BaseException) -> str:
     """The most telling line of what Ray raises: the last of the innermost cause."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return next(reversed(str(error).strip().splitlines()), type(error).__name__)
+    return next(reversed(str(error).strip().rstrip(".").splitlines()), type(error).__name__)
