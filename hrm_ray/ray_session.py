@@ -85,7 +85,7 @@ def _cluster(address: str, options: dict[str, Any]) -> Iterator[None]:
     try:
         try:
             with _handlers_kept():
-                joined = ray.init(address, **options).address_info
+                joined = ray.init(address, **options).address_info  # type: ignore[attr-defined]
         except Exception as error:
             raise UserError(f"RAY_ADDRESS={address} cannot be joined: {_last_line(error)}") from error
         with _witnessed(joined["gcs_address"], joined["raylet_socket_name"], f"RAY_ADDRESS={address}"):
@@ -164,7 +164,7 @@ def _metadata(place: str, named: str) -> bytes:
     """What the cluster says of itself, as JSON. Raises UserError if it is none, or does not tell us."""
     import grpc
     from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated.gcs_service_pb2 import InternalKVGetRequest
+    from ray.core.generated.gcs_service_pb2 import InternalKVGetRequest  # type: ignore[attr-defined]
     from ray.core.generated.gcs_service_pb2_grpc import InternalKVGcsServiceStub
 
     request = InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster")
@@ -287,7 +287,7 @@ def _own_token() -> Iterator[None]:
 
 def _reload_token() -> None:
     """Let Ray look at its environment again."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()

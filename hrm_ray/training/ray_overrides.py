@@ -129,18 +129,20 @@ class Joined(TorchConfig):
 class JoinsWhereNeeded(_TorchBackend):
     """In the controller."""
 
-    def on_start(self, worker_group: ExecutionGroup, backend_config: TorchConfig) -> None:
+    def on_start(  # type: ignore[override]
+        self, worker_group: ExecutionGroup, backend_config: TorchConfig
+    ) -> None:
         if len(worker_group) == 1:
             return
         if ray.util.get_node_ip_address() != get_localhost_ip():
             super().on_start(worker_group, backend_config)
             return
-        session = ray._private.worker._global_node.get_session_dir_path()
+        session = ray._private.worker._global_node.get_session_dir_path()  # type: ignore[attr-defined]
         meeting_point = tempfile.mkdtemp(prefix="store-", dir=session)  # a new one at each start
         worker_group.execute(_set_torch_distributed_env_vars)
         worker_group.execute(_talk_on_loopback)
         ray.get(
-            [
+            [  # type: ignore[arg-type]
                 worker_group.execute_single_async(
                     rank,
                     _setup_torch_process_group,
