@@ -117,8 +117,8 @@ def _means(summary: Mapping[str, Any]) -> str:
     """Of a sweep over seeds, what it is for."""
     cards = [
         f'<div class="card"><span class="big">{found["mean"]:.4g} ± {found["half_width"]:.2g}</span><br>'
-        f"{_text(metric)}: mean of {len(found['values'])} seeds and its 95 % confidence interval; standard deviation {found['std']:.2g}"
-        "</div>"
+        f"{_text(metric)}: mean of {len(found['values'])} seeds and its 95 % confidence interval; standard "
+        f"deviation {found['std']:.2g}</div>"
         for metric, found in (summary.get("seeds") or {}).items()
     ]
     return f'<h2>Over the seeds</h2>\n<div class="cards">{"".join(cards)}</div>' if cards else ""
