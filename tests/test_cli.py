@@ -25,7 +25,7 @@ from hrm_ray.training import trainer
 from tests.toy import ARCH, toy_config, toy_dataset
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = "\n".join((ROOT / page).read_text() for page in ("README.md", "docs/data.md"))
 
 
 def commands_in(text: str) -> list[list[str]]:
@@ -48,8 +48,8 @@ def examples_of(parser) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("words", commands_in(README) + examples_of(build_parser()), ids=" ".join)
-def test_every_command_in_readme_and_help_is_understood(words):
+@pytest.mark.parametrize("words", commands_in(PAGES) + examples_of(build_parser()), ids=" ".join)
+def test_every_command_in_pages_and_help_is_understood(words):
     args = build_parser().parse_args(words)
     if args.command == "train":
         train_config(args.words)

@@ -21,7 +21,8 @@ class Recipe(Settings):
     Fields:
         task: puzzle family.
         size: of the Sudoku, 4, 6 (boxes of 2 rows and 3 columns) or 9.
-        source: "generator", a CSV or text file, a folder with train.csv (and test.csv), or a Hugging Face id.
+        source: "generator", a file of puzzles in any usual layout, a folder or zip with a train (and test) file, or a
+            Hugging Face id; see `hrm_ray.data.sources`.
         num_train: puzzles to generate for training (generator only).
         num_test: held-out puzzles: to generate, or to split off a source without a test part (0: none), or to
             sample from its test part (default: all of it).
@@ -53,7 +54,7 @@ class Recipe(Settings):
     def _fields_fit(self) -> "Recipe":
         if self.source is None:
             raise ValueError(
-                "'source' is not given; add source=PATH (a CSV or text file, or a folder with train.csv and "
+                "'source' is not given; add source=PATH (a file of puzzles, or a folder with train.csv and "
                 "test.csv), a Hugging Face id (source=sapientinc/sudoku-extreme), or source=generator"
             )
         if self.source == GENERATOR:
