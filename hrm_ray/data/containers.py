@@ -87,6 +87,12 @@ def split_member(path: Path) -> tuple[Path, str | None]:
     return path, None
 
 
+def is_file(path: Path) -> bool:
+    """Whether `path` names a file, on the disk or in a zip file."""
+    file, member = split_member(path)
+    return path.is_file() or (member is not None and member in members(file))
+
+
 def members(path: Path) -> list[str]:
     """The names of the files in a zip; none if `path` is no zip file."""
     if not path.is_file() or not zipfile.is_zipfile(path):
