@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -490,6 +491,10 @@ def test_solve_a_file_of_any_layout(sudoku_run, tmp_path, capsys, monkeypatch):
     }
     for name, content in contents.items():
         Path(name).write_text(content)
+        with zipfile.ZipFile("all.zip", "a") as archive:
+            archive.write(name)
+        assert main(["solve", str(sudoku_run), f"all.zip/{name}", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["puzzle"] == PUZZLE
         assert main(["solve", str(sudoku_run), name, "--json"]) == 0
         row = capsys.readouterr().out
         assert json.loads(row)["puzzle"] == PUZZLE

@@ -14,6 +14,7 @@ from hrm_ray.cli.command import add
 from hrm_ray.cli.evaluate import inference_of, load_solver
 from hrm_ray.config.inference import Inference
 from hrm_ray.config.validate import read_words, validated
+from hrm_ray.data.containers import is_file
 from hrm_ray.data.puzzle_files import PuzzleFile
 from hrm_ray.errors import UserError, shown
 
@@ -71,7 +72,7 @@ def _read_puzzles(solver: "Solver", words: Sequence[str], options: SolveOptions)
 
 
 def _is_file(word: str) -> bool:
-    return len(word) < 255 and Path(word).is_file()
+    return len(word) < 255 and is_file(Path(word))
 
 
 def _read_puzzle(solver: "Solver", text: str, where: str) -> "np.ndarray":

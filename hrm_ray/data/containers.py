@@ -5,6 +5,7 @@ lead into a zip file (`puzzles.zip/train.csv`).
 """
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
@@ -39,17 +40,11 @@ def reading(path: Path) -> Iterator[None]:
     """Turns whatever a damaged file can raise into a UserError that names `path`."""
     try:
         yield
-    except (
-        pa.ArrowException,
-        EOFError,
-        zlib.error,
-        lzma.LZMAError,
-        gzip.BadGzipFile,
-        zipfile.BadZipFile,
-    ) as error:
-        raise UserError(
-            f"{path} is damaged, or cut short: {first_line(error)}; fetch or write it again"
-        ) from None
+    except (pa.ArrowException, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's; those of readers have none
+            raise
+        reason = shown(first_line(error), 200)
+        raise UserError(f"{path} is damaged, or cut short: {reason}; fetch or write it again") from None
     except RecursionError:
         raise UserError(f"{path} is nested too deeply") from None
 
@@ -90,6 +85,12 @@ def split_member(path: Path) -> tuple[Path, str | None]:
         if parent.is_file() and zipfile.is_zipfile(parent):
             return parent, path.relative_to(parent).as_posix()
     return path, None
+
+
+def is_file(path: Path) -> bool:
+    """Whether `path` names a file, on the disk or in a zip file."""
+    file, member = split_member(path)
+    return path.is_file() or (member is not None and member in members(file))
 
 
 def members(path: Path) -> list[str]:
@@ -135,12 +136,16 @@ def encoding_of(path: Path, head: bytes) -> str:
         raise UserError(
             f"{path} is no text file, and no JSON, Parquet, gzip or zip file; save the puzzles as CSV or text"
         )
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut
+    except UnicodeDecodeError:
+        return "cp1252"  # of Windows; others differ in remarks only
     return "utf-8-sig"
 
 
 @contextmanager
 def open_text(path: Path, encoding: str) -> Iterator[IO[str]]:
-    """The text of a file, lines ending in ``\\n``. Bytes of another encoding are replaced: a remark may hold some."""
+    """The text of a file, lines ending in ``\\n``. Bytes that are none in the encoding are replaced."""
     with open_unpacked(path) as stream, io.TextIOWrapper(stream, encoding, errors="replace") as text:
         yield text
 

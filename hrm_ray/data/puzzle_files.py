@@ -1,7 +1,8 @@
 """The rows of a puzzle file, whatever its layout: a table (CSV, JSON, Parquet), one puzzle a line, grids.
 
-Files are read in chunks, in bounded memory (JSON that is one value, and UTF-16, excepted). A CSV file with a header,
-as the published ones are, goes through Arrow's reader, which is some ten times as fast as going through its lines.
+Files are read in chunks, in bounded memory (except JSON that is one value, and encodings other than UTF-8). A CSV file
+with a header, as the published ones are, goes through Arrow's reader, which is some ten times as fast as going through
+its lines.
 """
 
 import csv
@@ -491,7 +492,10 @@ class _Parquet:
 
 
 def _strings(column: pa.Array) -> pa.Array:
+    """A column as text. Raises pa.ArrowInvalid if it holds text that is none."""
     try:
-        return column.cast(pa.string())
+        texts = column.cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # lists, say
         return pa.array([_text_of(value) for value in column.to_pylist()], pa.string())
+    texts.validate(full=True)
+    return texts

@@ -24,7 +24,8 @@ class Recipe(Settings):
     size: Literal[4, 6, 9] = 9
     """Of the Sudoku, 4, 6 (boxes of 2 rows and 3 columns) or 9."""
     source: str | None = None
-    """generator, a file or folder of puzzles, or a Hugging Face id."""
+    """generator, a file of puzzles in any usual layout, a folder or zip with a train (and test) file, or a Hugging Face
+    id."""
     num_train: int | None = Field(default=None, ge=1, le=10**9)
     """Puzzles to generate for training (generator only)."""
     num_test: int | None = Field(default=None, ge=0, le=10**9)
@@ -51,7 +52,7 @@ class Recipe(Settings):
     def _fields_fit(self) -> "Recipe":
         if self.source is None:
             raise ValueError(
-                "'source' is not given; add source=PATH (a CSV or text file, or a folder with train.csv and "
+                "'source' is not given; add source=PATH (a file of puzzles, or a folder with train.csv and "
                 "test.csv), a Hugging Face id (source=sapientinc/sudoku-extreme), or source=generator"
             )
         if self.source == GENERATOR:

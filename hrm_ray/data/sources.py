@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hrm_ray.data.containers import members, split_member
+from hrm_ray.data.containers import is_file, members, split_member
 from hrm_ray.data.puzzle_files import Chunk, PuzzleFile
 from hrm_ray.data.tasks.sudoku import Sudoku
 from hrm_ray.errors import UserError, first_line, shown
@@ -170,7 +170,7 @@ def open_source(source: str) -> Source:
         if hint := dataset_hint(path):
             raise UserError(f"source={hint}")
         return _folder(path)
-    if split_member(path)[1] in members(split_member(path)[0]):
+    if is_file(path):  # in a zip file
         return Source({"train": path})
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and path.suffix.lower() not in KINDS + PACKED:
         return _folder(_download(source))

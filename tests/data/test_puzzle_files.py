@@ -4,7 +4,9 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -172,6 +174,16 @@ def test_every_cell_that_is_read_was_written(text):
         if not found.problem and SMALL.cells.plain(found.question):
             digits = [c for c in found.question if c in "1234"]
             assert all(text.count(d) >= digits.count(d) for d in "1234")
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+EXAMPLES = re.findall(r"^```puzzle\n(.*?)^```", PAGE, flags=re.M | re.S)
+
+
+@pytest.mark.parametrize("text", EXAMPLES)
+def test_every_example_of_the_page_is_read(tmp_path, text):
+    (tmp_path / "a").write_text(text)
+    assert read(tmp_path / "a")[0] == (SOLVED if A in text else PLAIN)
 
 
 # What our own commands print
@@ -466,6 +478,11 @@ BAD = {
     "gzip cut": ("a.csv.gz", gzip.compress(b"question\n" * 99)[:-9], "is damaged, or cut short"),
     "zip cut": ("a.zip", b"PK\x03\x04" + b"\0" * 40, "is damaged, or cut short"),
     "Parquet cut": ("a.parquet", b"PAR1" + b"\0" * 40, "is damaged, or cut short"),
+    "extra field, not UTF-8": (
+        "a.csv",
+        f"q,a\n{Q},{A}\ncafé,,\n".encode("cp1252"),
+        "line 3: 3 columns instead of 2 ('café,,')",
+    ),
     "empty when unpacked": ("a.txt.gz", gzip.compress(b""), "is empty"),
 }
 
@@ -479,6 +496,18 @@ def test_mistakes_are_one_line(tmp_path, name):
     message = str(error.value)
     assert said in message and file in message
     assert message.isprintable() and len(message) < 500
+
+
+def test_parquet_with_a_changed_byte(tmp_path):
+    pq.write_table(pa.table({"q": [Q] * 9}), tmp_path / "a.parquet")
+    content = (tmp_path / "a.parquet").read_bytes()
+    for at in range(4, len(content), 5):
+        (tmp_path / "a.parquet").write_bytes(content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :])
+        try:
+            puzzles, _ = read(tmp_path / "a.parquet", skip=True)
+            assert len(puzzles) <= 9
+        except UserError as error:
+            assert str(error).isprintable()
 
 
 def test_spreadsheets_and_passwords(tmp_path):
