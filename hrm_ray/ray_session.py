@@ -85,10 +85,10 @@ def _cluster(address: str, options: dict[str, Any]) -> Iterator[None]:
     try:
         try:
             with _handlers_kept():
-                joined = ray.init(address, **options).address_info  # type: ignore[attr-defined]
+                joined: Any = ray.init(address, **options)
         except Exception as error:
             raise UserError(f"RAY_ADDRESS={address} cannot be joined: {_last_line(error)}") from error
-        with _witnessed(joined["gcs_address"], joined["raylet_socket_name"], f"RAY_ADDRESS={address}"):
+        with _witnessed(joined.address_info, f"RAY_ADDRESS={address}"):
             yield
     finally:
         ray.shutdown()
@@ -108,13 +108,13 @@ if sys.stdin.read() != "done":
 
 
 @contextmanager
-def _witnessed(gcs: str, raylet: str, named: str) -> Iterator[None]:
+def _witnessed(joined: dict[str, str], named: str) -> Iterator[None]:
     """Inside, another process waits to say that the cluster was lost, since Ray's core ends this one silently then."""
     message = (
         f"error: {named}: the cluster, or its node on this machine, was lost; give the same command again"
     )
     witness = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", WITNESS, gcs, raylet, message],
+        [sys.executable, "-ISc", WITNESS, joined["gcs_address"], joined["raylet_socket_name"], message],
         stdin=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C is not for it
     )
@@ -164,13 +164,14 @@ def _metadata(place: str, named: str) -> bytes:
     """What the cluster says of itself, as JSON. Raises UserError if it is none, or does not tell us."""
     import grpc
     from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated.gcs_service_pb2 import InternalKVGetRequest  # type: ignore[attr-defined]
-    from ray.core.generated.gcs_service_pb2_grpc import InternalKVGcsServiceStub
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-    request = InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster")
+    messages: Any = gcs_service_pb2  # made when it is imported
+    request = messages.InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster")
     try:  # by gRPC itself: Ray's client waits for minutes in its core, where no signal is heard
         with init_grpc_channel(place, [("grpc.enable_http_proxy", 0)]) as channel:
-            return InternalKVGcsServiceStub(channel).InternalKVGet(request, timeout=ANSWER_S).value
+            service = gcs_service_pb2_grpc.InternalKVGcsServiceStub(channel)
+            return service.InternalKVGet(request, timeout=ANSWER_S).value
     except grpc.RpcError as error:
         if error.code() is grpc.StatusCode.UNAUTHENTICATED:
             raise UserError(

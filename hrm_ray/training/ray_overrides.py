@@ -43,7 +43,7 @@ from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-from ray.train.v2._internal.execution.worker_group import ExecutionGroup, WorkerGroup
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import (
     DefaultPlacementGroupHandle,
     PlacementGroupHandle,
@@ -129,32 +129,31 @@ class Joined(TorchConfig):
 class JoinsWhereNeeded(_TorchBackend):
     """In the controller."""
 
-    def on_start(  # type: ignore[override]
-        self, worker_group: ExecutionGroup, backend_config: TorchConfig
-    ) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         if len(worker_group) == 1:
             return
         if ray.util.get_node_ip_address() != get_localhost_ip():
             super().on_start(worker_group, backend_config)
             return
-        session = ray._private.worker._global_node.get_session_dir_path()  # type: ignore[attr-defined]
-        meeting_point = tempfile.mkdtemp(prefix="store-", dir=session)  # a new one at each start
+        node: Any = ray._private.worker._global_node
+        meeting_point = tempfile.mkdtemp(
+            prefix="store-", dir=node.get_session_dir_path()
+        )  # new at each start
         worker_group.execute(_set_torch_distributed_env_vars)
         worker_group.execute(_talk_on_loopback)
-        ray.get(
-            [  # type: ignore[arg-type]
-                worker_group.execute_single_async(
-                    rank,
-                    _setup_torch_process_group,
-                    backend=backend_config.backend,
-                    world_rank=rank,
-                    world_size=len(worker_group),
-                    init_method=f"file://{meeting_point}/store",
-                    timeout_s=backend_config.timeout_s,
-                )
-                for rank in range(len(worker_group))
-            ]
-        )
+        joining: list[Any] = [
+            worker_group.execute_single_async(
+                rank,
+                _setup_torch_process_group,
+                backend=backend_config.backend,
+                world_rank=rank,
+                world_size=len(worker_group),
+                init_method=f"file://{meeting_point}/store",
+                timeout_s=backend_config.timeout_s,
+            )
+            for rank in range(len(worker_group))
+        ]
+        ray.get(joining)
 
 
 def _talk_on_loopback() -> None:

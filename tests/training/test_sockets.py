@@ -61,7 +61,7 @@ PROGRAM = """
                 Looks.found = {
                     "sockets": sockets,
                     "answers": {port: answers(port) for _, port, _ in sockets},
-                    "workers": sum("RayTrainWorker" in " ".join(p.cmdline()) for p in family),
+                    "workers": self.num_workers,
                     "groups": len(list(session.glob("store-*"))),
                     "mode": stat.S_IMODE(session.parent.parent.stat().st_mode),
                     "folder": str(session.parent.parent),
