@@ -73,11 +73,11 @@ def evaluate(args: argparse.Namespace) -> None:
     from hrm_ray.data.shards import open_dataset
 
     if args.checkpoint.partition("=")[0] in EvalOptions.model_fields:  # the words are in another order
-        named = [word for word in args.words if word.startswith("checkpoint=")]
-        if not named:
+        checkpoints = [word for word in args.words if word.startswith("checkpoint=")]
+        if not checkpoints:
             raise UserError(f"eval needs a checkpoint before {args.checkpoint}; give the folder of a run")
-        args.words = [args.checkpoint, *(word for word in args.words if word not in named)]
-        args.checkpoint = named[0]
+        args.words = [args.checkpoint, *(word for word in args.words if word not in checkpoints)]
+        args.checkpoint = checkpoints[0]
     options: EvalOptions = options_of(args)
     total = open_dataset(options.data).split(options.split).num_examples
     solver = load_solver(args.checkpoint)
