@@ -69,22 +69,21 @@ def evaluate(args: argparse.Namespace) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from hrm_ray.data.files import whole_file, writing
+    from hrm_ray.data.files import whole_file
     from hrm_ray.data.shards import open_dataset
 
     if args.checkpoint.partition("=")[0] in EvalOptions.model_fields:  # the words are in another order
-        given = [word for word in args.words if word.startswith("checkpoint=")]
-        if not given:
+        checkpoints = [word for word in args.words if word.startswith("checkpoint=")]
+        if not checkpoints:
             raise UserError(f"eval needs a checkpoint before {args.checkpoint}; give the folder of a run")
-        args.words = [args.checkpoint, *(word for word in args.words if word not in given)]
-        args.checkpoint = given[0]
+        args.words = [args.checkpoint, *(word for word in args.words if word not in checkpoints)]
+        args.checkpoint = checkpoints[0]
     options: EvalOptions = options_of(args)
     total = open_dataset(options.data).split(options.split).num_examples
     solver = load_solver(args.checkpoint)
     bar = tqdm(total=min(total, options.num_examples or total), unit="puzzle", disable=args.json)
-    out = Path(options.out) if options.out else None
     # Opened before the evaluation: where nothing can be written is told at once.
-    with bar, writing(out) if out else nullcontext(), whole_file(out) if out else nullcontext() as file:
+    with bar, whole_file(Path(options.out)) if options.out else nullcontext() as file:
         metrics, arrays = solver.evaluate(
             options.data,
             split=options.split,

@@ -251,8 +251,8 @@ for _name, _pattern, _first in (  # the characters with which a value may begin
 _Yaml.yaml_constructors = {None: yaml.SafeLoader.construct_undefined}
 for _name in ("null", "bool", "str", "seq", "map"):
     _Yaml.add_constructor(_TAG + _name, yaml.SafeLoader.yaml_constructors[_TAG + _name])
-_Yaml.add_constructor(_TAG + "int", lambda loader, node: int(loader.construct_scalar(node)))  # type: ignore[arg-type]
-_Yaml.add_constructor(_TAG + "float", lambda loader, node: float(loader.construct_scalar(node)))  # type: ignore[arg-type]
+_Yaml.add_constructor(_TAG + "int", lambda loader, node: int(node.value))
+_Yaml.add_constructor(_TAG + "float", lambda loader, node: float(node.value))
 
 
 def _load(content: str | bytes, loader: type[_Yaml]) -> Any:
