@@ -84,7 +84,7 @@ def test_its_keys_are_checked_as_all_others(tree):
     done = command(tree, *WORDS, "arch.cycels=3")
     assert done.returncode == 2
     assert (
-        done.stderr.strip() == "error: configuration: unknown key 'arch.cycels'; did you mean 'arch.cycles'?"
+        done.stderr.strip() == "error: unknown key 'arch.cycels'; did you mean 'arch.cycles'?"
     )
 
 

@@ -12,7 +12,7 @@ PROGRAM = """
 import sys
 from hrm_ray import cli
 class Parser:
-    def parse_args(self, argv): return self
+    def parse_known_args(self, argv): return self, []
     def run(self, args):
         print("doing", file=sys.stderr)
         print("result " * int(sys.argv[1]))

@@ -69,7 +69,7 @@ def evaluate(args: argparse.Namespace) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from hrm_ray.data.files import whole_file
+    from hrm_ray.data.files import whole_file, writing
     from hrm_ray.data.shards import open_dataset
 
     if args.checkpoint.partition("=")[0] in EvalOptions.model_fields:  # the words are in another order
@@ -83,7 +83,8 @@ def evaluate(args: argparse.Namespace) -> None:
     solver = load_solver(args.checkpoint)
     bar = tqdm(total=min(total, options.num_examples or total), unit="puzzle", disable=args.json)
     # Opened before the evaluation: where nothing can be written is told at once.
-    with bar, whole_file(Path(options.out)) if options.out else nullcontext() as file:
+    out = Path(options.out) if options.out else None
+    with bar, writing(out) if out else nullcontext(), whole_file(out) if out else nullcontext() as file:
         metrics, arrays = solver.evaluate(
             options.data,
             split=options.split,

@@ -36,7 +36,7 @@ class ArchConfig(Settings):
 
     name: str
     """The architecture; arch=NAME chooses it with its own settings."""
-    hidden_size: int = Field(default=512, gt=0, le=2**16)
+    hidden_size: int = Field(default=512, gt=0, le=2**24)
     """D, width of the model."""
     num_heads: int = Field(default=8, gt=0, le=2**16)
     """Heads of attention."""
