@@ -1,8 +1,8 @@
 """Where the puzzles are in a text: one a line, a grid over several lines, a column of a table.
 
 A task says how its puzzles are written (`Cells`); the rules of a puzzle are not known here. What can mean one thing
-only is read. What can not is a `Found` with a `problem`, never left out: a line is passed over only if it is empty,
-part of a frame, a remark (`#`) or a heading in words.
+only is read. What cannot be read is a `Found` with a `problem`, or one whose text the task refuses; none is left out.
+A line is passed over only if it is empty, part of a frame, a remark (`#`) or a heading in words.
 """
 
 import re
@@ -136,9 +136,7 @@ class _Finder:
     cells: Cells
     found: list[Found] = field(default_factory=list)
     _rows: list[_Row] = field(default_factory=list)  # of the grid that is being read
-    _bands: list[list[_Row]] = field(
-        default_factory=list
-    )  # rows before it, with an empty line after each band
+    _bands: list[list[_Row]] = field(default_factory=list)  # its rows before the last empty line, and so on
     _next: str = "puzzle"  # what the next grid is, by its heading: "puzzle", "answer" (of the last), "state"
 
     def add(self, line: int, raw: str) -> None:
@@ -185,7 +183,10 @@ class _Finder:
         if last is None or last.problem or kind == "puzzle":
             self.found.append(found)
         elif kind == "answer":
-            self._answer(found)
+            if self.cells.is_complete(found.question):
+                self._answer(found)
+            else:  # "Solved in 5 minutes"
+                self.found.append(found)
 
     def _answer(self, found: Found) -> None:
         """`found` is the answer of the last puzzle; one that has another is left to stand as a puzzle of its own."""
@@ -223,9 +224,8 @@ class _Finder:
         if len(complete) > 1 or len(grids) - len(complete) > 1:
             return Found(line, problem=f"{len(grids)} puzzles on one line; give each a line of its own")
         if grids and (damaged := self._damaged(fields)):
-            return Found(
-                line, problem=f"'{shown(damaged)}', on the line of a puzzle, is no other of {size} cells"
-            )
+            problem = f"'{shown(damaged)}' stands beside a puzzle, but is no puzzle or answer of {size} cells itself"
+            return Found(line, problem=problem)
         grids.sort(key=cells.is_complete)  # the question, then its answer
         return Found(line, *grids) if grids else None
 
@@ -296,9 +296,8 @@ class _Finder:
         if any(cell[0] not in known or cell[1:] not in ("", "'", "!") for cell in cells):
             return None
         if any("!" in cell for cell in cells[:width]):
-            return _Row(
-                line, problem="a digit marked ! is not the clue, which is not shown; give the question itself"
-            )
+            problem = "a digit marked ! is not the clue, which is not shown; give the question itself"
+            return _Row(line, problem=problem)
         question = "".join(blank if "'" in cell else cell[0] for cell in cells[:width])
         return _Row(line, question, "".join(cell[0] for cell in cells[-width:]))
 
@@ -311,10 +310,8 @@ class _Finder:
 
     def _solid(self, rows: list[_Row]) -> list[_Row]:
         """`rows` without the frame; what may be either is a row where only so the grid is whole."""
-        solid = [row for row in rows if not row.is_frame]
-        return (
-            rows if solid and len(solid) % self.cells.height and len(rows) % self.cells.height == 0 else solid
-        )
+        solid, height = [row for row in rows if not row.is_frame], self.cells.height
+        return rows if solid and len(solid) % height and len(rows) % height == 0 else solid
 
     def _end_band(self) -> None:
         """An empty line: the grid ends, or it is one with empty lines between its rows."""

@@ -141,6 +141,11 @@ def test_several_grids(tmp_path):
         assert [q for q, _ in read(tmp_path / "a.txt")[0]] == [Q, Q2, Q], repr(between)
 
 
+def test_a_heading_that_only_sounds_like_a_solution(tmp_path):
+    (tmp_path / "a.txt").write_text(f"{grid(Q)}\nSolved in 5 minutes\n{grid(Q2)}\n")
+    assert read(tmp_path / "a.txt")[0] == [(Q, None), (Q2, None)]
+
+
 def test_numbers_are_the_lines_where_puzzles_begin():
     text = f"Grid 1\n{grid(Q)}\n\n{Q2}\nGrid 2\n+--+--+\n{grid(Q)}\n"
     assert [found.line for found in find_puzzles(text.splitlines(), SMALL.cells)] == [2, 7, 10]
@@ -427,9 +432,13 @@ BAD = {
     "question cut, answer whole": (
         "a.csv",
         f"{Q[1:]},{A}",
-        f"line 1: '{Q[1:]}', on the line of a puzzle, is no other",
+        f"line 1: '{Q[1:]}' stands beside a puzzle, but is no puzzle or answer",
     ),
-    "answer cut": ("a.csv", f"{Q},{A[1:]}", f"line 1: '{A[1:]}', on the line of a puzzle, is no other"),
+    "answer cut": (
+        "a.csv",
+        f"{Q},{A[1:]}",
+        f"line 1: '{A[1:]}' stands beside a puzzle, but is no puzzle or answer",
+    ),
     "two columns of puzzles": (
         "a.csv",
         f"a,b\n{Q},{Q2}",
