@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import psutil
 from hrm_ray.errors import RayFailed, UserError, first_line
 
 ANSWER_S = 3.0  # how long a cluster may take for each answer
+STARTS = 3  # of a private Ray, where it is not ready in time
 REMOVE_S = 10.0  # how long processes that are ending may keep a private Ray's folder
 HOST_PORT = re.compile(r"(\[[\w:.%]+\]|[\w.-]+):(\d{1,4}|[1-5]\d{4}|6[0-5]\d{3})", re.ASCII)
 # What Ray adds to the folder that is given to it, for the socket with the longest name.
@@ -214,27 +215,40 @@ def _private(object_store_bytes: int | None, options: dict[str, Any]) -> Iterato
         with ExitStack() as stack:
             stack.enter_context(_own_token())
             stack.callback(ray.shutdown)
-            before = set(psutil.Process().children())
-            try:
-                with _handlers_kept(), _on_loopback(), _deaf_to_hangups():
-                    ray.init(
-                        address="local",
-                        include_dashboard=False,
-                        object_store_memory=object_store_bytes,
-                        _temp_dir=f"{folder}/s",  # Ray makes it open to all, within the closed one
-                        _system_config={"enable_metrics_collection": False},  # its page asks for no token
-                        **options,
-                    )
-            except Exception as error:
-                for started in set(psutil.Process().children()) - before:  # Ray knows them no more
-                    started.kill()
-                raise RayFailed(f"Ray cannot be started here: {_last_line(error)}") from error
+            _start(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=object_store_bytes,
+                _temp_dir=f"{folder}/s",  # Ray makes it open to all, within the closed one
+                _system_config={"enable_metrics_collection": False},  # its page asks for no token
+                **options,
+            )
             yield
     except RayFailed as error:
         keep_logs = True
         raise RayFailed(f"{error}; Ray's logs are kept in {folder}/logs") from error.__cause__
     finally:
         _remove(folder, keep_logs)
+
+
+def _start(**options: Any) -> None:
+    """`ray.init`, once more where a part of it was not ready in time.
+
+    A busy machine or a slow disk may need longer for the first imports than Ray waits, which is 15 s. Raises RayFailed.
+    """
+    import ray
+
+    before = set(psutil.Process().children())
+    for is_last in [False] * (STARTS - 1) + [True]:
+        try:
+            with _handlers_kept(), _on_loopback(), _deaf_to_hangups():
+                ray.init(**options)
+            return
+        except Exception as error:
+            for started in set(psutil.Process().children()) - before:  # Ray knows them no more
+                started.kill()
+            if is_last or "timed out" not in str(error):
+                raise RayFailed(f"Ray cannot be started here: {_last_line(error)}") from error
 
 
 def _new_folder() -> Path:
@@ -262,8 +276,8 @@ def _new_folder() -> Path:
 def _remove(folder: Path, keep_logs: bool) -> None:
     """Remove the folder of a Ray that has been shut down; its processes may still be about to end."""
     if keep_logs:
-        for logs in folder.glob("s/session_2*/logs"):
-            logs.rename(folder / "logs")
+        with suppress(OSError):  # it did not come so far
+            (folder / "s/session_latest/logs").rename(folder / "logs")
     doomed = folder / "s" if keep_logs else folder
     deadline = time.monotonic() + REMOVE_S
     while doomed.exists() and time.monotonic() < deadline:

@@ -3,7 +3,9 @@
 import http.server
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -232,6 +234,30 @@ def test_it_has_a_token_of_its_own_unless_the_user_has_decided(monkeypatch):
     assert len(set(found)) == 2
 
 
+@pytest.mark.parametrize("num_failures", [2, 3])
+def test_a_ray_that_is_not_ready_in_time_is_started_again(monkeypatch, tmp_path, num_failures):
+    """And what the first start left is ended: Ray itself knows it no more."""
+    started = []
+
+    def init(**options):
+        started.append(subprocess.Popen(["sleep", "1000"]))
+        if len(started) <= num_failures:
+            raise Exception("The current node timed out during startup. The GCS may be busy.")
+
+    monkeypatch.setattr(ray, "init", init)
+    try:
+        if num_failures == 2:
+            ray_session._start()
+        else:
+            with pytest.raises(RayFailed, match=r"Ray cannot be started here: .*timed out"):
+                ray_session._start()
+        assert len(started) == 3
+        assert [p.wait() for p in started[:num_failures]] == [-signal.SIGKILL] * num_failures
+        assert num_failures == 3 or started[-1].poll() is None
+    finally:
+        started[-1].kill()
+
+
 def test_where_ray_cannot_start_its_logs_are_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(ray_session, "_new_folder", lambda: tmp_path / "h")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -239,15 +265,16 @@ def test_where_ray_cannot_start_its_logs_are_kept(monkeypatch, tmp_path):
     def fails(**options):
         logs = Path(options["_temp_dir"]) / "session_2026-01-01" / "logs"
         logs.mkdir(parents=True)
+        (Path(options["_temp_dir"]) / "session_latest").symlink_to(logs.parent)
         (logs / "raylet.out").write_text("died")
-        raise ValueError("first\nthe node timed out")
+        raise ValueError("first\nthe disk is full")
 
     monkeypatch.setattr(ray, "init", fails)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(RayFailed) as info, ray_session.ray_session():
         pass
     assert str(info.value) == (
-        f"Ray cannot be started here: the node timed out; Ray's logs are kept in {tmp_path}/h/logs"
+        f"Ray cannot be started here: the disk is full; Ray's logs are kept in {tmp_path}/h/logs"
     )
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == [
         "h",
