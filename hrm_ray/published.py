@@ -11,7 +11,7 @@ SPLITS = ("train", "test")
 CHECKPOINT_CONFIG = "all_config.yaml"
 # OWNER/NAME, perhaps as an address, a revision (/tree/REVISION), and what lies inside.
 HUB = re.compile(
-    r"(?:https?://huggingface\.co/|hf://)?(?P<repo>\w[\w.-]*/\w[\w.-]*)"
+    r"(?:https?://huggingface\.co/|hf://)?(?P<repo>\w[\w.-]{0,95}/\w[\w.-]{0,95})"
     r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?]+))?(?:/(?P<inside>[^?]+?))?/?(?:\?[^?]*)?"
 )
 

@@ -13,10 +13,7 @@ from tests.toy import toy_dataset
 
 GOLDEN = Path(__file__).parent / "golden"
 DATASET = "pub is in the published layout: hrm-ray data import-npy pub out=DIR"
-SPLIT = (
-    "pub/train is one split of a data set in the published layout; give the folder around it: "
-    "hrm-ray data import-npy"
-)
+SPLIT = "pub/train is one split of a data set in the published layout; give the folder around it: hrm-ray data import"
 CHECKPOINT = "{} is in the published layout: hrm-ray import-checkpoint {} out=DIR, and give DIR"
 
 

@@ -180,7 +180,7 @@ def _shapes(arch: ArchConfig, data: DatasetInfo, weights: Tensors, file: Path) -
                 seq_len=data.seq_len,
                 num_puzzle_identifiers=data.num_puzzle_identifiers,
             )
-    except (RuntimeError, OverflowError, TypeError, ValueError):  # sizes beyond all bounds
+    except (RuntimeError, ArithmeticError, TypeError, ValueError):  # sizes beyond all bounds
         raise UserError(
             f"{file} does not fit {CHECKPOINT_CONFIG}, which describes an impossible model"
         ) from None

@@ -66,7 +66,7 @@ def read_arch(config: dict[str, Any], file: Path) -> ArchConfig:
     arch = dict(config["arch"])
     name = arch.pop("name", None)
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise UserError(f"{file}: arch.name={name} cannot be imported; known: {', '.join(ARCHITECTURES)}")
+        raise UserError(f"{file}: arch.name={name!r} cannot be imported; known: {', '.join(ARCHITECTURES)}")
     kind = arch_class(ARCHITECTURES[name])
     required = [key for key in (*REQUIRED, "H_layers") if key in kind.model_fields]
     if missing := [key for key in required if key not in arch]:
@@ -81,14 +81,11 @@ def read_arch(config: dict[str, Any], file: Path) -> ArchConfig:
         elif key in ALWAYS and (value is ALWAYS[key] or value == ALWAYS[key]):
             continue
         elif key not in NO_EFFECT:
-            do = (
-                f"; here it is always {as_text(ALWAYS[key])}"
-                if key in ALWAYS
-                else ", which is not known here"
-            )
+            given = " ".join(f"arch.{key}={as_text(value)}".split())[:80]
+            here = f"here it is always {as_text(ALWAYS[key])}" if key in ALWAYS else "it is not known here"
             raise UserError(
-                f"{file}: arch.{key}={as_text(value)[:60]} may change what the model computes{do}; the checkpoint "
-                "cannot be imported (take the key out if it is without effect on answers)"
+                f"{file}: {given} may change what the model computes, and {here}; take the key out if you know that it "
+                "does not change the answers"
             )
     known = LossConfig.model_fields["loss_type"].annotation.__args__  # type: ignore[union-attr]
     if isinstance(loss, dict) and loss.get("loss_type") in known:
@@ -100,7 +97,7 @@ def forward_dtype(config: dict[str, Any], file: Path) -> str:
     """The precision in which the model is used. Raises UserError for one that is not known."""
     name = config["arch"].get("forward_dtype", "bfloat16")
     if not isinstance(name, str) or name not in FORWARD_DTYPES:
-        raise UserError(f"{file}: arch.forward_dtype={name} is unknown; known: {', '.join(FORWARD_DTYPES)}")
+        raise UserError(f"{file}: arch.forward_dtype={name!r} is unknown; known: {', '.join(FORWARD_DTYPES)}")
     return FORWARD_DTYPES[name]
 
 

@@ -13,6 +13,7 @@ together is refused: no number is changed to make it fit.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -132,9 +133,11 @@ def import_npy(source_dir: str | Path, out: str | Path, *, overwrite: bool = Fal
         UserError: a file is missing or does not fit the others, or `out` cannot be used.
     """
     folder = Path(source_dir)
-    names = [name for name in SPLITS if (folder / name / DATASET_FILE).exists()]
-    if not names:
+    if not any(os.path.lexists(folder / name / DATASET_FILE) for name in SPLITS):
         raise UserError(_not_published(folder))
+    names = [
+        name for name in SPLITS if os.path.lexists(folder / name)
+    ]  # one without its file is not left out
     read = {name: _read_split(folder / name) for name in names}
     about = read[names[0]][0]
     for name in names[1:]:

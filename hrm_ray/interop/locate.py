@@ -5,6 +5,7 @@ folder or file inside). Weights have all kinds of names: the published code writ
 `checkpoint`, others write `model.pt`, `pytorch_model.bin` or `model.safetensors`. Nothing is opened here.
 """
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -41,7 +42,7 @@ def locate(source: str) -> Files:
         UserError: there is none, no configuration with it, or several files might be the weights.
     """
     path = Path(source).expanduser()
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
         return _local(path)
     hub = HUB.fullmatch(source)
     if hub is None or not is_hub_id(source):

@@ -117,7 +117,7 @@ EMBEDDING = "_orig_mod.model.inner.embed_tokens.embedding_weight"
             r"embed_tokens.embedding_weight has shape \[0, 32\]",
         ),
         (lambda w, c: [w.pop(k) for k in list(w)], "holds no state dict of an HRM or TRM"),
-        (lambda w, c: c["arch"].update(name="x@Y"), "arch.name=x@Y cannot be imported"),
+        (lambda w, c: c["arch"].update(name="x@Y"), "arch.name='x@Y' cannot be imported"),
         (lambda w, c: c["arch"].update(num_heads=3), "not a multiple of arch.num_heads"),
         (lambda w, c: c.pop("arch"), "has no 'arch'"),
         (lambda w, c: c["arch"].pop("H_cycles"), "arch.H_cycles is not given"),
@@ -128,7 +128,9 @@ EMBEDDING = "_orig_mod.model.inner.embed_tokens.embedding_weight"
         ),
         (lambda w, c: c["arch"].update(hidden_size=2**40), "hidden_size=1099511627776: input should be less"),
         (lambda w, c: c["arch"].update(expansion=1e300), r"expansion=1e\+300: input should be less"),
-        (lambda w, c: c["arch"].update(forward_dtype="int4"), "arch.forward_dtype=int4 is unknown"),
+        (lambda w, c: c["arch"].update(expansion=1e-300), "impossible model"),
+        (lambda w, c: c["arch"].update({"a\nb": "c\nd"}), "arch.a b=c d may change"),
+        (lambda w, c: c["arch"].update(forward_dtype="int4"), "arch.forward_dtype='int4' is unknown"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, change, said):
@@ -459,7 +461,8 @@ def test_what_is_missing_or_unclear_is_said(tmp_path, monkeypatch):
     os.mkfifo(folder / "pipe.pt")
     assert "is a device or pipe" in refused(folder / "pipe.pt")
     assert "no such file or folder" in refused("published/step_9", tmp_path / "ours")
-    assert "no such file or folder" in refused("nowhere", tmp_path / "ours")
+    for nowhere in ("nowhere", "x" * 5000, "a/" + "x" * 5000, "a\0b"):
+        assert "no such file or folder" in refused(nowhere, tmp_path / "ours")
     (folder / "all_config.yaml").rename(tmp_path / "moved")
     (folder / "model.pt").write_bytes(b"x")
     assert "put the configuration of its training beside the weights" in refused(folder / "model.pt")

@@ -248,6 +248,12 @@ def test_pipes_and_holes_beside_the_arrays(published, tmp_path, name):
     assert "is a device or pipe" in refusal(published[0], tmp_path / "data")
 
 
+@pytest.mark.parametrize("change", [lambda f: f.unlink(), replace_by(lambda f: f.symlink_to("nowhere"))])
+def test_a_split_without_its_file_is_not_left_out(published, tmp_path, change):
+    change(published[0] / "train" / "dataset.json")
+    assert "train/dataset.json is missing" in refusal(published[0], tmp_path / "data")
+
+
 def test_other_files_beside_them_are_not_read(published, tmp_path):
     os.mkfifo(published[0] / "train" / "notes.json")
     os.mkfifo(published[0] / "train" / "old__inputs.npy")
