@@ -353,6 +353,8 @@ def test_config_shows(words, said, capsys):
         (["quickstart_lr", "num_trials=3"], None),
         (["quickstart_lr", "num_trials=0"], "num_trials=0"),
         (["quickstart_lr", "space.lrr=[1]"], "space: unknown key 'lrr'; did you mean 'lr'?"),
+        (["quickstart_lr", "zzz=1"], "train: unknown key 'zzz'; 'hrm-ray config show' lists all"),
+        (["quickstart_lr", "+arch=trm", "evaluators=[]"], None),
         (["sudoku_4x4"], None),
         (["sudoku_4x4", "num_train=x"], "num_train='x'"),
         (["recipe=sudoku_4x4", "out=o"], None),

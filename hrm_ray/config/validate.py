@@ -27,6 +27,8 @@ LARGEST_INT = 2**63 - 1  # what arrays and files hold
 LARGEST_FLOAT = 1e38  # what float32 holds, in which models compute
 MANY = 10**12  # more than anything is counted to
 YEARS = 10**9  # seconds, longer than anything is waited for
+FEW = 12  # names that a message lists
+NO_NONE = "{key}={text}: nothing is written null here; give {key}=null"
 
 # In place of pydantic's types of the same names, which have no upper bounds.
 PositiveInt = Annotated[int, Field(gt=0, le=MANY)]
@@ -102,9 +104,9 @@ def nearest(name: str, known: Iterable[str], listed_by: str | None = None) -> st
     close = inside[:1] or difflib.get_close_matches(name, plain, n=1)
     if close:
         return f"did you mean '{plain[close[0]]}'?"
-    if listed_by and len(known) > 12:
+    if listed_by and len(known) > FEW:
         return f"'{listed_by}' lists all"
-    return f"known: {', '.join(known)}"
+    return f"known: {', '.join([*known[:FEW], *['...'] * (len(known) > FEW)])}"
 
 
 def known_keys(settings: type[Settings], prefix: str = "", **inside: type[Settings]) -> list[str]:
@@ -185,12 +187,16 @@ def value_of(settings: type[Settings], key: str, text: str) -> Any:
     """The value of the word ``key=text``: text as it was typed, everything else read as YAML.
 
     Raises:
-        UserError: no YAML.
+        UserError: no YAML, or Python's None for a text that may be null.
     """
     if not is_text(settings, key):
         return read_value(key, text)
-    optional = settings.model_fields[key].annotation is not str
-    return None if optional and text == "null" else as_typed(text)
+    if settings.model_fields[key].annotation is not str:  # it may be null
+        if text == "None":
+            raise UserError(NO_NONE.format(key=key, text=text))
+        if text == "null":
+            return None
+    return as_typed(text)
 
 
 def read_value(key: str, text: str) -> Any:
@@ -334,8 +340,8 @@ def _first_problem(settings: type[Settings], values: Mapping[str, Any], error: V
     name, field, value = _field_at(settings, values, problem["loc"])
     if field is not None:
         optional = NoneType in get_args(field.annotation)
-        if value == "None" and optional:
-            return f"{name}=None: nothing is written null here; give {name}=null"
+        if optional and isinstance(value, str) and value.lower() == "none":
+            return NO_NONE.format(key=name, text=value)
         if _are_settings(field.annotation):
             first = next(iter(field.annotation.model_fields))  # type: ignore[union-attr]
             return f"{name}={shown(value)}: holds keys of its own; give them, such as {name}.{first}=VALUE"
@@ -344,6 +350,8 @@ def _first_problem(settings: type[Settings], values: Mapping[str, Any], error: V
             UnionType,
         ):
             return f"{name}={shown(value)}: give {takes(field)}"
+    if problem["type"] == "int_parsing_size":
+        message = "this number is too large"
     return f"{key}={shown(problem['input'])}: {message[0].lower()}{message[1:]}"
 
 

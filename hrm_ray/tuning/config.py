@@ -339,7 +339,7 @@ def _check_names(values: Mapping[str, Any], where: str) -> None:
         if not isinstance(kind, (Mapping, list, tuple)):
             raise UserError(
                 f"{where}: space.{key}={shown(kind)}: give a range, such as {{log: [1e-4, 1e-2]}}, or a list of values;"
-                f" a fixed value belongs to train: {key}=VALUE"
+                f" a fixed value belongs to train: {key}={shown(kind)}"
             )
 
 

@@ -78,6 +78,12 @@ def test_yaml_that_is_written_is_read_as_it_was(value):
         ("max_steps=true", "max_steps=true: a number is needed, not true or false"),
         ("ema=5", "ema=5: input should be a valid boolean"),
         ("eval_interval=None", "eval_interval=None: nothing is written null here; give eval_interval=null"),
+        (
+            "early_stopping=none",
+            "early_stopping=none: nothing is written null here; give early_stopping=null",
+        ),
+        ("run_name=None", "run_name=None: nothing is written null here; give run_name=null"),
+        ("arch.hidden_size=1e300", "arch.hidden_size=1e+300: this number is too large"),
         ("lr=None", "lr='None': input should be a valid number"),
         ("failure=3", "failure=3: holds keys of its own; give them, such as failure.max_failures=VALUE"),
         ("arch.loss=x", "arch.loss='x': holds keys of its own; give them, such as arch.loss.loss_type=VALUE"),
@@ -141,6 +147,7 @@ def test_hints_name_what_is_near_or_few_or_the_command_that_lists_them():
     many = [f"key_number_{n}" for n in range(80)]
     assert nearest("zzz", many, "hrm-ray config show") == "'hrm-ray config show' lists all"
     assert nearest("zzz", ["a", "b"], "hrm-ray config show") == "known: a, b"
+    assert nearest("zzz", many).endswith(", ...") and nearest("zzz", many).count(",") == 12
     assert nearest("HIDDEN_SIZE", ["arch.hidden_size"]) == "did you mean 'arch.hidden_size'?"
 
 
