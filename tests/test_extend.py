@@ -83,9 +83,7 @@ def test_it_trains_resumes_and_is_evaluated(tree, halting, dtype):
 def test_its_keys_are_checked_as_all_others(tree):
     done = command(tree, *WORDS, "arch.cycels=3")
     assert done.returncode == 2
-    assert (
-        done.stderr.strip() == "error: unknown key 'arch.cycels'; did you mean 'arch.cycles'?"
-    )
+    assert done.stderr.strip() == "error: unknown key 'arch.cycels'; did you mean 'arch.cycles'?"
 
 
 def test_a_run_whose_architecture_is_gone_says_so(tree):
