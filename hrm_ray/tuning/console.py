@@ -168,6 +168,8 @@ def ending(result: SweepResult) -> list[str]:
         lines.append(
             f"{STOPPED.get(summary['stop_reason'], summary['stop_reason'])} the same command continues"
         )
+    for metric, found in (summary["seeds"] or {}).items():
+        lines.append(f"{metric} {mean_text(found)}, standard deviation {found['std']:.2g}")
     several = len(summary["metric"]) > 1
     for best in summary["best"]:
         values = ", ".join(f"{name} {value:.4g}" for name, value in best["values"].items())

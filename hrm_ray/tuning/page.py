@@ -1,7 +1,6 @@
 """The page of a sweep: one HTML file that needs nothing else, with what was swept over, what is best, and the plots."""
 
 import base64
-import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
@@ -11,8 +10,7 @@ from optuna.trial import TrialState
 
 from hrm_ray.config.validate import as_text
 from hrm_ray.tuning.estimate import Spent, duration
-from hrm_ray.tuning.plots import STATES, Plots, is_over_seeds, plots, short_names
-from hrm_ray.tuning.statistics import confidence
+from hrm_ray.tuning.plots import STATES, Plots, plots, short_names
 from hrm_ray.tuning.study import ReadStudy
 
 __all__ = ["page", "plots"]
@@ -48,7 +46,7 @@ def page(
     name = _text(study.config.run_name)
     sections = (
         _about(study, summary),
-        _means(study, rows),
+        _means(summary),
         _best(study, summary),
         _repeated(summary),
         _numbers(study, summary),
@@ -115,19 +113,14 @@ def _about(study: ReadStudy, summary: Mapping[str, Any]) -> str:
     )
 
 
-def _means(study: ReadStudy, rows: Sequence[Mapping[str, Any]]) -> str:
+def _means(summary: Mapping[str, Any]) -> str:
     """Of a sweep over seeds, what it is for."""
-    if not is_over_seeds(study):
-        return ""
-    cards = []
-    for metric in study.config.metric:
-        values = [row[metric] for row in rows if row.get(metric) is not None and math.isfinite(row[metric])]
-        if len(values) > 1:
-            mean, std, half_width = confidence(values)
-            cards.append(
-                f'<div class="card"><span class="big">{mean:.4g} ± {half_width:.2g}</span><br>{_text(metric)}: mean of '
-                f"{len(values)} seeds and its 95 % confidence interval; standard deviation {std:.2g}</div>"
-            )
+    cards = [
+        f'<div class="card"><span class="big">{found["mean"]:.4g} ± {found["half_width"]:.2g}</span><br>'
+        f"{_text(metric)}: mean of {len(found['values'])} seeds and its 95 % confidence interval; standard "
+        f"deviation {found['std']:.2g}</div>"
+        for metric, found in (summary.get("seeds") or {}).items()
+    ]
     return f'<h2>Over the seeds</h2>\n<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 

@@ -83,17 +83,12 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
     return {name: text if last.count(text) == 1 else name for name, text in short.items()}
 
 
-def is_over_seeds(study: ReadStudy) -> bool:
-    """Whether trials differ in nothing but the seed."""
-    return list(study.config.space) == ["seed"]
-
-
 def _wanted(study: ReadStudy) -> Iterator[tuple[str, Callable[[], Figure]]]:
     metrics = list(study.config.metric)
     complete = [t for t in study.trials(TrialState.COMPLETE) if all(map(math.isfinite, t.values))]
     params = sorted({key for trial in complete for key in trial.params})
     several = len(metrics) > 1
-    if is_over_seeds(study):
+    if study.is_over_seeds:
         if len(complete) > 1:
             yield "seeds", lambda: _seeds(study, complete)
     elif len(complete) > 1:
@@ -104,7 +99,7 @@ def _wanted(study: ReadStudy) -> Iterator[tuple[str, Callable[[], Figure]]]:
             yield from _of_each(study, "importances", _importances)
         if len(params) > 1:
             yield "parallel_coordinate", lambda: _parallel_coordinate(study, params)
-    if complete and len(complete) + len(study.trials(TrialState.PRUNED)) > 1 and not is_over_seeds(study):
+    if complete and len(complete) + len(study.trials(TrialState.PRUNED)) > 1 and not study.is_over_seeds:
         yield from _of_each(study, "slice", _slice)
     if not several and len({step for trial in study.trials() for step in trial.intermediate_values}) > 1:
         yield "rungs", lambda: _rungs(study)
@@ -437,7 +432,7 @@ def _rungs(study: ReadStudy) -> Figure:
 
     figure, axes = pyplot.subplots(layout="constrained")
     trials = study.trials()
-    has_best = bool(study.trials(TrialState.COMPLETE)) and not is_over_seeds(study)
+    has_best = bool(study.trials(TrialState.COMPLETE)) and not study.is_over_seeds
     best = study.study.best_trial.number if has_best else None
     curves = {trial.number: _finite(study.seen(trial)) for trial in trials}
     last_step = max((step for curve in curves.values() for step in curve), default=0)

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import math
 import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -15,6 +17,7 @@ from hrm_ray.tuning.lineage import history, point_of
 from hrm_ray.tuning.page import page
 from hrm_ray.tuning.plots import plots
 from hrm_ray.tuning.points import Points
+from hrm_ray.tuning.statistics import spread
 from hrm_ray.tuning.study import ENDED, ENDING, ESTIMATE, OUTCOME, REASON, WORDS, ReadStudy
 
 TABLE = "trials.csv"
@@ -144,11 +147,24 @@ def summarise(
         "stop_reason": ending.get("stop_reason"),
         "metric": dict(config.metric),
         "best": [describe(folder, study, trial) for trial in front(study)],
+        "seeds": over_seeds(study, rows),
         "num_steps": sum(r["steps"] or 0 for r in rows),
         "repeat": ending.get("repeat"),
         "spent": {**vars(spent), "money": spent.money(config.price)},
         "estimate": study.study.user_attrs.get(ESTIMATE),
     }
+
+
+def over_seeds(study: ReadStudy, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]] | None:
+    """Of a sweep over seeds the `spread` of every metric; None of others, and before two trials are complete."""
+    if not study.is_over_seeds:
+        return None
+    found = {}
+    for metric in study.config.metric:
+        values = [row[metric] for row in rows if row.get(metric) is not None and math.isfinite(row[metric])]
+        if len(values) > 1:
+            found[metric] = spread(values)
+    return found or None
 
 
 def write(folder: Storage, study: ReadStudy, summary: dict[str, Any], rows: list[dict[str, Any]]) -> None:

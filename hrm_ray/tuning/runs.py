@@ -3,7 +3,6 @@
 What is finished says so in its own folder; so nothing else is kept, and the same command goes on.
 """
 
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,6 @@ from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import last_summary
 from hrm_ray.tuning.execute import Book, Live
 from hrm_ray.tuning.points import Points, value_of
-from hrm_ray.tuning.statistics import confidence
 from hrm_ray.tuning.view import View
 
 SHORTENING = (
@@ -102,11 +100,3 @@ def other_seeds(words: Sequence[str], count: int) -> Iterator[int]:
     """So many seeds, none that of the words."""
     own = seed_of(words)
     yield from [seed for seed in range(count + 1) if seed != own][:count]
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation and half of the 95 % interval of the mean; the last two null for one value."""
-    if len(values) < 2:
-        return {"values": list(values), "mean": statistics.fmean(values), "std": None, "half_width": None}
-    mean, std, half_width = confidence(values)
-    return {"values": list(values), "mean": mean, "std": std, "half_width": half_width}

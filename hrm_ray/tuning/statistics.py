@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 LEVEL = 0.95
 
@@ -23,3 +24,11 @@ def confidence(values: Sequence[float]) -> tuple[float, float, float]:
     mean, std = statistics.fmean(values), statistics.stdev(values)
     quantile = float(t.ppf((1 + LEVEL) / 2, len(values) - 1))
     return mean, std, quantile * std / math.sqrt(len(values))
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard deviation and half of the 95 % interval of the mean; the last two null for one value."""
+    if len(values) < 2:
+        return {"values": list(values), "mean": statistics.fmean(values), "std": None, "half_width": None}
+    mean, std, half_width = confidence(values)
+    return {"values": list(values), "mean": mean, "std": std, "half_width": half_width}

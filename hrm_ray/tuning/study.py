@@ -155,6 +155,11 @@ class ReadStudy:
         rungs = samplers.rungs(self.config.prunes, first_step=first, last_step=last)
         return [step for step, _ in rungs if step < last]
 
+    @property
+    def is_over_seeds(self) -> bool:
+        """Whether trials differ in nothing but the seed."""
+        return list(self.config.space) == ["seed"]
+
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Those in one of `states`, or all, by number."""
         return self.study.get_trials(deepcopy=False, states=states or None)

@@ -40,8 +40,9 @@ from hrm_ray.tuning.explore import changeable
 from hrm_ray.tuning.lineage import drop_unknown, history, point_of
 from hrm_ray.tuning.outline import Outline, check_budget, slot_of
 from hrm_ray.tuning.points import OF_THE_SWEEP, Points, value_of
-from hrm_ray.tuning.runs import SHORTENING, Planned, RunsBook, other_seeds, spread, with_seed, without
+from hrm_ray.tuning.runs import SHORTENING, Planned, RunsBook, other_seeds, with_seed, without
 from hrm_ray.tuning.space import Point, words_of
+from hrm_ray.tuning.statistics import spread
 from hrm_ray.tuning.study import (
     ENDED,
     ENDING,

@@ -12,10 +12,12 @@ from matplotlib import pyplot
 from hrm_ray.training.storage import Storage
 from hrm_ray.tuning import report
 from hrm_ray.tuning.config import sweep_config
+from hrm_ray.tuning.console import ending
 from hrm_ray.tuning.estimate import Spent
 from hrm_ray.tuning.page import page
 from hrm_ray.tuning.plots import Plots, plots, short_names
 from hrm_ray.tuning.study import SweepStudy
+from hrm_ray.tuning.sweep import SweepResult
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HOSTILE = "<script>alert('&')</script>"
@@ -247,6 +249,10 @@ def test_over_seeds(tmp_path):
     assert set(pngs) == {"seeds", "rungs"}
     seen = Checker(page_of(study, pngs))
     assert "0.65 ± 0.21" in "".join(seen.text)
+    rows = report.table(study)
+    summary = report.summarise(Storage("runs/mini"), study, rows, Spent())
+    lines = "\n".join(ending(SweepResult(Storage("runs/mini"), summary, rows, None)))
+    assert "0.65 ± 0.21 (95 % interval of the mean, 4 runs), standard deviation 0.13" in lines
 
 
 def test_plot_that_fails_is_left_out(tiny, monkeypatch):
