@@ -29,15 +29,15 @@ class RayFailed(RunFailed):
     """Ray could not be started, or gave a run up."""
 
 
-class NotFinite(RunFailed):
+class NonFiniteLoss(RunFailed):
     """The loss is not finite: these settings cannot train."""
 
 
-class TooLittleMemory(UserError):
+class OutOfMemory(UserError):
     """These settings need more memory than there is."""
 
 
-class MayPass(UserError):
+class TransientError(UserError):
     """What may be otherwise a moment later, such as a storage that does not answer: Ray's workers are started again."""
 
     exit_code = 1

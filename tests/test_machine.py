@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hrm_ray import doctor, machine
-from hrm_ray.errors import MayPass, UserError
+from hrm_ray.errors import TransientError, UserError
 
 
 def test_cpu_decisions(monkeypatch):
@@ -84,7 +84,9 @@ def test_a_gpu_whose_memory_another_process_has(gpu, monkeypatch, device):
 
     monkeypatch.setattr(torch, "ones", no_room)
     machine._gpu_problem.cache_clear()
-    with pytest.raises(MayPass, match=r"cuda:0, Some GPU, has no free memory \(.*\); wait for who has it"):
+    with pytest.raises(
+        TransientError, match=r"cuda:0, Some GPU, has no free memory \(.*\); wait for who has it"
+    ):
         machine.resolve(device=device)
     machine._gpu_problem.cache_clear()
     rows = dict(line.split("  ", 1) for line in doctor.report().splitlines())
@@ -97,7 +99,7 @@ def test_a_gpu_whose_memory_another_process_has(gpu, monkeypatch, device):
 def test_doctor_where_a_gpu_has_too_little_memory_to_try_kernels(gpu, monkeypatch):
     def no_room(name, device, *kind, **shape):
         if device.type == "cuda":
-            raise MayPass("there is too little memory on cuda:0")
+            raise TransientError("there is too little memory on cuda:0")
 
     monkeypatch.setattr(machine, "_gpu_problem", lambda place: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)

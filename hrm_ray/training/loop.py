@@ -15,7 +15,7 @@ import torch
 from hrm_ray import machine, memory
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset, open_dataset
-from hrm_ray.errors import NotFinite, RunFailed, UserError
+from hrm_ray.errors import NonFiniteLoss, RunFailed, UserError
 from hrm_ray.models.compiled import STANCE, reason, uncompile
 from hrm_ray.training.agreement import WorkersDisagree, all_finite, bit_sum, odd_ones_out
 from hrm_ray.training.checkpoint import (
@@ -29,8 +29,8 @@ from hrm_ray.training.checkpoint import (
 )
 from hrm_ray.training.evaluate import Interrupted, evaluate
 from hrm_ray.training.logging import RECORDS, Records, check_places, note_event
-from hrm_ray.training.meter import Diverged, Meter
-from hrm_ray.training.plan import Plan, out_of_patience
+from hrm_ray.training.meter import LossDiverged, Meter
+from hrm_ray.training.plan import Plan, stops_early
 from hrm_ray.training.resume import check_fits, weights_source
 from hrm_ray.training.saver import Saver
 from hrm_ray.training.state import TrainState
@@ -120,7 +120,7 @@ class Trainer:
         # The first worker decides where the run goes on, and keeps others off it.
         self._lock = run.lock() if world.is_first else None
         try:
-            with memory.room_for(f"the model and a batch on {self.setup.device}", SMALLER):
+            with memory.needed_for(f"the model and a batch on {self.setup.device}", SMALLER):
                 self._begin()
             if world.is_first:
                 run.sweep(RECORDS)
@@ -199,7 +199,7 @@ class Trainer:
         try:
             step, workers = self.state.global_step, f"on {self.world.size} worker(s)"
             self._note("started", f"goes on from step {step} {workers}" if step else f"starts {workers}")
-            with memory.room_for(*self._needs_room()):
+            with memory.needed_for(*self._memory_need()):
                 self._run()
             summary = self._summary()
             if self._records:
@@ -214,8 +214,8 @@ class Trainer:
         finally:
             self._close()
 
-    def _needs_room(self) -> tuple[str, str]:
-        """What memory is wanted for, and what to do if it is too little (see `room_for`)."""
+    def _memory_need(self) -> tuple[str, str]:
+        """What memory is wanted for, and what to do if it is too little (see `needed_for`)."""
         slots = self.stepper.slots
         num_slots = slots.stop - slots.start
         at_once = min(self.config.micro_batch_size or num_slots, num_slots)
@@ -239,11 +239,11 @@ class Trainer:
 
     def _run_to_the_end(self) -> None:
         self._evaluate_if_due()  # what a stop or a crash prevented
-        self._stop_if_out_of_patience()
+        self._stop_early_if_due()
         while self.state.global_step < self.plan.last_step and self._stop_reason is None:
             try:
                 self._advance()
-            except Diverged as problem:
+            except LossDiverged as problem:
                 self._roll_back(problem)
             self._watchdog.beat()
         self._finish_saving()
@@ -388,7 +388,7 @@ class Trainer:
             write_manifest(folder, manifest.model_copy(update=update))
             self._saver.prune(self.state.global_step)
         self._show("train")
-        self._stop_if_out_of_patience()
+        self._stop_early_if_due()
 
     def _interrupts_evaluation(self) -> bool:
         votes = self._vote()
@@ -400,8 +400,8 @@ class Trainer:
         self._watchdog.beat()
         self._show("eval")
 
-    def _stop_if_out_of_patience(self) -> None:
-        stops = self._records is not None and out_of_patience(
+    def _stop_early_if_due(self) -> None:
+        stops = self._records is not None and stops_early(
             self._records.evaluations(self.config.best_metric), self.config.early_stopping
         )
         if self.world.from_first(stops) and self.state.global_step < self.plan.last_step:
@@ -411,7 +411,7 @@ class Trainer:
         """Whether the workers have the same weights, and these and the optimizer's moments are finite. Collective.
 
         Raises:
-            WorkersDisagree, Diverged.
+            WorkersDisagree, LossDiverged.
         """
         weights = list(self.state.model.inner.state_dict().values())
         sums = self.world.gather_objects(bit_sum(weights))
@@ -423,7 +423,7 @@ class Trainer:
             raise WorkersDisagree(what)
         # Of the moments too: they keep an infinite gradient, which the weights may show steps later.
         if not all_finite([*weights, *self.state.moments()]):
-            raise Diverged(step, f"the weights or their moments are not finite after step {step}")
+            raise LossDiverged(step, f"the weights or their moments are not finite after step {step}")
 
     def _save(self) -> None:
         """Begin to write a checkpoint of what is known to be sound. Collective."""
@@ -447,7 +447,7 @@ class Trainer:
             with self._meter.excluded(checkpoint=True):
                 self._saver.finish(self._records.flush if self._records else lambda: None)
 
-    def _roll_back(self, problem: Diverged) -> None:
+    def _roll_back(self, problem: LossDiverged) -> None:
         """Go back to the last checkpoint and leave out the batches around `problem`. Collective.
 
         Raises:
@@ -457,7 +457,7 @@ class Trainer:
         self._finish_saving()
         if config.on_nonfinite == "stop" or num_rollbacks >= config.max_rollbacks:
             hint = ", or leave out such batches with on_nonfinite=rollback"
-            raise NotFinite(
+            raise NonFiniteLoss(
                 f"{problem.what}{f', after {num_rollbacks} rollbacks' if num_rollbacks else ''} "
                 f"(lr {self.plan.lr(problem.step):.3g}); lower lr or lengthen lr_warmup_steps"
                 f"{hint if config.on_nonfinite == 'stop' else ''}; the same command goes on from the last "

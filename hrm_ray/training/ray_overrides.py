@@ -106,7 +106,9 @@ class NonblockingTrainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **parameters: Any) -> Started:
         if self._is_lent_its_group:
-            parameters["scaling_policy"] = AsksForNoNodes(parameters["scaling_policy"].scaling_config)
+            parameters["scaling_policy"] = FixedSizeWithoutRequests(
+                parameters["scaling_policy"].scaling_config
+            )
         self._parameters = parameters
         node = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         environment = {"env_vars": {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}}
@@ -165,7 +167,7 @@ def _talk_on_loopback() -> None:
     os.environ.update({"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name})
 
 
-class AsksForNoNodes(FixedScalingPolicy):
+class FixedSizeWithoutRequests(FixedScalingPolicy):
     """For workers whose place is reserved already.
 
     Ray's own asks the autoscaler for all workers of all runs together, and for those of a controller that was killed
@@ -179,7 +181,7 @@ class AsksForNoNodes(FixedScalingPolicy):
         pass
 
 
-class LentGroup(DefaultPlacementGroupHandle):
+class BorrowedPlacementGroup(DefaultPlacementGroupHandle):
     """A placement group that stays."""
 
     def shutdown(self) -> None:
@@ -217,7 +219,7 @@ class Workers(WorkerGroup):
         """The one that is lent, or a new one, of which the driver is told, should the controller die."""
         loop_config: Any = self._train_run_context.train_loop_config
         if loop_config["group"]:
-            return LentGroup(group_of(loop_config["group"]))
+            return BorrowedPlacementGroup(group_of(loop_config["group"]))
         handle = super()._create_placement_group(*parameters)
         Channel(loop_config["channel"]).put("reservation", handle.placement_group.id.hex())
         return handle

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import MayPass, NotFinite, RayFailed, RunFailed, TooLittleMemory, UserError
+from hrm_ray.errors import NonFiniteLoss, OutOfMemory, RayFailed, RunFailed, TransientError, UserError
 from hrm_ray.every import Every
 from hrm_ray.memory import ONE_ARENA
 from hrm_ray.training.channel import Channel
@@ -45,11 +45,11 @@ LINGER_S = 3.0  # how long Ray may take to end a run in a session of the caller'
 SHUTDOWN_TIMEOUT_S = "5"  # and for workers that hang to leave their process group, before it kills them
 STOP_TIMEOUT_S = 8.0  # how long there may be no worker in a lent group that could take note of a wish to stop
 KINDS = {
-    kind.__name__: kind for kind in (NotFinite, TooLittleMemory)
+    kind.__name__: kind for kind in (NonFiniteLoss, OutOfMemory)
 }  # of failures that a caller tells apart
 
 
-class NobodyCame(Exception):
+class NoWorkers(Exception):
     """No worker has been heard of for so many seconds."""
 
 
@@ -68,10 +68,10 @@ def train_on_ray(
         while True:
             with ray_session() as is_ours:
                 if driver.stop.signal is not None:  # that came while Ray was started
-                    return driver.nothing_ran("signal")
+                    return driver.summary_without_workers("signal")
                 try:
                     return _fit(config, run, driver, is_ours, group)
-                except NobodyCame as wait:
+                except NoWorkers as wait:
                     driver.say(f"no worker for {wait} s, though there is room: Ray is joined anew")
 
 
@@ -84,20 +84,20 @@ def _fit(
     channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
     cpus, use_gpu = _resources(config)
     trainer = _ray_trainer(config, run, channel, cpus, use_gpu, driver.wants_reports, group)
-    with _ray_may_give_up():
+    with _ray_errors_as_ray_failed():
         controller = trainer.start()
         training: ObjectRef = controller.run.remote()
-    patience = Patience(
+    limits = TimeLimits(
         none_s=config.watchdog_s + COMING_S if is_ours and config.watchdog_s is not None else None,
         stop_s=None if group is None else STOP_TIMEOUT_S,
         end_s=0.0 if is_ours or group is not None else LINGER_S,
     )
     look_ahead = LookAhead(config, cpus, use_gpu)
     try:
-        summary = _accompany(training, channel, driver, look_ahead, patience)
+        summary = _watch_run(training, channel, driver, look_ahead, limits)
         if summary is not None:
             return summary
-        with _ray_may_give_up():
+        with _ray_errors_as_ray_failed():
             try:
                 ray.get(training)
                 result = ray.get(controller.get_result.remote())
@@ -105,7 +105,7 @@ def _fit(
                     raise result.error
             except Exception:
                 with suppress(Exception):
-                    _give_back(channel)
+                    _release_reservation(channel)
                 raise
         return result.return_value
     finally:
@@ -113,7 +113,7 @@ def _fit(
             ray.kill(controller)  # and with it the workers, of which the next run's would wait to be gone
 
 
-def _give_back(channel: Channel) -> None:
+def _release_reservation(channel: Channel) -> None:
     """What is reserved for the workers, if the controller did not: Ray keeps it until the driver's process ends.
 
     (Where there is a dashboard, an actor of Ray Train's does the same after a controller that was killed.)
@@ -128,7 +128,7 @@ def _give_back(channel: Channel) -> None:
 
 
 @contextmanager
-def _ray_may_give_up() -> Iterator[None]:
+def _ray_errors_as_ray_failed() -> Iterator[None]:
     """Inside, what Ray raises becomes a RayFailed."""
     try:
         yield
@@ -141,7 +141,7 @@ def _ray_may_give_up() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Patience:
+class TimeLimits:
     """How many seconds are waited for what.
 
     Attributes:
@@ -156,12 +156,12 @@ class Patience:
     end_s: float
 
 
-def _accompany(
+def _watch_run(
     training: "ObjectRef",
     channel: Channel,
     driver: Driver,
     look_ahead: "LookAhead",
-    patience: Patience,
+    limits: TimeLimits,
 ) -> dict[str, Any] | None:
     """Tell the driver of what the workers say and them of what is wanted, until `training` ends.
 
@@ -170,7 +170,7 @@ def _accompany(
 
     Raises:
         UserError, RunFailed: what a worker failed of.
-        NobodyCame: there was none for longer.
+        NoWorkers: there was none for longer.
     """
     import ray
 
@@ -193,8 +193,8 @@ def _accompany(
         if progress is not None:
             driver.progress(Progress(**progress))
         if summary is not None:
-            if patience.end_s:
-                ray.wait([training], timeout=patience.end_s)
+            if limits.end_s:
+                ray.wait([training], timeout=limits.end_s)
             return summary
         reason = driver.stop.reason()
         if reason is not None and not told_to_stop:
@@ -204,14 +204,16 @@ def _accompany(
         if beat != last_beat:
             heard_at = now
         if told_to_stop and (driver.num_workers == 0 or not look_ahead.has_room_for_least()):
-            return driver.nothing_ran(str(reason))  # nobody is there, or can be, who would heed it
-        if told_to_stop and patience.stop_s is not None and now - heard_at > patience.stop_s:
-            return driver.nothing_ran(str(reason))
+            return driver.summary_without_workers(
+                str(reason)
+            )  # nobody is there, or can be, who would heed it
+        if told_to_stop and limits.stop_s is not None and now - heard_at > limits.stop_s:
+            return driver.summary_without_workers(str(reason))
         if look_ahead.asks_to_save(driver):
             channel.put("save", time.time())
-        if patience.none_s is not None and now - heard_at > patience.none_s:
+        if limits.none_s is not None and now - heard_at > limits.none_s:
             if look_ahead.has_room_for_least():
-                raise NobodyCame(f"{patience.none_s:g}")
+                raise NoWorkers(f"{limits.none_s:g}")
             heard_at = now  # the cluster has to grow first
     return None
 
@@ -452,7 +454,7 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
         if world.is_first:
             channel.put("summary", summary)
         return summary
-    except MayPass:  # Ray starts the workers again
+    except TransientError:  # Ray starts the workers again
         raise
     except UserError as error:
         failure = {"message": str(error), "exit_code": error.exit_code}

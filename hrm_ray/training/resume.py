@@ -27,7 +27,7 @@ def resume_point(config: TrainConfig, run: Storage, dataset: Dataset) -> Checkpo
 
 def check_fits(checkpoint: Checkpoint, config: TrainConfig, run: Storage, dataset: Dataset) -> None:
     """Raise UserError, naming both values, if `config` cannot continue `checkpoint`."""
-    problem = misfit(checkpoint, config, dataset)
+    problem = mismatch(checkpoint, config, dataset)
     if problem:
         raise UserError(
             f"{run} was trained with {problem}; choose another run_name=, or the same values to continue it, or "
@@ -35,7 +35,7 @@ def check_fits(checkpoint: Checkpoint, config: TrainConfig, run: Storage, datase
         )
 
 
-def misfit(checkpoint: Checkpoint, config: TrainConfig, dataset: Dataset) -> str | None:
+def mismatch(checkpoint: Checkpoint, config: TrainConfig, dataset: Dataset) -> str | None:
     """What keeps `config` from continuing `checkpoint`: "KEY VALUE, not VALUE"; None if nothing does."""
     manifest = checkpoint.manifest
     there: dict[str, Any] = {"data set": manifest.dataset.fingerprint, "arch": manifest.arch.name}

@@ -160,7 +160,7 @@ class TrainState:
         if self.averages:
             averages = checkpoint.tensors(EMA_FILE)
             self.averages = {name: averages[name].to(device) for name in self.averages}
-        share = _deal(checkpoint, world)
+        share = _redistribute_carries(checkpoint, world)
         self.carry = _unflatten_carry(share, device, self.model.inner.dtype)
         if config.halting.name == "q_learning":
             self.learner = QLearner(self.model.inner.q_head, len(self.carry.steps), config.halting)
@@ -255,7 +255,7 @@ def _unflatten_carry(tensors: Tensors, device: torch.device, dtype: torch.dtype)
     )
 
 
-def _deal(checkpoint: Checkpoint, world: World) -> Tensors:
+def _redistribute_carries(checkpoint: Checkpoint, world: World) -> Tensors:
     """This worker's share of the carries: the rows of all saved workers in line, cut anew."""
     saved = checkpoint.manifest.world_size
     if saved == world.size:

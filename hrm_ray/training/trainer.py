@@ -19,7 +19,7 @@ from hrm_ray.training.checkpoint import Checkpoint, finished, newest_whole
 from hrm_ray.training.logging import check_places, last_summary
 from hrm_ray.training.loop import Hooks, Progress, Trainer
 from hrm_ray.training.plan import Plan
-from hrm_ray.training.resume import misfit, resume_point, set_aside
+from hrm_ray.training.resume import mismatch, resume_point, set_aside
 from hrm_ray.training.state import check_weights_fit
 from hrm_ray.training.storage import Storage
 from hrm_ray.training.world import World
@@ -149,7 +149,7 @@ class Driver:
         if self._bar:
             self._bar.say(text)
 
-    def nothing_ran(self, reason: str) -> dict[str, Any]:
+    def summary_without_workers(self, reason: str) -> dict[str, Any]:
         """The summary of a run that is stopped while it has no workers."""
         newest = finished(self._run)[-1:]
         return {
@@ -211,7 +211,7 @@ def _starts_from_weights(config: TrainConfig, dataset: Dataset) -> bool:
     if config.resume != "weights":
         return False
     checkpoints = finished(run_folder(config))
-    return bool(checkpoints) and misfit(checkpoints[-1], config, dataset) is not None
+    return bool(checkpoints) and mismatch(checkpoints[-1], config, dataset) is not None
 
 
 def _changes(point: Checkpoint | None, config: TrainConfig) -> str:

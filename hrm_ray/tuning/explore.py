@@ -14,7 +14,7 @@ from hrm_ray.config.validate import as_text
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.errors import UserError
 from hrm_ray.training.checkpoint import Checkpoint
-from hrm_ray.training.resume import misfit
+from hrm_ray.training.resume import mismatch
 from hrm_ray.tuning.points import NUM_SAMPLES, Points, Refused
 from hrm_ray.tuning.space import Point, Range, in_order, suggest
 
@@ -96,7 +96,7 @@ def fits(before: TrainConfig, now: TrainConfig) -> bool:
         config=before.model_dump(mode="json"),
     )
     checkpoint = cast(Checkpoint, SimpleNamespace(manifest=there))
-    return misfit(checkpoint, now, open_dataset(now.data_path)) is None
+    return mismatch(checkpoint, now, open_dataset(now.data_path)) is None
 
 
 def changeable(points: Points, last_step: int) -> list[str]:

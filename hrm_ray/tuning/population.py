@@ -18,7 +18,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.tuning.execute import Decides, Executor, Live
+from hrm_ray.tuning.execute import Executor, Live, StudyScheduler
 from hrm_ray.tuning.explore import fits, mutated
 from hrm_ray.tuning.lineage import HISTORY, history, point_of, stage
 from hrm_ray.tuning.metrics import direction_of
@@ -29,7 +29,7 @@ from hrm_ray.tuning.sweep import SweepBook, trial_name
 TRIES = 20  # points that are tried until one is not refused
 
 
-class Evolves(Decides, PopulationBasedTraining):
+class Evolves(StudyScheduler, PopulationBasedTraining):
     """Writes the values of the members down, and says who goes on as whom.
 
     Args:
@@ -71,12 +71,12 @@ class Evolves(Decides, PopulationBasedTraining):
             tune_controller._tune_controller._actor_cache.increase_max(trial.placement_group_factory)
 
     def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
-        Decides.on_trial_complete(self, tune_controller, trial, result)
+        StudyScheduler.on_trial_complete(self, tune_controller, trial, result)
         with suppress(AttributeError):
             tune_controller._actor_cache.decrease_max(trial.placement_group_factory)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
-        decision = Decides.on_trial_result(self, tune_controller, trial, result)
+        decision = StudyScheduler.on_trial_result(self, tune_controller, trial, result)
         if decision != TrialScheduler.CONTINUE:
             return decision
         live, state = self._executor.live[trial.trial_id], self._trial_state[trial]

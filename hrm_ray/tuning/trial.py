@@ -14,7 +14,7 @@ from typing import Any
 from ray import tune
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import NotFinite, TooLittleMemory, UserError, first_line
+from hrm_ray.errors import NonFiniteLoss, OutOfMemory, UserError, first_line
 from hrm_ray.training.logging import reports
 from hrm_ray.training.trainer import run_folder
 from hrm_ray.tuning.lineage import take_over
@@ -54,7 +54,7 @@ class Run:
     def _train(self) -> None:
         try:
             self.outcome = {"kind": "ended", "summary": self._trained()}
-        except (NotFinite, TooLittleMemory) as error:  # of this point
+        except (NonFiniteLoss, OutOfMemory) as error:  # of this point
             self.outcome = {"kind": "refused", "reason": str(error)}
         except UserError as error:
             self.outcome = {"kind": "failed", "reason": str(error)}

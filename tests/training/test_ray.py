@@ -27,7 +27,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from hrm_ray import ray_session
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import MayPass, RunFailed, UserError
+from hrm_ray.errors import RunFailed, TransientError, UserError
 from hrm_ray.training import ray_overrides, ray_train, trainer
 from hrm_ray.training.checkpoint import finished
 from tests.toy import toy_config, toy_dataset
@@ -302,7 +302,8 @@ def test_a_group_is_shut_down_whatever_a_callback_meets(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"), [(MayPass("full"), None), (UserError("wrong"), {"message": "wrong", "exit_code": 2})]
+    ("error", "told"),
+    [(TransientError("full"), None), (UserError("wrong"), {"message": "wrong", "exit_code": 2})],
 )
 def test_what_may_pass_is_not_told_to_the_driver_which_would_end_the_run(
     config, monkeypatch, tmp_path, error, told

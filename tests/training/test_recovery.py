@@ -19,7 +19,7 @@ from hrm_ray.training import saver, trainer, watchdog
 from hrm_ray.training.agreement import WorkersDisagree, bit_sum, odd_ones_out
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.loop import Hooks, Trainer
-from hrm_ray.training.plan import out_of_patience
+from hrm_ray.training.plan import stops_early
 from hrm_ray.training.world import World
 from tests.toy import ARCH, toy_config, toy_dataset
 from tests.training.processes import start
@@ -190,7 +190,7 @@ def test_early_stopping_ends_the_run_and_more_patience_continues_it(config):
     ],
 )
 def test_patience(values, patience, stops):
-    assert out_of_patience(values, patience) == stops
+    assert stops_early(values, patience) == stops
 
 
 def test_time_that_is_up_stops_with_a_checkpoint(config, capsys):
