@@ -211,7 +211,7 @@ class Solver:
             if getattr(trained, key) != getattr(given, key):
                 raise UserError(
                     f"{dataset.path} does not fit {self.checkpoint.folder}: {key} is {getattr(given, key)}, "
-                    f"the model was trained with {getattr(trained, key)}; give the data set of that kind"
+                    f"the model was trained with {getattr(trained, key)}; give a data set of that kind"
                 )
 
 
@@ -284,7 +284,7 @@ def tune(
 
     Raises:
         UserError: a mistake in them, before a trial starts.
-        RunFailed: three trials failed alike.
+        RunFailed: three trials failed with the same error.
     """
     from hrm_ray.tuning.config import SETTABLE, SweepConfig, load_sweep, sweep_config
     from hrm_ray.tuning.sweep import run_sweep

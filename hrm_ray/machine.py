@@ -98,7 +98,7 @@ def _place(device: str, local_rank: int) -> torch.device:
         return place
     if device == "cuda":
         raise UserError(f"device=cuda: {problem}; use device=cpu or another build of torch")
-    warnings.warn(f"trains on the CPU: {problem}", stacklevel=3)
+    warnings.warn(f"training on the CPU instead: {problem}", stacklevel=3)
     return torch.device("cpu")
 
 
@@ -115,8 +115,8 @@ def _gpu_problem(place: torch.device) -> str | None:
         name = torch.cuda.get_device_name(place)
         if is_out_of_memory(error):
             raise TransientError(
-                f"{place}, {name}, has no free memory ({first_line(error)}); wait for who has it, hide that GPU by "
-                "CUDA_VISIBLE_DEVICES, or use device=cpu"
+                f"{place}, {name}, has no free memory ({first_line(error)}); wait until other programs release it, "
+                "hide this GPU with CUDA_VISIBLE_DEVICES, or use device=cpu"
             ) from error
         return f"{name} does not work with torch {torch.__version__}: {first_line(error)}"
     return None
@@ -138,7 +138,7 @@ def resolve(
     Args:
         num_tokens: longest sequence, puzzle tokens included.
         head_dim: width of a head of attention.
-        cuda_graphs: whether they are wanted; what comes of it is known only when the steps are recorded.
+        cuda_graphs: whether they are wanted; whether they work is known only when the steps are recorded.
         local_rank: this worker's number on its node; picks its GPU.
 
     Raises:

@@ -49,11 +49,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def needed_for(what: str, mend: str) -> Iterator[None]:
-    """Inside, an error that says that memory is lacking becomes an OutOfMemory: none for `what`; `mend` it so."""
+    """Inside, an error of a failed allocation becomes an OutOfMemory: no memory for `what`, `mend` it so."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         clear_frames(error.__traceback__)  # they hold what takes the memory
-        raise OutOfMemory(f"there is too little memory for {what}; {mend} ({first_line(error)})") from error
+        raise OutOfMemory(f"not enough memory for {what}; {mend} ({first_line(error)})") from error

@@ -68,7 +68,9 @@ def gpu(monkeypatch):
 def test_a_gpu_that_cannot_compute(gpu, monkeypatch):
     """The one here is made up, so torch fails on it as it would where it has no kernels for one."""
     machine._gpu_problem.cache_clear()
-    with pytest.warns(UserWarning, match=r"trains on the CPU: Some GPU does not work with torch 2.*: "):
+    with pytest.warns(
+        UserWarning, match=r"training on the CPU instead: Some GPU does not work with torch 2.*: "
+    ):
         assert machine.resolve().device.type == "cpu"
     with pytest.raises(
         UserError, match=r"device=cuda: Some GPU does not work with torch .*; use device=cpu or"
@@ -85,7 +87,7 @@ def test_a_gpu_whose_memory_another_process_has(gpu, monkeypatch, device):
     monkeypatch.setattr(torch, "ones", no_room)
     machine._gpu_problem.cache_clear()
     with pytest.raises(
-        TransientError, match=r"cuda:0, Some GPU, has no free memory \(.*\); wait for who has it"
+        TransientError, match=r"cuda:0, Some GPU, has no free memory \(.*\); wait until other programs"
     ):
         machine.resolve(device=device)
     machine._gpu_problem.cache_clear()

@@ -1,6 +1,6 @@
 """Full attention with rotary positions by several kernels that compute the same, and which of them can run where.
 
-    fused    rotation and attention of short sequences in one pass, of ours (kernels/attention.py): GPUs of 9.0 and 10.x
+    fused    rotation and attention of short sequences in one kernel (kernels/attention.py): GPUs of 9.0 and 10.x
     flash3   FlashAttention 3, the package `flash_attn_interface`: Hopper GPUs
     flash2   FlashAttention 2, the package `flash_attn`: GPUs from Ampere on
     sdpa     torch's own, which has flash kernels for GPUs and CPUs
@@ -168,7 +168,7 @@ def _failure(name: str, device: torch.device, num_tokens: int, head_dim: int) ->
     except Exception as error:  # of any kind
         if is_out_of_memory(error):
             raise TransientError(
-                f"there is too little memory on {device} to try attention ({first_line(error)})"
+                f"not enough memory on {device} to test the attention kernel ({first_line(error)})"
             ) from error
         return f"fails on {device}: {first_line(error)}"
     return None

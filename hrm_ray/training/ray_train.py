@@ -1,7 +1,7 @@
 """Runs the loop in the workers of Ray Train.
 
 Thin on purpose. Checkpoints and resuming belong to the loop (Ray's own snapshot may lag behind them), so a worker
-that Ray restarts simply goes on from the newest one. Progress, a wish to stop and a failure travel through the
+that Ray restarts simply continues from the newest one. Progress, requests to stop and failures travel through the
 cluster's key-value store, since `ray.train.report` is a barrier as slow as the controller's poll.
 
 When Ray is about to restart the workers, because a node is being taken away or because there is room for more, the
@@ -41,16 +41,16 @@ RESIZE_INTERVAL_S = 30.0  # how often Ray looks for room for more workers
 START_TIMEOUT_S = 15.0  # how long it waits for lost ones to come back before it starts fewer
 BEAT_S = 5.0  # how often the first worker says that it is there
 COMING_S = 60.0  # beyond `watchdog_s`, how long there may be none
-LINGER_S = 3.0  # how long Ray may take to end a run in a session of the caller's before nobody waits for it
+LINGER_S = 3.0  # how long to wait for Ray to end a run, in a session that the caller started
 SHUTDOWN_TIMEOUT_S = "5"  # and for workers that hang to leave their process group, before it kills them
-STOP_TIMEOUT_S = 8.0  # how long there may be no worker in a lent group that could take note of a wish to stop
+STOP_TIMEOUT_S = 8.0  # how long to wait, in a borrowed group, for a worker that can act on a request to stop
 KINDS = {
     kind.__name__: kind for kind in (NonFiniteLoss, OutOfMemory)
 }  # of failures that a caller tells apart
 
 
 class NoWorkers(Exception):
-    """No worker has been heard of for so many seconds."""
+    """No worker has reported for this many seconds."""
 
 
 def train_on_ray(
@@ -72,7 +72,7 @@ def train_on_ray(
                 try:
                     return _fit(config, run, driver, is_ours, group)
                 except NoWorkers as wait:
-                    driver.say(f"no worker for {wait} s, though there is room: Ray is joined anew")
+                    driver.say(f"no worker for {wait} s although there is room: connecting to Ray again")
 
 
 def _fit(
@@ -129,24 +129,24 @@ def _release_reservation(channel: Channel) -> None:
 
 @contextmanager
 def _ray_errors_as_ray_failed() -> Iterator[None]:
-    """Inside, what Ray raises becomes a RayFailed."""
+    """Inside, an error of Ray becomes a RayFailed."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         raise RayFailed(
-            f"Ray Train gave up: {_first_cause(error)}; the same command goes on from the last checkpoint"
+            f"Ray Train failed: {_first_cause(error)}; the same command continues from the last checkpoint"
         ) from error
 
 
 @dataclass(frozen=True)
 class TimeLimits:
-    """How many seconds are waited for what.
+    """How many seconds to wait, and for what.
 
     Attributes:
-        none_s: while there is no worker though the living nodes could hold them; None: for ever.
-        stop_s: for workers that are gone to come back, if they are to stop then; None: for ever.
+        none_s: without a worker although the nodes have room for them; None: no limit.
+        stop_s: for lost workers to come back after a request to stop; None: no limit.
         end_s: for Ray to end the run when its workers have. Nothing, if all of it is ended anyway; else some, since
             without a dashboard Ray 2.60 takes 12 s, to stop an actor that would clean up after it.
     """
@@ -163,14 +163,14 @@ def _watch_run(
     look_ahead: "LookAhead",
     limits: TimeLimits,
 ) -> dict[str, Any] | None:
-    """Tell the driver of what the workers say and them of what is wanted, until `training` ends.
+    """Pass messages between the driver and the workers until `training` ends.
 
     Returns:
         the summary, if the run has ended before `training`, or was stopped while it had no workers; else None.
 
     Raises:
         UserError, RunFailed: what a worker failed of.
-        NoWorkers: there was none for longer.
+        NoWorkers: none has reported for `limits.none_s`.
     """
     import ray
 
@@ -204,9 +204,7 @@ def _watch_run(
         if beat != last_beat:
             heard_at = now
         if told_to_stop and (driver.num_workers == 0 or not look_ahead.has_room_for_least()):
-            return driver.summary_without_workers(
-                str(reason)
-            )  # nobody is there, or can be, who would heed it
+            return driver.summary_without_workers(str(reason))  # no worker is there, or can be, to act on it
         if told_to_stop and limits.stop_s is not None and now - heard_at > limits.stop_s:
             return driver.summary_without_workers(str(reason))
         if look_ahead.asks_to_save(driver):

@@ -1,4 +1,4 @@
-"""Where a run goes on: from its own newest checkpoint, or anew from the weights of one that does not fit."""
+"""Where a run continues: from its newest checkpoint, or as a new run from the weights of one that does not fit."""
 
 from typing import Any
 
@@ -30,8 +30,8 @@ def check_fits(checkpoint: Checkpoint, config: TrainConfig, run: Storage, datase
     problem = mismatch(checkpoint, config, dataset)
     if problem:
         raise UserError(
-            f"{run} was trained with {problem}; choose another run_name=, or the same values to continue it, or "
-            "resume=weights to start anew from its weights only"
+            f"{run} was trained with {problem}; give the same values to continue it, another run_name= for a new "
+            "run, or resume=weights to start a new run from its weights"
         )
 
 
@@ -56,7 +56,7 @@ def mismatch(checkpoint: Checkpoint, config: TrainConfig, dataset: Dataset) -> s
 
 
 def set_aside(run: Storage) -> Storage:
-    """Rename the folder of a run that is to start anew from its own weights; returns it under its new name.
+    """Rename the folder of a run that is to start again from its own weights; returns it under its new name.
 
     Raises:
         UserError: another process trains it, or its storage cannot rename.
@@ -80,5 +80,5 @@ def weights_source(run: Storage) -> Checkpoint:
         if checkpoint:
             return checkpoint
     raise UserError(
-        f"resume=weights: {run} has no checkpoint to take weights from; leave it out to start anew"
+        f"resume=weights: {run} has no checkpoint to take weights from; leave resume=weights out to start a new run"
     )

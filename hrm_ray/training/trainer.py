@@ -1,4 +1,4 @@
-"""Runs a training run for its user: says what will be done, shows progress, passes on the wish to stop.
+"""Runs a training run for its user: says what will be done, shows progress, passes on requests to stop.
 
 The loop itself runs in this process (`scaling=local`) or in the workers of Ray Train (`ray_train`).
 """
@@ -134,7 +134,7 @@ class Driver:
         """Take note of a record of metrics.jsonl; a run that starts again repeats some (see `Hooks.report`)."""
 
     def event(self, entry: dict[str, Any]) -> None:
-        """Say what has happened, but for what is said anyway: the first start and the end."""
+        """Print what has happened, except the first start and the end, which are printed elsewhere."""
         if entry["event"] == "started":
             self.num_workers = entry["num_workers"]
             self._starts += 1
@@ -142,7 +142,7 @@ class Driver:
             entry["event"] == "started" and self._starts == 1
         )
         if not usual:
-            lost = "workers were lost or added; " if entry["event"] == "started" else ""
+            lost = "workers were lost or added: " if entry["event"] == "started" else ""
             self.say(f"{lost}{entry['message']}")
 
     def say(self, text: str) -> None:
@@ -215,7 +215,7 @@ def _starts_from_weights(config: TrainConfig, dataset: Dataset) -> bool:
 
 
 def _changes(point: Checkpoint | None, config: TrainConfig) -> str:
-    """What a continued run does otherwise than before, if anything."""
+    """What differs from the run's earlier configuration, as text to append; empty if nothing does."""
     if point is None:
         return ""
     defaults = TrainConfig(data_path="").model_dump(mode="json")  # of keys that the run did not have yet
@@ -242,11 +242,11 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> tuple[dict[str,
     bar = ProgressBar(config.global_batch_size * config.supervision_steps)
     if _starts_from_weights(config, dataset):
         whole = newest_whole(run, lambda event, what: bar.say(what))
-        assert whole is not None  # it raises if none of those there is
+        assert whole is not None  # it raises if there are checkpoints but all are damaged
         check_weights_fit(whole, config, dataset)
         aside = set_aside(run)
         if show_progress:
-            bar.say(f"the run before is kept as {aside}")
+            bar.say(f"the old run is kept as {aside}")
     point = resume_point(config, run, dataset)
     if point and point.manifest.global_step >= plan.last_step:
         summary = last_summary(run)

@@ -117,7 +117,7 @@ class Live:
     step: int = 0
     phase: str = "waiting"
     started: float | None = None  # when it came to hold its resources, by time.monotonic
-    num_lost: int = 0  # workers that were lost, but for those whose node was
+    num_lost: int = 0  # workers that were lost, except those whose node was lost
     end: dict[str, str] | None = None  # the outcome that it is to have at once, if any
     copy: int = 0  # of a population: how often it went on from another's checkpoint
 
@@ -195,7 +195,7 @@ class Executor:
         return len(self.live) < min(fit, most or fit)
 
     def config_of(self, live: Live) -> dict[str, Any]:
-        """What its actor is told."""
+        """The configuration that its actor gets."""
         run = live.run
         values = run.model_dump(mode="json") | {"data_path": absolute(run.data_path)}
         if not self.slot.gpus:  # Ray hides no GPU from an actor that asked for none
@@ -240,7 +240,7 @@ class Book:
 
     @property
     def metrics(self) -> list[str]:
-        """Those that trials tell of."""
+        """Metrics that trials report."""
         raise NotImplementedError
 
     def report(self, number: int, step: int, metrics: dict[str, float]) -> str | None:

@@ -1,7 +1,7 @@
 """Population based training, by Ray Tune's scheduler. Every member is a trial of the study.
 
 When all members have trained for an interval of steps, the worst go on as copies of the best, with other values. So
-what comes of a sweep follows from the scores alone, on how many machines and with whatever interruptions it runs. Tune
+the result of a sweep depends on the scores alone, not on the number of machines or on interruptions. Tune
 keeps the scores, says which are the worst and the best, and lets members take turns where the cluster holds fewer.
 
 Its checkpoints, which lie where only the driver's node sees them, are not used: a member that waits has ended its
@@ -153,7 +153,7 @@ def replace(book: SweepBook, live: Live, step: int, other: int, other_step: int,
     """Let a member go on from the checkpoint of another, with a point near the other's.
 
     Args:
-        live: the member, of which nobody trains; it is changed.
+        live: the member, which must not be training; it is changed.
         step: of its last score.
         other: number of the other trial.
         other_step: of its last score.

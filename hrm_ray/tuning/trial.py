@@ -96,7 +96,7 @@ class Run:
 
 
 class Trial(tune.Trainable):
-    """Its `config`: `number`, `run` (a TrainConfig as a mapping), `cpus`, `metrics` to tell of, and of a population the
+    """Its `config`: `number`, `run` (a TrainConfig as a mapping), `cpus`, `metrics` to report, and for a population the
     number of the `copy` that it goes on from."""
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ class Trial(tune.Trainable):
         return result
 
     def _new_reports(self, run: Run) -> list[list[Any]]:
-        """Wait for a report that tells of a metric, the end, or the next heartbeat."""
+        """Wait for a report with a metric, for the end, or for the next heartbeat."""
         deadline = time.monotonic() + HEARTBEAT_S
         found: list[list[Any]] = []
         while not found and (left := deadline - time.monotonic()) > 0:

@@ -100,7 +100,7 @@ def test_a_compiled_and_recorded_run_is_the_compiled_run(tmp_path):
 
 
 def test_a_recorded_run_goes_on_as_it_was(tmp_path, device):
-    """Stopped and continued, and rolled back with steps left out; recorded anew, and nothing of the old is kept."""
+    """Stopped and continued, and rolled back with steps left out; recorded again, nothing of the old is kept."""
     toy_dataset(tmp_path / "data", num_identifiers=5)
     values = {"checkpoint_interval": 5, "on_nonfinite": "rollback", "ema": True}
     whole = trainer_of(tmp_path, device, run_name="eager", **values)
