@@ -1,9 +1,9 @@
-# make quickstart   see a model learn, in minutes, from a fresh clone
+# make quickstart   build data, train and solve: a model learns 4x4 Sudoku in minutes
 # make test         the tests            make lint   style and types
-# make test-all     these and the long ones
+# make test-all     all tests, the long ones too
 # make test-triton  those of the Triton kernel, without a GPU (fetches 200 MB)
 # make fuzz         50,000 random words and damaged files for all commands; FUZZ="--seed 1 --count 5000" for others
-# make chaos        100 faults in real runs, and what came of them; CHAOS="--faults 10 --seed 1" for others
+# make chaos        inject 100 faults into real runs and report what happened; CHAOS="--faults 10 --seed 1" for others
 # Options: PYTHON=python3.12, PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" (torch without CUDA)
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
 
 # The marker is younger than what it depends on: the environment is made again only if they change. An environment
-# whose making was interrupted has no pip yet, and is thrown away.
+# whose creation was interrupted has no pip yet; it is deleted and made again.
 $(READY): pyproject.toml constraints.txt
 	@echo "making the environment in $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

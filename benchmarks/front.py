@@ -47,7 +47,7 @@ def run(
         if "threads" in values:
             torch.set_num_threads(_threads(values.pop("threads")))
         about = facts()
-        with memory.room_for("this benchmark", "give a smaller batch or model"):
+        with memory.needed_for("this benchmark", "give a smaller batch or model"):
             result = measure(**values, **({"words": rest} if for_train else {})) | about
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ The plain step stands in for the published code on the same machine, threads and
 every use, the library's fused attention, the loss in float64, the step ahead from the embedding to the logits, and an
 optimizer of torch's multi-tensor operations (`foreach`), since the published one has no CPU code. It is eager;
 `compile_plain=true` measures it compiled besides, as the published code is by default: whole, loss included, for fixed
-shapes. What the process keeps of freed memory (`memory.keep_memory`) is a gain of ours that the plain step has too.
+shapes. What the process keeps of freed memory (`memory.keep_memory`) is switched on for the plain step too.
 Ours is measured eager, compiled (not with `compile=false`), and on a GPU recorded as a CUDA graph besides;
 `ms_per_example` is what a long run does unless told otherwise: compiled, not recorded. (Runs of minutes on a CPU are
 not, see `machine.compiles`.) All are measured in turns in this process; the figures to trust are
@@ -19,7 +19,7 @@ takes on this machine, for the plain step the same; with `plain_dtype=bfloat16` 
 takes everywhere. `attention=fused`, or another kernel, changes that of our steps.
 
 For CPUs: `keep_memory=false` takes kept memory from all steps. With `products=false` none multiplies matrices (the
-results are what lies in memory), which leaves the time of what is between the products; attention is then two products
+results are uninitialised memory), so that only the time between the products remains; attention is then two products
 in every step, since those inside the library's kernel cannot be left out.
 """
 

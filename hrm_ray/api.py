@@ -72,7 +72,7 @@ class Solver:
             head_dim=manifest.arch.hidden_size // manifest.arch.num_heads,
         )
         halting = validated(HaltingConfig, manifest.config.get("halting", {}), str(checkpoint.folder))
-        with memory.room_for(f"the model on {self.setup.device}", "free some, or take another device"):
+        with memory.needed_for(f"the model on {self.setup.device}", "free some, or take another device"):
             self.model = build_model(manifest.arch, manifest.dataset, self.setup, halting)
             self.model.inner.load_state_dict(checkpoint.weights())
         self.model.eval()
@@ -200,7 +200,7 @@ class Solver:
     def _room_for(self, batch_size: int) -> AbstractContextManager[None]:
         """Inside, too little memory for so many puzzles is a UserError."""
         what = f"{batch_size} puzzles at once on {self.setup.device}"
-        return memory.room_for(what, "give a smaller batch_size")
+        return memory.needed_for(what, "give a smaller batch_size")
 
     def _check(self, dataset: Dataset) -> None:
         trained, given = self.checkpoint.manifest.dataset, dataset.manifest
@@ -211,7 +211,7 @@ class Solver:
             if getattr(trained, key) != getattr(given, key):
                 raise UserError(
                     f"{dataset.path} does not fit {self.checkpoint.folder}: {key} is {getattr(given, key)}, "
-                    f"the model was trained with {getattr(trained, key)}; give the data set of that kind"
+                    f"the model was trained with {getattr(trained, key)}; give a data set of that kind"
                 )
 
 
@@ -284,7 +284,7 @@ def tune(
 
     Raises:
         UserError: a mistake in them, before a trial starts.
-        RunFailed: three trials failed alike.
+        RunFailed: three trials failed with the same error.
     """
     from hrm_ray.tuning.config import SETTABLE, SweepConfig, load_sweep, sweep_config
     from hrm_ray.tuning.sweep import run_sweep

@@ -8,7 +8,7 @@ LONGEST = 500  # characters of a message
 
 
 class UserError(Exception):
-    """A mistake in the input: says what is wrong, where, and how to mend it, in one line.
+    """A mistake in the input. Its message says in one line what is wrong, where, and how to fix it.
 
     Whatever its message quotes, it is printed as one line of at most `LONGEST` characters without control characters.
     """
@@ -20,7 +20,7 @@ class UserError(Exception):
 
 
 class RunFailed(UserError):
-    """A run that cannot go on though its input was well-formed (the loss is not finite, workers are lost)."""
+    """A run that cannot continue although its input is valid (the loss is not finite, workers are lost)."""
 
     exit_code = 1
 
@@ -29,22 +29,25 @@ class RayFailed(RunFailed):
     """Ray could not be started, or gave a run up."""
 
 
-class NotFinite(RunFailed):
+class NonFiniteLoss(RunFailed):
     """The loss is not finite: these settings cannot train."""
 
 
-class TooLittleMemory(UserError):
+class OutOfMemory(UserError):
     """These settings need more memory than there is."""
 
 
-class MayPass(UserError):
-    """What may be otherwise a moment later, such as a storage that does not answer: Ray's workers are started again."""
+class TransientError(UserError):
+    """An error that may not occur if tried again, such as a storage that does not answer.
+
+    On Ray the workers are started again.
+    """
 
     exit_code = 1
 
 
 def about_file(error: OSError) -> UserError | None:
-    """The error as one about the file that it names; None if it names none (then it is no mistake of the user's)."""
+    """A UserError about the file that the error names; None if it names no file (then the user made no mistake)."""
     if error.filename is not None:
         return UserError(f"{error.filename}: {error.strerror}")
     if "Detail: [errno " in str(error):  # pyarrow's, which name the file in the message
@@ -53,7 +56,7 @@ def about_file(error: OSError) -> UserError | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for use in one of ours; its type's name if it has none."""
+    """The first line of an error's message, for use in our own message; the name of its type if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

@@ -12,8 +12,8 @@ from typing import Literal
 
 import torch
 
-from hrm_ray.errors import MayPass, UserError, first_line
-from hrm_ray.memory import lacks_memory
+from hrm_ray.errors import TransientError, UserError, first_line
+from hrm_ray.memory import is_out_of_memory
 from hrm_ray.models.attention import resolve_attention
 from hrm_ray.optim.adam_atan2 import resolve_backend
 
@@ -83,7 +83,7 @@ def _place(device: str, local_rank: int) -> torch.device:
     """This worker's device; a GPU that does not work is left alone with a warning, if `device` is "auto".
 
     Raises:
-        MayPass: the GPU has no free memory, also for "auto": a run on the CPU is not the one that was asked for.
+        TransientError: the GPU has no free memory, also for "auto": a run on the CPU is not the one that was asked for.
         UserError: "cuda", and there is none that works.
     """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
@@ -98,7 +98,7 @@ def _place(device: str, local_rank: int) -> torch.device:
         return place
     if device == "cuda":
         raise UserError(f"device=cuda: {problem}; use device=cpu or another build of torch")
-    warnings.warn(f"trains on the CPU: {problem}", stacklevel=3)
+    warnings.warn(f"training on the CPU instead: {problem}", stacklevel=3)
     return torch.device("cpu")
 
 
@@ -107,16 +107,16 @@ def _gpu_problem(place: torch.device) -> str | None:
     """Why a GPU cannot compute; None if it can. Such as one that is too old, for which this torch has no kernels.
 
     Raises:
-        MayPass: it has no free memory.
+        TransientError: it has no free memory.
     """
     try:
         torch.ones(1, device=place).add_(1).item()
     except (RuntimeError, AssertionError) as error:
         name = torch.cuda.get_device_name(place)
-        if lacks_memory(error):
-            raise MayPass(
-                f"{place}, {name}, has no free memory ({first_line(error)}); wait for who has it, hide that GPU by "
-                "CUDA_VISIBLE_DEVICES, or use device=cpu"
+        if is_out_of_memory(error):
+            raise TransientError(
+                f"{place}, {name}, has no free memory ({first_line(error)}); wait until other programs release it, "
+                "hide this GPU with CUDA_VISIBLE_DEVICES, or use device=cpu"
             ) from error
         return f"{name} does not work with torch {torch.__version__}: {first_line(error)}"
     return None
@@ -138,12 +138,12 @@ def resolve(
     Args:
         num_tokens: longest sequence, puzzle tokens included.
         head_dim: width of a head of attention.
-        cuda_graphs: whether they are wanted; what comes of it is known only when the steps are recorded.
+        cuda_graphs: whether they are wanted; whether they work is known only when the steps are recorded.
         local_rank: this worker's number on its node; picks its GPU.
 
     Raises:
         UserError: a device or kernel that is not here, or that cannot run here.
-        MayPass: a GPU that another process has filled.
+        TransientError: a GPU that another process has filled.
     """
     place = _place(device, local_rank)
     on_gpu = place.type == "cuda"

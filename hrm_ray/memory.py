@@ -8,7 +8,7 @@ from traceback import clear_frames
 
 import torch
 
-from hrm_ray.errors import TooLittleMemory, first_line
+from hrm_ray.errors import OutOfMemory, first_line
 
 # Of glibc, see mallopt(3), by their numbers: free memory is never given back (M_TRIM_THRESHOLD, -1), and large blocks
 # come from it like others (M_MMAP_MAX, -4).
@@ -38,7 +38,7 @@ def keep_memory() -> bool:
     return all(mallopt(parameter, value) for parameter, value in MALLOC_PARAMETERS.items())
 
 
-def lacks_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that a GPU, or the machine, has no room for a tensor or an array."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -48,14 +48,12 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def room_for(what: str, mend: str) -> Iterator[None]:
-    """Inside, an error that says that memory is lacking becomes a TooLittleMemory: none for `what`; `mend` it so."""
+def needed_for(what: str, mend: str) -> Iterator[None]:
+    """Inside, an error of a failed allocation becomes an OutOfMemory: no memory for `what`, `mend` it so."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not lacks_memory(error):
+        if not is_out_of_memory(error):
             raise
         clear_frames(error.__traceback__)  # they hold what takes the memory
-        raise TooLittleMemory(
-            f"there is too little memory for {what}; {mend} ({first_line(error)})"
-        ) from error
+        raise OutOfMemory(f"not enough memory for {what}; {mend} ({first_line(error)})") from error

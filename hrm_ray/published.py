@@ -1,4 +1,4 @@
-"""How the layouts of the published HRM and TRM code are recognised, where one of ours was expected.
+"""How the layouts of the published HRM and TRM code are recognised, where this project's was expected.
 
 A hint names the command that converts what the user has; None: it is not of a published layout.
 """

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from hrm_ray.errors import MayPass, UserError, first_line
+from hrm_ray.errors import TransientError, UserError, first_line
 
 GOOGLE_RETRY_S = 20  # Google's client would go on trying for 15 minutes; S3's gives up after 6 s
 CREDENTIALS = {
@@ -20,7 +20,7 @@ CREDENTIALS = {
 }
 
 
-class StorageError(MayPass, OSError):
+class StorageError(TransientError, OSError):
     """A storage that does not answer, or refuses. An OSError too, for who can go on without the file."""
 
     exit_code = 2  # mostly a mistake in its name, or in what its owner may do

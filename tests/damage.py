@@ -224,7 +224,7 @@ def write_nonsense(folder: Path, rng: Random) -> str:
 
 
 def reformat(folder: Path, rng: Random) -> str:
-    """The same values in other bytes: nothing of ours did that."""
+    """The same values in other bytes, which this project never writes."""
     values = json.loads((folder / MANIFEST).read_bytes())
     style = rng.choice([{"indent": 4}, {"indent": None}, {"indent": 2, "sort_keys": True}])
     (folder / MANIFEST).write_text(json.dumps(values, **style))

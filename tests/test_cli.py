@@ -240,12 +240,12 @@ MISTAKES = [
     (["solve", "{run}", "data={data}", "count=0"], "count=0: input should be greater than 0"),
     (["solve", "{run}"], "give one puzzle (without spaces), one file, or data=DIR"),
     (["solve", "{run}", "{binary}"], "is no text file"),
-    (["solve", "{run}", "1,2,3"], "3 tokens, where 16 are needed"),
+    (["solve", "{run}", "1,2,3"], "3 tokens; 16 are needed"),
     (["solve", "{run}", "data={data}", "index=24"], "holds examples 0..23"),
     (["train", "experiment=quickstrat"], "did you mean 'quickstart'?"),
     (["train", "experiment=quickstart", "data={missing}"], "no dataset folder"),
     (["train", "data={data}", "scaling=local", "storage=/proc/x", *TINY], "/proc/x"),
-    (["train", "data={data}", "run_name=a/b"], "run_name=a/b is no plain folder name"),
+    (["train", "data={data}", "run_name=a/b"], "run_name=a/b must be a plain folder name"),
     (["train", "data={data}", "run_name="], "run_name= is empty"),
     (["train", "data={data}", "lrr=1"], "unknown key 'lrr'; did you mean 'lr'?"),
     (["train", "data={data}", "device=cuda", "scaling=local", "storage={missing}"], "no GPU"),
@@ -513,8 +513,8 @@ def test_solve_a_file_of_any_layout(sudoku_run, tmp_path, capsys, monkeypatch):
 def test_solve_names_file_and_line_of_what_it_cannot_read(sudoku_run, tmp_path, capsys):
     file = tmp_path / "a"
     for content, said in {
-        f"q,a\n{PUZZLE},\n\n12,\n": ":4: 2 characters, where 4x4 Sudoku has 16",
-        GRID + "\n...1\n.2..\n": ":6: 2 rows of 4 cells, where a grid has 4",
+        f"q,a\n{PUZZLE},\n\n12,\n": ":4: 2 characters; a 4x4 Sudoku has 16",
+        GRID + "\n...1\n.2..\n": ":6: 2 rows of 4 cells; a grid has 4",
         f"{PUZZLE}\n\x1b[31m\n": ":2: impossible digit '\\x1b' in row 1, column 1",
         "# nothing": " holds no puzzle",
     }.items():

@@ -18,7 +18,14 @@ PAGES = sorted([README, *(ROOT / "docs").glob("*.md")])
 MAX_LINES = {"README.md": 150, "performance.md": 120}
 MAX_WIDTH = 130  # outside tables
 FENCE = re.compile(r"^```.*?^```\n", flags=re.M | re.S)
-AVOIDED = ("anew", "want of", "of ours", "heed", "lest", "does well to", "others' reruns")
+# Patterns, in lower case.
+AVOIDED = ("anew", "want of", "of ours", "heeds?", "lest", "does well to", "others' reruns")
+SOURCES = [
+    path
+    for folder in ("hrm_ray", "tests", "benchmarks", "tune_configs", "datasets")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in (".py", ".yaml") and path != Path(__file__)  # which names the words
+]
 
 
 def each_page(test):
@@ -54,10 +61,24 @@ def test_pages_are_short_and_lines_fit_a_screen(page):
     assert not [line for line in lines if len(line) > MAX_WIDTH and not line.startswith("|")]
 
 
+def unplain(text: str) -> list[str]:
+    """The `AVOIDED` words in a text, also where a line breaks between two of them."""
+    text = re.sub(r"[\s#]+", " ", text.lower())
+    return [words for words in AVOIDED if re.search(rf"\b{words}\b", text)]
+
+
 @each_page
 def test_words_are_plain(page):
-    text = page.read_text().lower()
-    assert not [words for words in AVOIDED if re.search(rf"\b{words}\b", text)]
+    assert not unplain(page.read_text())
+
+
+def test_words_of_the_code_are_plain():
+    found = {str(path.relative_to(ROOT)): unplain(path.read_text()) for path in [ROOT / "Makefile", *SOURCES]}
+    assert len(found) > 100 and not {path: words for path, words in found.items() if words}
+
+
+def test_avoided_words_are_found():
+    assert unplain("# Started Anew, for want\n    # of memory") == ["anew", "want of"]
 
 
 @each_page

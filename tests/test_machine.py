@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hrm_ray import doctor, machine
-from hrm_ray.errors import MayPass, UserError
+from hrm_ray.errors import TransientError, UserError
 
 
 def test_cpu_decisions(monkeypatch):
@@ -68,7 +68,9 @@ def gpu(monkeypatch):
 def test_a_gpu_that_cannot_compute(gpu, monkeypatch):
     """The one here is made up, so torch fails on it as it would where it has no kernels for one."""
     machine._gpu_problem.cache_clear()
-    with pytest.warns(UserWarning, match=r"trains on the CPU: Some GPU does not work with torch 2.*: "):
+    with pytest.warns(
+        UserWarning, match=r"training on the CPU instead: Some GPU does not work with torch 2.*: "
+    ):
         assert machine.resolve().device.type == "cpu"
     with pytest.raises(
         UserError, match=r"device=cuda: Some GPU does not work with torch .*; use device=cpu or"
@@ -84,7 +86,9 @@ def test_a_gpu_whose_memory_another_process_has(gpu, monkeypatch, device):
 
     monkeypatch.setattr(torch, "ones", no_room)
     machine._gpu_problem.cache_clear()
-    with pytest.raises(MayPass, match=r"cuda:0, Some GPU, has no free memory \(.*\); wait for who has it"):
+    with pytest.raises(
+        TransientError, match=r"cuda:0, Some GPU, has no free memory \(.*\); wait until other programs"
+    ):
         machine.resolve(device=device)
     machine._gpu_problem.cache_clear()
     rows = dict(line.split("  ", 1) for line in doctor.report().splitlines())
@@ -97,7 +101,7 @@ def test_a_gpu_whose_memory_another_process_has(gpu, monkeypatch, device):
 def test_doctor_where_a_gpu_has_too_little_memory_to_try_kernels(gpu, monkeypatch):
     def no_room(name, device, *kind, **shape):
         if device.type == "cuda":
-            raise MayPass("there is too little memory on cuda:0")
+            raise TransientError("there is too little memory on cuda:0")
 
     monkeypatch.setattr(machine, "_gpu_problem", lambda place: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)

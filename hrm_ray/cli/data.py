@@ -31,7 +31,7 @@ class ShowOptions(Settings):
 
 
 class OutOptions(Settings):
-    """Of what converts one thing into another."""
+    """Options of commands that convert one format into another."""
 
     out: str
 

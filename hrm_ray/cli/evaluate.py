@@ -82,8 +82,8 @@ def evaluate(args: argparse.Namespace) -> None:
     total = open_dataset(options.data).split(options.split).num_examples
     solver = load_solver(args.checkpoint)
     bar = tqdm(total=min(total, options.num_examples or total), unit="puzzle", disable=args.json)
-    # Opened before the evaluation: where nothing can be written is told at once.
     out = Path(options.out) if options.out else None
+    # Opened before the evaluation, so that a path that cannot be written is reported at once.
     with bar, writing(out) if out else nullcontext(), whole_file(out) if out else nullcontext() as file:
         metrics, arrays = solver.evaluate(
             options.data,

@@ -29,7 +29,7 @@ def interrupts_end_the_process() -> Iterator[None]:
 
 
 def train(args: argparse.Namespace) -> int:
-    with interrupts_end_the_process():  # nothing has begun yet that would have to be ended well
+    with interrupts_end_the_process():  # nothing has started yet that must be stopped cleanly
         return _train(args)
 
 
@@ -47,7 +47,7 @@ def _train(args: argparse.Namespace) -> int:
     if summary["stop_reason"] == "max_time_s" and config.max_time_s:
         step = summary["global_step"]
         print(
-            f"max_time_s={config.max_time_s:g} are over at step {step}; the same command continues",
+            f"the time limit max_time_s={config.max_time_s:g} is reached at step {step}; the same command continues",
             file=sys.stderr,
         )
     if summary["stop_reason"] == "early_stopping" and config.early_stopping:

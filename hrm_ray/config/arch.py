@@ -1,4 +1,4 @@
-"""What every architecture is told, and how a name in a configuration finds the class that reads it.
+"""The keys that all architectures share, and how `arch.name` finds an architecture's class.
 
 An architecture is a module of `hrm_ray.models` with two classes, its configuration and its model, and a YAML of the
 same name under `config/arch/`. Its configuration derives from `ArchConfig` and gives `name` a default: that is what

@@ -84,7 +84,7 @@ def _train_config(words: Sequence[str]) -> TrainConfig:
         values["run_name"] = chosen.get("experiment", "train")
     if not is_folder_name(values["run_name"]):
         raise UserError(
-            f"run_name={values['run_name']} is no plain folder name; storage=DIR says where runs lie"
+            f"run_name={values['run_name']} must be a plain folder name without /; storage=DIR says where runs are kept"
         )
     where = f"experiment {chosen['experiment']}" if "experiment" in chosen else "configuration"
     return validated(TrainConfig, values, where)
@@ -154,7 +154,7 @@ def _check_halting_words(given: set[str], halting: Mapping[str, Any]) -> None:
     pairs = {f"halting.{old}": f"halting.{ratio}" for old, ratio in OLD_STEP_COUNTS.items()}
     for old, ratio in (pairs | {"lr_warmup_steps": "lr_warmup_ratio"}).items():
         if {old, ratio} <= given:
-            raise UserError(f"{old} and {ratio} are two lengths of one thing; give {ratio} only")
+            raise UserError(f"{old} and {ratio} set the same duration; give only {ratio}")
     learned = sorted(key for key in given if key.startswith("halting.") and key != "halting.name")
     if learned and halting["name"] != "q_learning":
         raise UserError(f"{learned[0]} has no effect with halting={halting['name']}; add halting=q_learning")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from hrm_ray.config.validate import read_value, shown
 from hrm_ray.errors import UserError
 
-# `arch.name` there, and here; the first of each of ours is the one to write.
+# `arch.name` there, and here; the first of each is the one to write.
 ARCHITECTURES = {
     "hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1": "hrm_v1",
     "recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1": "trm",

@@ -86,7 +86,7 @@ def writing(folder: Path, otherwise: str = "pick another out") -> Iterator[None]
         raise
     except OSError as error:
         reason = error.strerror or first_line(error)
-        raise UserError(f"cannot write to {folder}: {reason}; mend that, or {otherwise}") from None
+        raise UserError(f"cannot write to {folder}: {reason}; fix it, or {otherwise}") from None
 
 
 def sha256(path: Path) -> str:

@@ -128,7 +128,7 @@ def to_tokens(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """A fixed_size_list<uint8> column as uint8[n, seq_len], without copying if it is one chunk."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
-    # flatten() heeds the offset of a slice; .values would not.
+    # flatten() respects the offset of a slice; .values does not.
     return column.flatten().to_numpy(zero_copy_only=True).reshape(-1, column.type.list_size)
 
 

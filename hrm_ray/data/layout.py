@@ -345,9 +345,7 @@ class _Finder:
             self.found.append(Found(problem.line, problem=problem.problem))
             return
         if len(rows) % height:
-            count = (
-                f"{len(rows)} row{'s' * (len(rows) > 1)} of {cells.width} cells, where a grid has {height}"
-            )
+            count = f"{len(rows)} row{'s' * (len(rows) > 1)} of {cells.width} cells; a grid has {height}"
             self.found.append(Found(rows[0].line, problem=f"{count}: one may be missing, or too many"))
             return
         for start in range(0, len(rows), height):

@@ -249,10 +249,11 @@ class _Job:
         while len(questions) < num_wanted:
             if next_index > 20 * num_wanted + 10_000:
                 raise UserError(
-                    f"only {len(questions)} different {recipe.size}x{recipe.size} puzzles with {recipe.num_clues} "
-                    f"clues found where {num_wanted} are wished; ask for fewer, or for another num_clues"
+                    f"found only {len(questions)} different {recipe.size}x{recipe.size} puzzles with "
+                    f"{recipe.num_clues} clues, {num_wanted} are wanted; "
+                    "lower num_train or num_test, or change num_clues"
                 )
-            # A few more than are missing, for some will be equal; doubling, lest the last ones take many rounds.
+            # A few more than are missing, since some will be duplicates; doubled, so that the last need few rounds.
             num_more = max(int(1.02 * (num_wanted - len(questions))) + 64, next_index)
             indices = np.arange(next_index, next_index + num_more)
             next_index = int(indices[-1]) + 1
@@ -321,7 +322,7 @@ class _Job:
             yield to_tokens(block["inputs"]), to_tokens(block["labels"]), block["group"].to_numpy()
 
     def _start_ray(self) -> None:
-        """When there is work for it: a mistake in the source is told without waiting for Ray."""
+        """Started only when needed, so that mistakes in the source are reported without waiting for Ray."""
         self.stack.enter_context(ray_session(_OBJECT_STORE_BYTES))
 
     def _map(

@@ -16,8 +16,8 @@ class Prefetcher(Generic[T]):
     Its thread ends with it, unless `make` refers to it.
 
     Args:
-        make: the value of a key (a whole number), which nobody changes. Called in a thread of its own, once at a time;
-            not to launch anything on a GPU, where the step at hand may just be recorded.
+        make: computes the value of a key (a whole number); the value must not be changed. Called in a thread of its
+            own, once at a time; not to launch anything on a GPU, where the step at hand may just be recorded.
         last: no key after this one is made ahead.
     """
 

@@ -214,7 +214,7 @@ def _download(repo_id: str) -> Path:
         return Path(huggingface_hub.snapshot_download(repo_id, repo_type="dataset", allow_patterns=_PATTERNS))
     except Exception as error:  # the hub, its HTTP client and the network raise some twenty unrelated types
         raise UserError(
-            f"source={repo_id}: no such file or folder here, and not to be had as a dataset from Hugging Face "
+            f"source={repo_id}: no such file or folder here, and no dataset that Hugging Face gives us "
             f"({type(error).__name__}: {first_line(error)}); check the path, or the id and the network"
         ) from None
 

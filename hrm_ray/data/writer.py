@@ -231,9 +231,7 @@ def writable_folder(out: str | Path, *, overwrite: bool) -> Path:
         if not (path / MANIFEST).is_file():
             raise UserError(f"out={out} is a folder with other things in it; pick another out")
         if not overwrite:
-            raise UserError(
-                f"out={out} holds another dataset already; pick another out, or pass overwrite=true"
-            )
+            raise UserError(f"out={out} already holds another dataset; give another out=, or overwrite=true")
         if strange := _not_of_a_dataset(path):
             raise UserError(
                 f"out={out} holds {strange}, which is not of a dataset; move it away, or pick another out"

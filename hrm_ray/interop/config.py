@@ -102,7 +102,7 @@ def forward_dtype(config: dict[str, Any], file: Path) -> str:
 
 
 def published_config(manifest: Manifest) -> dict[str, Any]:
-    """The configuration of a checkpoint of ours in the published words, as far as they go.
+    """The configuration of a checkpoint of this project in the published words, as far as they go.
 
     Raises:
         UserError: its architecture has no published layout.

@@ -194,9 +194,7 @@ def _read_split(folder: Path) -> tuple[_About, dict[str, _Set]]:
         _About, {key: value for key, value in values.items() if key in _About.model_fields}, str(where)
     )
     if about.vocab_size > 256:
-        raise UserError(
-            f"{where}: a vocabulary of {about.vocab_size}, where at most 256 tokens are supported"
-        )
+        raise UserError(f"{where}: a vocabulary of {about.vocab_size} tokens; at most 256 are supported")
     if about.blank_identifier_id >= about.num_puzzle_identifiers:
         raise UserError(
             f"{where}: blank_identifier_id={about.blank_identifier_id} must be below "

@@ -100,7 +100,7 @@ def _fetch(repo: str, inside: str, revision: str | None) -> Files:
         raise
     except Exception as error:  # the hub, its HTTP client and the network raise some twenty unrelated types
         raise UserError(
-            f"{where}: no such file or folder here, and not to be had as a model from Hugging Face "
+            f"{where}: no such file or folder here, and no model that Hugging Face gives us "
             f"({type(error).__name__}: {first_line(error)}); check the path, or the id and the network"
         ) from None
     return Files(config, local, step_of(str(weights)))

@@ -1,8 +1,8 @@
 """Adaptive computation time: the carry of a batch, and when a slot halts.
 
 A batch slot keeps its puzzle and hidden state over training steps until it halts ("deep supervision"); then it
-takes the puzzle at its position in the next batch and starts anew. Nothing here is random: what is drawn comes in
-as `Control`, from the caller.
+takes the puzzle at its position in the next batch and starts from the initial state. Nothing here is random: what is
+drawn comes in as `Control`, from the caller.
 
 Source: Wang et al. 2025, arXiv:2506.21734, "Deep supervision" and "Adaptive computational time".
 """
@@ -97,7 +97,7 @@ class ACT(nn.Module):
 
     Args:
         inner: the recursion.
-        halt_max_steps: every slot halts at this step at the latest. It may be set anew, also higher than in training.
+        halt_max_steps: every slot halts at this step at the latest. It may be changed, also to more than in training.
         halting: when a slot halts before.
     """
 

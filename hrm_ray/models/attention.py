@@ -1,6 +1,6 @@
 """Full attention with rotary positions by several kernels that compute the same, and which of them can run where.
 
-    fused    rotation and attention of short sequences in one pass, of ours (kernels/attention.py): GPUs of 9.0 and 10.x
+    fused    rotation and attention of short sequences in one kernel (kernels/attention.py): GPUs of 9.0 and 10.x
     flash3   FlashAttention 3, the package `flash_attn_interface`: Hopper GPUs
     flash2   FlashAttention 2, the package `flash_attn`: GPUs from Ampere on
     sdpa     torch's own, which has flash kernels for GPUs and CPUs
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from hrm_ray.errors import MayPass, UserError, first_line
-from hrm_ray.memory import lacks_memory
+from hrm_ray.errors import TransientError, UserError, first_line
+from hrm_ray.memory import is_out_of_memory
 from hrm_ray.models.rotary import Rope, apply_rope, rope_tables
 
 # From queries, keys and values as they come from one product, [B, S, 3, N, K], and rotary positions, to [B, S, N, K].
@@ -149,7 +149,7 @@ def _failure(name: str, device: torch.device, num_tokens: int, head_dim: int) ->
     """What is wrong with a call forwards and backwards; a package may have no kernels for this GPU, or wrong ones.
 
     Raises:
-        MayPass: there is too little memory to tell.
+        TransientError: there is too little memory to tell.
     """
     random = torch.Generator().manual_seed(0)
     numbers = torch.randn(4, 2, num_tokens, 2, head_dim, generator=random).to(torch.bfloat16)
@@ -166,9 +166,9 @@ def _failure(name: str, device: torch.device, num_tokens: int, head_dim: int) ->
             if not (ours - expected).norm() <= PROBE_TOLERANCE * expected.norm():
                 return f"computes something else on {device}"
     except Exception as error:  # of any kind
-        if lacks_memory(error):
-            raise MayPass(
-                f"there is too little memory on {device} to try attention ({first_line(error)})"
+        if is_out_of_memory(error):
+            raise TransientError(
+                f"not enough memory on {device} to test the attention kernel ({first_line(error)})"
             ) from error
         return f"fails on {device}: {first_line(error)}"
     return None
@@ -190,7 +190,7 @@ def resolve_attention(
 
     Raises:
         UserError: it cannot run here.
-        MayPass: there is too little memory to tell.
+        TransientError: there is too little memory to tell.
     """
     shape = {"num_tokens": num_tokens, "head_dim": head_dim}
     if wanted == "auto":

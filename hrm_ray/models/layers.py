@@ -190,5 +190,5 @@ class PuzzleEmbedding(nn.Module):
         return identifiers, gradients
 
     def forget(self) -> None:
-        """Take the passes since then as not having been."""
+        """Discard what the passes since then have looked up."""
         self._looked_up.clear()

@@ -142,7 +142,7 @@ class RecursiveModel(nn.Module, ABC):
         return State(self.H_init.to(self.dtype).expand(shape), self.L_init.to(self.dtype).expand(shape))
 
     def reset(self, state: State, fresh_B: Tensor) -> State:
-        """`state` with the slots marked in `fresh_B` (bool [B]) started anew."""
+        """`state` with the slots marked in `fresh_B` (bool [B]) set to the initial state."""
         fresh = fresh_B[:, None, None]
         return State(
             torch.where(fresh, self.H_init.to(self.dtype), state.z_H),

@@ -1,6 +1,6 @@
 """A plain transformer with the same inputs, outputs and losses: what recursion is compared with.
 
-It reads the puzzle anew at every ACT step and keeps nothing from the one before, so one step is all it needs.
+It reads the puzzle again at every ACT step and keeps nothing from the one before, so one step is all it needs.
 """
 
 from typing import Literal

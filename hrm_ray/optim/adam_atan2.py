@@ -221,7 +221,7 @@ def _why_not_fused(device: torch.device) -> str | None:
 
 # Moments are as large and on the same device as their parameter, in float32 or wider.
 STATE = ("step", "exp_avg", "exp_avg_sq")
-# Keys of groups that tell of another optimizer.
+# Keys of groups that show that the state is another optimizer's.
 FOREIGN = {"eps", "momentum", "amsgrad", "dampening", "nesterov", "alpha", "rho", "etas"}
 
 
@@ -234,7 +234,7 @@ class AdamATan2(torch.optim.Optimizer):
         betas: decay of the first and second moment, from 0 to below 1.
         weight_decay: decoupled, multiplied by `lr`; at least 0. For a CUDA graph it and `lr` have to be tensors on the
             GPU, float32[], which are read at every replay, and a step is taken before; after `load_state_dict` record
-            anew.
+            the graph again.
         bias_correction: "outside" (the published training) or "inside" (the paper).
         backend: "auto" or a name from `BACKENDS`: "fused" is for float32 on the CPU, "cuda" for float32 and bfloat16 on
             a GPU; what is not plain and contiguous is left to "foreach".

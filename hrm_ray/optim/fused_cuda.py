@@ -131,7 +131,5 @@ def _on(device: torch.device, value: float | Tensor | None) -> Tensor | None:
     if isinstance(value, Tensor) and value.device.type == device.type:
         return value.to(device, torch.float32)
     if is_recorded(device):
-        raise UserError(
-            f"a CUDA graph would keep lr and weight_decay as they are now ({value}); make them tensors on {device}"
-        )
+        raise UserError(f"a CUDA graph freezes lr and weight_decay at {value}; make them tensors on {device}")
     return torch.full((), float(value), dtype=torch.float32, device=device)

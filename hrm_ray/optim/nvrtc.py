@@ -79,8 +79,8 @@ def compile_source(source: str, arch: str, defines: Sequence[str] = ()) -> bytes
 def cached_code(source: str, arch: str, defines: Sequence[str] = ()) -> bytes:
     """`compile_source`, or what it returned at an earlier start.
 
-    A file begins with the SHA-256 of the code, and is made anew if it is damaged. A folder that cannot be written costs
-    the compilation at every start, and one warning.
+    A file begins with the SHA-256 of the code, and is compiled again if it is damaged. A folder that cannot be written
+    costs the compilation at every start, and one warning.
     """
     version = [int(number) for number in _nvrtc().nvrtcVersion()[1:]]
     key = hashlib.sha256(repr((source, _options(arch, defines), version)).encode()).hexdigest()[:32]
@@ -93,7 +93,7 @@ def cached_code(source: str, arch: str, defines: Sequence[str] = ()) -> bytes:
     try:
         _write(_path(key), hashlib.sha256(code).digest() + code)
     except (OSError, UserError) as error:
-        warnings.warn(f"kernels are compiled anew at every start: {error}", stacklevel=2)
+        warnings.warn(f"kernels will be compiled again at every start: {error}", stacklevel=2)
     return code
 
 
@@ -102,7 +102,7 @@ def _path(key: str) -> Path:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Whole or not there, whoever else writes it."""
+    """Write the file atomically, even if other processes write it too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent)
     try:

@@ -11,7 +11,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # all s
 
 
 class WorkersDisagree(Exception):
-    """The weights of some worker are not those of the others (a fault of memory, of the network, or of ours)."""
+    """The weights of some worker are not those of the others (a fault of memory, of the network, or a bug)."""
 
 
 def bit_sum(tensors: Sequence[Tensor]) -> int:

@@ -232,14 +232,14 @@ def newest_whole(run: Storage, on_event: Callable[[str, str], object]) -> Checkp
     """The newest checkpoint of `run` whose every byte is as written; None if the run never had one.
 
     Args:
-        on_event: told of what is passed over, a copy or a damaged one that is newer: the name of the event, and a line.
+        on_event: called with the name of an event and a message for each copy and each newer damaged one.
 
     Raises:
-        UserError: there were some, and none is whole.
+        UserError: there were some, and all are damaged.
     """
     folder = run / FOLDER
     problems = []
-    mend = "bring one back from a copy"
+    mend = "restore one from a copy"
     for copy in _copies(run):
         on_event("copy_left_alone", f"{copy.folder} is a copy of step {copy.step}; it is left alone")
         mend = f"rename {copy.name} to {step_name(copy.step)} to go on from that copy"
@@ -258,8 +258,8 @@ def newest_whole(run: Storage, on_event: Callable[[str, str], object]) -> Checkp
     if not was_saved:
         return None
     raise UserError(
-        f"{run}: no checkpoint is whole ({problems[0] if problems else 'all are gone'}); {mend}, or choose another "
-        "run_name= to start anew"
+        f"{run}: every checkpoint is damaged or gone ({problems[0] if problems else 'all are gone'}); {mend}, "
+        "or start a new run with another run_name="
     )
 
 

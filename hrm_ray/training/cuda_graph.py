@@ -36,7 +36,7 @@ def capture(function: Callable[[], Any], memory: GraphMemory) -> tuple[Replay, A
     """Record `function` on the current GPU. Waits for the GPU.
 
     Returns:
-        what does it again, and its results, which are written anew each time.
+        a function that repeats it, and its results, which every repetition overwrites.
 
     Raises:
         RuntimeError: it waits for the GPU, or does what else cannot be recorded.

@@ -38,7 +38,7 @@ class Records:
         config: the run.
         global_step: where it starts or goes on; later reports of an earlier attempt are dropped.
         evaluates_again: drop a report of the evaluation at `global_step` too.
-        on_event: told of a file that somebody has changed: the name of the event, and a line.
+        on_event: called with the name of an event and a message for each file that somebody has changed.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Records:
     def summarise(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
         self.flush()
-        self._keep(is_summary, SUMMARY_FILE, "is no summary of a run; it is written anew")
+        self._keep(is_summary, SUMMARY_FILE, "is not the summary of a run; a new one is written")
         self._run.write(SUMMARY_FILE, (json.dumps(summary, indent=2) + "\n").encode())
         if self._wandb:
             self._wandb.summary.update(summary)
@@ -109,7 +109,7 @@ class Records:
     def close(self) -> None:
         """Let go of what is open, also when the run has failed."""
         if self._tensorboard:
-            with suppress(OSError):  # a full disk is told of elsewhere
+            with suppress(OSError):  # a full disk is reported elsewhere
                 self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()

@@ -15,7 +15,7 @@ import torch
 from hrm_ray import machine, memory
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset, open_dataset
-from hrm_ray.errors import NotFinite, RunFailed, UserError
+from hrm_ray.errors import NonFiniteLoss, RunFailed, UserError
 from hrm_ray.models.compiled import STANCE, reason, uncompile
 from hrm_ray.training.agreement import WorkersDisagree, all_finite, bit_sum, odd_ones_out
 from hrm_ray.training.checkpoint import (
@@ -29,8 +29,8 @@ from hrm_ray.training.checkpoint import (
 )
 from hrm_ray.training.evaluate import Interrupted, evaluate
 from hrm_ray.training.logging import RECORDS, Records, check_places, note_event
-from hrm_ray.training.meter import Diverged, Meter
-from hrm_ray.training.plan import Plan, out_of_patience
+from hrm_ray.training.meter import LossDiverged, Meter
+from hrm_ray.training.plan import Plan, stops_early
 from hrm_ray.training.resume import check_fits, weights_source
 from hrm_ray.training.saver import Saver
 from hrm_ray.training.state import TrainState
@@ -57,11 +57,10 @@ class Hooks:
 
     Attributes:
         progress: called after every step and every evaluated batch.
-        report: told of every record of metrics.jsonl, once it is written there; again for those that a resumed run
-            repeats.
+        report: called with every record once it is in metrics.jsonl; again with those that a resumed run repeats.
         stop: why to end after the step at hand; None to go on.
         save: whether to write a checkpoint after the step at hand.
-        event: told of every entry of events.jsonl.
+        event: called with every entry of events.jsonl.
     """
 
     progress: Callable[[Progress], None] = lambda progress: None
@@ -80,7 +79,7 @@ class Votes:
     written: bool  # every worker has written its part of the pending checkpoint
 
 
-SMALLER = "take a smaller model, a smaller global_batch_size or more workers"  # where memory is lacking
+SMALLER = "use a smaller model, a smaller global_batch_size or more workers"  # where memory is lacking
 COMPILED, NOT_WANTED = None, ""  # what may come of compiling, besides a reason why it failed
 
 
@@ -120,7 +119,7 @@ class Trainer:
         # The first worker decides where the run goes on, and keeps others off it.
         self._lock = run.lock() if world.is_first else None
         try:
-            with memory.room_for(f"the model and a batch on {self.setup.device}", SMALLER):
+            with memory.needed_for(f"the model and a batch on {self.setup.device}", SMALLER):
                 self._begin()
             if world.is_first:
                 run.sweep(RECORDS)
@@ -182,8 +181,8 @@ class Trainer:
     def _start_from_weights(self) -> None:
         source = weights_source(self.run)
         left = self.state.load_weights(source.weights())
-        anew = f" ({', '.join(left)} anew)" if left else ""
-        self._note("weights_taken", f"starts anew from the weights of {source.folder}{anew}")
+        new = f" (newly initialised: {', '.join(left)})" if left else ""
+        self._note("weights_taken", f"new run from the weights of {source.folder}{new}")
 
     def train(self) -> dict[str, Any]:
         """Run to the end, or to the step after which `hooks.stop` asks to stop. Collective.
@@ -198,8 +197,8 @@ class Trainer:
         """
         try:
             step, workers = self.state.global_step, f"on {self.world.size} worker(s)"
-            self._note("started", f"goes on from step {step} {workers}" if step else f"starts {workers}")
-            with memory.room_for(*self._needs_room()):
+            self._note("started", f"continues from step {step} {workers}" if step else f"starts {workers}")
+            with memory.needed_for(*self._memory_need()):
                 self._run()
             summary = self._summary()
             if self._records:
@@ -214,8 +213,8 @@ class Trainer:
         finally:
             self._close()
 
-    def _needs_room(self) -> tuple[str, str]:
-        """What memory is wanted for, and what to do if it is too little (see `room_for`)."""
+    def _memory_need(self) -> tuple[str, str]:
+        """What needs memory, and what to do if there is not enough (see `memory.needed_for`)."""
         slots = self.stepper.slots
         num_slots = slots.stop - slots.start
         at_once = min(self.config.micro_batch_size or num_slots, num_slots)
@@ -239,11 +238,11 @@ class Trainer:
 
     def _run_to_the_end(self) -> None:
         self._evaluate_if_due()  # what a stop or a crash prevented
-        self._stop_if_out_of_patience()
+        self._stop_early_if_due()
         while self.state.global_step < self.plan.last_step and self._stop_reason is None:
             try:
                 self._advance()
-            except Diverged as problem:
+            except LossDiverged as problem:
                 self._roll_back(problem)
             self._watchdog.beat()
         self._finish_saving()
@@ -271,20 +270,20 @@ class Trainer:
         uncompile(self.state.model)
         if any(outcome != NOT_WANTED for outcome in outcomes):
             rank, why = next((r, o) for r, o in enumerate(outcomes) if o is not COMPILED)
-            self._note("not_compiled", f"goes on without compiling: {why or 'no compiler'} (rank {rank})")
+            self._note("not_compiled", f"continues without compiling: {why or 'no compiler'} (rank {rank})")
 
     def _record(self, is_first_time: bool) -> None:
         """Record the steps as CUDA graphs, or say why that failed. For one worker."""
         started = time.monotonic()
         self._show("record")
-        # What would compile anew now would do so with other settings, or be recorded as it is.
+        # Anything compiled now would use other settings, or would become part of the recording.
         stance = torch.compiler.set_stance("fail_on_recompile") if self.setup.compile else nullcontext()
         try:
             with self._meter.excluded(), stance:
                 self.stepper.record()
         except Exception as error:  # of any kind, as above
             self.setup = replace(self.setup, cuda_graphs=False)
-            self._note("not_recorded", f"goes on without CUDA graphs: {reason(error)}")
+            self._note("not_recorded", f"continues without CUDA graphs: {reason(error)}")
             return
         self.setup = replace(self.setup, cuda_graphs=True)
         if is_first_time:
@@ -355,7 +354,7 @@ class Trainer:
 
     def _evaluate_if_due(self) -> None:
         """Evaluate and note the metrics in the checkpoint of this step, which was saved first: an evaluation may be
-        long, and what comes during it must not cost training."""
+        long, and a request during it must not cost training time."""
         if self._stop_reason is not None or not self._evaluation_is_due:
             return
         started = time.perf_counter()
@@ -388,7 +387,7 @@ class Trainer:
             write_manifest(folder, manifest.model_copy(update=update))
             self._saver.prune(self.state.global_step)
         self._show("train")
-        self._stop_if_out_of_patience()
+        self._stop_early_if_due()
 
     def _interrupts_evaluation(self) -> bool:
         votes = self._vote()
@@ -400,8 +399,8 @@ class Trainer:
         self._watchdog.beat()
         self._show("eval")
 
-    def _stop_if_out_of_patience(self) -> None:
-        stops = self._records is not None and out_of_patience(
+    def _stop_early_if_due(self) -> None:
+        stops = self._records is not None and stops_early(
             self._records.evaluations(self.config.best_metric), self.config.early_stopping
         )
         if self.world.from_first(stops) and self.state.global_step < self.plan.last_step:
@@ -411,7 +410,7 @@ class Trainer:
         """Whether the workers have the same weights, and these and the optimizer's moments are finite. Collective.
 
         Raises:
-            WorkersDisagree, Diverged.
+            WorkersDisagree, LossDiverged.
         """
         weights = list(self.state.model.inner.state_dict().values())
         sums = self.world.gather_objects(bit_sum(weights))
@@ -423,10 +422,10 @@ class Trainer:
             raise WorkersDisagree(what)
         # Of the moments too: they keep an infinite gradient, which the weights may show steps later.
         if not all_finite([*weights, *self.state.moments()]):
-            raise Diverged(step, f"the weights or their moments are not finite after step {step}")
+            raise LossDiverged(step, f"the weights or their moments are not finite after step {step}")
 
     def _save(self) -> None:
-        """Begin to write a checkpoint of what is known to be sound. Collective."""
+        """Start writing a checkpoint; the state has been checked. Collective."""
         self._finish_saving()
         with self._meter.excluded(checkpoint=True):
             self._meter.check(self.world)
@@ -447,7 +446,7 @@ class Trainer:
             with self._meter.excluded(checkpoint=True):
                 self._saver.finish(self._records.flush if self._records else lambda: None)
 
-    def _roll_back(self, problem: Diverged) -> None:
+    def _roll_back(self, problem: LossDiverged) -> None:
         """Go back to the last checkpoint and leave out the batches around `problem`. Collective.
 
         Raises:
@@ -457,11 +456,11 @@ class Trainer:
         self._finish_saving()
         if config.on_nonfinite == "stop" or num_rollbacks >= config.max_rollbacks:
             hint = ", or leave out such batches with on_nonfinite=rollback"
-            raise NotFinite(
+            raise NonFiniteLoss(
                 f"{problem.what}{f', after {num_rollbacks} rollbacks' if num_rollbacks else ''} "
                 f"(lr {self.plan.lr(problem.step):.3g}); lower lr or lengthen lr_warmup_steps"
-                f"{hint if config.on_nonfinite == 'stop' else ''}; the same command goes on from the last "
-                "checkpoint, run_name=NAME starts anew"
+                f"{hint if config.on_nonfinite == 'stop' else ''}; the same command continues from the last "
+                "checkpoint, run_name=NAME starts a new run"
             )
         # The memory of the old ones is wanted for the new: frames of `problem` and compiled modules refer to them.
         del self.stepper, self.state
@@ -479,8 +478,8 @@ class Trainer:
             self._records.rewind(state.global_step)
         self._note(
             "rolled_back",
-            f"{problem.what}; back to step {state.global_step}, leaving out the batches of steps {first} to "
-            f"{problem.step}",
+            f"{problem.what}; back to step {state.global_step}; the batches of steps {first} to {problem.step} "
+            "are skipped",
         )
 
     def _report(self, values: dict[str, float]) -> None:
@@ -523,10 +522,10 @@ class Trainer:
 
 
 def _as_full_disk(error: BaseException, run: Storage) -> BaseException:
-    """`error`, or what it means to the user if a write failed for want of room."""
+    """`error`, or a RunFailed if a write failed because the disk is full."""
     if isinstance(error, OSError) and is_full(error):
         return RunFailed(
-            f"{run}: the disk is full; make room, and the same command goes on from the last checkpoint"
+            f"{run}: the disk is full; free some space, and the same command continues from the last checkpoint"
         )
     return error
 

@@ -14,7 +14,7 @@ from hrm_ray.training.world import World
 NEVER = 2**31 - 1  # a step that no run reaches
 
 
-class Diverged(Exception):
+class LossDiverged(Exception):
     """A loss or the weights are not finite; raised on every worker alike.
 
     Attributes:
@@ -72,17 +72,19 @@ class Meter:
         self._data_wait_s += outcome.data_wait_s
 
     def check(self, world: World) -> None:
-        """Raise `Diverged` if a loss since the last report was not finite. Collective."""
+        """Raise `LossDiverged` if a loss since the last report was not finite. Collective."""
         bad_steps = world.gather_objects(int(self._bad_step))
         if min(bad_steps) < NEVER:
             rank = bad_steps.index(min(bad_steps))
-            raise Diverged(min(bad_steps), f"the loss is not finite at step {min(bad_steps)} on rank {rank}")
+            raise LossDiverged(
+                min(bad_steps), f"the loss is not finite at step {min(bad_steps)} on rank {rank}"
+            )
 
     def report(self, world: World) -> dict[str, float]:
         """Metrics since the last report, over all workers. Collective.
 
         Raises:
-            Diverged: a loss was not finite.
+            LossDiverged: a loss was not finite.
         """
         self.check(world)
         sums = dict(zip(METRICS, world.sum(self.sums).tolist(), strict=True))

@@ -202,7 +202,7 @@ class Plan:
         return step % self.config.log_interval == 0 or self.evaluates(step)
 
 
-def out_of_patience(evaluations: Sequence[float], patience: int | None) -> bool:
+def stops_early(evaluations: Sequence[float], patience: int | None) -> bool:
     """Whether the last `patience` evaluations (higher is better) brought nothing better than those before."""
     if patience is None or len(evaluations) <= patience:
         return False

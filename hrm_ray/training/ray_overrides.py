@@ -4,9 +4,9 @@
 told meanwhile; another still waits when the session is ended, and its next call then starts a new Ray, or ends the
 whole process if it comes while the core shuts down. So here waiting is left to the caller.
 
-If a worker dies while the group is formed, Ray 2.60 starts anew but keeps what the dead start had reserved
+If a worker dies while the group is formed, Ray 2.60 starts again but keeps what the failed start had reserved
 (`WorkerGroup._start` cleans up only what is not yet marked as started): where the workers take the whole cluster, it
-then waits for itself for ever. And if one dies while it is told to train, or is killed by Ray's own monitor of memory,
+then waits for itself forever. And if one dies while it is told to train, or is killed by Ray's own monitor of memory,
 or another worker says so first, whose connection to it broke, Ray ends the run, as if the controller had failed. Here
 the reservation is given back, and each of these is a failure of a worker like others: the next start follows, up to
 `max_failures` times.
@@ -55,7 +55,7 @@ from hrm_ray.training.channel import Channel
 
 logger = logging.getLogger(__name__)
 
-# Of a worker, before its group is formed; by want of memory, if Ray's monitor has killed it.
+# Of a worker, before its group is formed; out of memory, if Ray's monitor has killed it.
 DEATHS = (RayActorError, OutOfMemoryError, WorkerGroupStartupFailedError)
 
 # Callbacks that would remove the group of a controller that was killed, and that start what hands out Ray Data's
@@ -95,7 +95,7 @@ class NonblockingTrainer(TorchTrainer):
     def start(self) -> ActorHandle:
         """The controller, on this node: `run` trains, then `get_result` has the result.
 
-        It ends when its handles are gone and what it was called for is done.
+        It ends when no handle is left and its calls have finished.
 
         Raises:
             UserError: this Ray has no such hook.
@@ -106,7 +106,9 @@ class NonblockingTrainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **parameters: Any) -> Started:
         if self._is_lent_its_group:
-            parameters["scaling_policy"] = AsksForNoNodes(parameters["scaling_policy"].scaling_config)
+            parameters["scaling_policy"] = FixedSizeWithoutRequests(
+                parameters["scaling_policy"].scaling_config
+            )
         self._parameters = parameters
         node = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         environment = {"env_vars": {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}}
@@ -164,7 +166,7 @@ def _talk_on_loopback() -> None:
     os.environ.update({"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name})
 
 
-class AsksForNoNodes(FixedScalingPolicy):
+class FixedSizeWithoutRequests(FixedScalingPolicy):
     """For workers whose place is reserved already.
 
     Ray's own asks the autoscaler for all workers of all runs together, and for those of a controller that was killed
@@ -178,7 +180,7 @@ class AsksForNoNodes(FixedScalingPolicy):
         pass
 
 
-class LentGroup(DefaultPlacementGroupHandle):
+class BorrowedPlacementGroup(DefaultPlacementGroupHandle):
     """A placement group that stays."""
 
     def shutdown(self) -> None:
@@ -213,10 +215,10 @@ class Workers(WorkerGroup):
                 self._clear_state()
 
     def _create_placement_group(self, *parameters: Any) -> PlacementGroupHandle:
-        """The one that is lent, or a new one, of which the driver is told, should the controller die."""
+        """The borrowed one, or a new one. The driver gets its id, in case the controller dies."""
         loop_config: Any = self._train_run_context.train_loop_config
         if loop_config["group"]:
-            return LentGroup(group_of(loop_config["group"]))
+            return BorrowedPlacementGroup(group_of(loop_config["group"]))
         handle = super()._create_placement_group(*parameters)
         Channel(loop_config["channel"]).put("reservation", handle.placement_group.id.hex())
         return handle

@@ -1,7 +1,7 @@
 """Runs the loop in the workers of Ray Train.
 
 Thin on purpose. Checkpoints and resuming belong to the loop (Ray's own snapshot may lag behind them), so a worker
-that Ray restarts simply goes on from the newest one. Progress, a wish to stop and a failure travel through the
+that Ray restarts simply continues from the newest one. Progress, requests to stop and failures travel through the
 cluster's key-value store, since `ray.train.report` is a barrier as slow as the controller's poll.
 
 When Ray is about to restart the workers, because a node is being taken away or because there is room for more, the
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import MayPass, NotFinite, RayFailed, RunFailed, TooLittleMemory, UserError
+from hrm_ray.errors import NonFiniteLoss, OutOfMemory, RayFailed, RunFailed, TransientError, UserError
 from hrm_ray.every import Every
 from hrm_ray.memory import ONE_ARENA
 from hrm_ray.training.channel import Channel
@@ -41,16 +41,16 @@ RESIZE_INTERVAL_S = 30.0  # how often Ray looks for room for more workers
 START_TIMEOUT_S = 15.0  # how long it waits for lost ones to come back before it starts fewer
 BEAT_S = 5.0  # how often the first worker says that it is there
 COMING_S = 60.0  # beyond `watchdog_s`, how long there may be none
-LINGER_S = 3.0  # how long Ray may take to end a run in a session of the caller's before nobody waits for it
+LINGER_S = 3.0  # how long to wait for Ray to end a run, in a session that the caller started
 SHUTDOWN_TIMEOUT_S = "5"  # and for workers that hang to leave their process group, before it kills them
-STOP_TIMEOUT_S = 8.0  # how long there may be no worker in a lent group that could take note of a wish to stop
+STOP_TIMEOUT_S = 8.0  # how long to wait, in a borrowed group, for a worker that can act on a request to stop
 KINDS = {
-    kind.__name__: kind for kind in (NotFinite, TooLittleMemory)
+    kind.__name__: kind for kind in (NonFiniteLoss, OutOfMemory)
 }  # of failures that a caller tells apart
 
 
-class NobodyCame(Exception):
-    """No worker has been heard of for so many seconds."""
+class NoWorkers(Exception):
+    """No worker has reported for this many seconds."""
 
 
 def train_on_ray(
@@ -68,11 +68,11 @@ def train_on_ray(
         while True:
             with ray_session() as is_ours:
                 if driver.stop.signal is not None:  # that came while Ray was started
-                    return driver.nothing_ran("signal")
+                    return driver.summary_without_workers("signal")
                 try:
                     return _fit(config, run, driver, is_ours, group)
-                except NobodyCame as wait:
-                    driver.say(f"no worker for {wait} s, though there is room: Ray is joined anew")
+                except NoWorkers as wait:
+                    driver.say(f"no worker for {wait} s although there is room: connecting to Ray again")
 
 
 def _fit(
@@ -84,20 +84,20 @@ def _fit(
     channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
     cpus, use_gpu = _resources(config)
     trainer = _ray_trainer(config, run, channel, cpus, use_gpu, driver.wants_reports, group)
-    with _ray_may_give_up():
+    with _ray_errors_as_ray_failed():
         controller = trainer.start()
         training: ObjectRef = controller.run.remote()
-    patience = Patience(
+    limits = TimeLimits(
         none_s=config.watchdog_s + COMING_S if is_ours and config.watchdog_s is not None else None,
         stop_s=None if group is None else STOP_TIMEOUT_S,
         end_s=0.0 if is_ours or group is not None else LINGER_S,
     )
     look_ahead = LookAhead(config, cpus, use_gpu)
     try:
-        summary = _accompany(training, channel, driver, look_ahead, patience)
+        summary = _watch_run(training, channel, driver, look_ahead, limits)
         if summary is not None:
             return summary
-        with _ray_may_give_up():
+        with _ray_errors_as_ray_failed():
             try:
                 ray.get(training)
                 result = ray.get(controller.get_result.remote())
@@ -105,7 +105,7 @@ def _fit(
                     raise result.error
             except Exception:
                 with suppress(Exception):
-                    _give_back(channel)
+                    _release_reservation(channel)
                 raise
         return result.return_value
     finally:
@@ -113,7 +113,7 @@ def _fit(
             ray.kill(controller)  # and with it the workers, of which the next run's would wait to be gone
 
 
-def _give_back(channel: Channel) -> None:
+def _release_reservation(channel: Channel) -> None:
     """What is reserved for the workers, if the controller did not: Ray keeps it until the driver's process ends.
 
     (Where there is a dashboard, an actor of Ray Train's does the same after a controller that was killed.)
@@ -128,25 +128,25 @@ def _give_back(channel: Channel) -> None:
 
 
 @contextmanager
-def _ray_may_give_up() -> Iterator[None]:
-    """Inside, what Ray raises becomes a RayFailed."""
+def _ray_errors_as_ray_failed() -> Iterator[None]:
+    """Inside, an error of Ray becomes a RayFailed."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         raise RayFailed(
-            f"Ray Train gave up: {_first_cause(error)}; the same command goes on from the last checkpoint"
+            f"Ray Train failed: {_first_cause(error)}; the same command continues from the last checkpoint"
         ) from error
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How many seconds are waited for what.
+class TimeLimits:
+    """How many seconds to wait, and for what.
 
     Attributes:
-        none_s: while there is no worker though the living nodes could hold them; None: for ever.
-        stop_s: for workers that are gone to come back, if they are to stop then; None: for ever.
+        none_s: without a worker although the nodes have room for them; None: no limit.
+        stop_s: for lost workers to come back after a request to stop; None: no limit.
         end_s: for Ray to end the run when its workers have. Nothing, if all of it is ended anyway; else some, since
             without a dashboard Ray 2.60 takes 12 s, to stop an actor that would clean up after it.
     """
@@ -156,21 +156,21 @@ class Patience:
     end_s: float
 
 
-def _accompany(
+def _watch_run(
     training: "ObjectRef",
     channel: Channel,
     driver: Driver,
     look_ahead: "LookAhead",
-    patience: Patience,
+    limits: TimeLimits,
 ) -> dict[str, Any] | None:
-    """Tell the driver of what the workers say and them of what is wanted, until `training` ends.
+    """Pass messages between the driver and the workers until `training` ends.
 
     Returns:
         the summary, if the run has ended before `training`, or was stopped while it had no workers; else None.
 
     Raises:
         UserError, RunFailed: what a worker failed of.
-        NobodyCame: there was none for longer.
+        NoWorkers: none has reported for `limits.none_s`.
     """
     import ray
 
@@ -193,8 +193,8 @@ def _accompany(
         if progress is not None:
             driver.progress(Progress(**progress))
         if summary is not None:
-            if patience.end_s:
-                ray.wait([training], timeout=patience.end_s)
+            if limits.end_s:
+                ray.wait([training], timeout=limits.end_s)
             return summary
         reason = driver.stop.reason()
         if reason is not None and not told_to_stop:
@@ -204,14 +204,14 @@ def _accompany(
         if beat != last_beat:
             heard_at = now
         if told_to_stop and (driver.num_workers == 0 or not look_ahead.has_room_for_least()):
-            return driver.nothing_ran(str(reason))  # nobody is there, or can be, who would heed it
-        if told_to_stop and patience.stop_s is not None and now - heard_at > patience.stop_s:
-            return driver.nothing_ran(str(reason))
+            return driver.summary_without_workers(str(reason))  # no worker is there, or can be, to act on it
+        if told_to_stop and limits.stop_s is not None and now - heard_at > limits.stop_s:
+            return driver.summary_without_workers(str(reason))
         if look_ahead.asks_to_save(driver):
             channel.put("save", time.time())
-        if patience.none_s is not None and now - heard_at > patience.none_s:
+        if limits.none_s is not None and now - heard_at > limits.none_s:
             if look_ahead.has_room_for_least():
-                raise NobodyCame(f"{patience.none_s:g}")
+                raise NoWorkers(f"{limits.none_s:g}")
             heard_at = now  # the cluster has to grow first
     return None
 
@@ -452,7 +452,7 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
         if world.is_first:
             channel.put("summary", summary)
         return summary
-    except MayPass:  # Ray starts the workers again
+    except TransientError:  # Ray starts the workers again
         raise
     except UserError as error:
         failure = {"message": str(error), "exit_code": error.exit_code}

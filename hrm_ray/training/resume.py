@@ -1,4 +1,4 @@
-"""Where a run goes on: from its own newest checkpoint, or anew from the weights of one that does not fit."""
+"""Where a run continues: from its newest checkpoint, or as a new run from the weights of one that does not fit."""
 
 from typing import Any
 
@@ -27,15 +27,15 @@ def resume_point(config: TrainConfig, run: Storage, dataset: Dataset) -> Checkpo
 
 def check_fits(checkpoint: Checkpoint, config: TrainConfig, run: Storage, dataset: Dataset) -> None:
     """Raise UserError, naming both values, if `config` cannot continue `checkpoint`."""
-    problem = misfit(checkpoint, config, dataset)
+    problem = mismatch(checkpoint, config, dataset)
     if problem:
         raise UserError(
-            f"{run} was trained with {problem}; choose another run_name=, or the same values to continue it, or "
-            "resume=weights to start anew from its weights only"
+            f"{run} was trained with {problem}; give the same values to continue it, another run_name= for a new "
+            "run, or resume=weights to start a new run from its weights"
         )
 
 
-def misfit(checkpoint: Checkpoint, config: TrainConfig, dataset: Dataset) -> str | None:
+def mismatch(checkpoint: Checkpoint, config: TrainConfig, dataset: Dataset) -> str | None:
     """What keeps `config` from continuing `checkpoint`: "KEY VALUE, not VALUE"; None if nothing does."""
     manifest = checkpoint.manifest
     there: dict[str, Any] = {"data set": manifest.dataset.fingerprint, "arch": manifest.arch.name}
@@ -56,7 +56,7 @@ def misfit(checkpoint: Checkpoint, config: TrainConfig, dataset: Dataset) -> str
 
 
 def set_aside(run: Storage) -> Storage:
-    """Rename the folder of a run that is to start anew from its own weights; returns it under its new name.
+    """Rename the folder of a run that is to start again from its own weights; returns it under its new name.
 
     Raises:
         UserError: another process trains it, or its storage cannot rename.
@@ -80,5 +80,5 @@ def weights_source(run: Storage) -> Checkpoint:
         if checkpoint:
             return checkpoint
     raise UserError(
-        f"resume=weights: {run} has no checkpoint to take weights from; leave it out to start anew"
+        f"resume=weights: {run} has no checkpoint to take weights from; leave resume=weights out to start a new run"
     )

@@ -51,7 +51,7 @@ class Saver:
         world: this worker's place.
         keep_last, keep_best: see `prune`.
         on_wait: called now and then while `finish` waits for the writing.
-        on_event: told of what was in the way of a checkpoint: the name of the event, and a line.
+        on_event: called with the name of an event and a message for what was in the way of a checkpoint.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Saver:
             if SAVED not in (self._run / FOLDER).entries():
                 self._run.write(f"{FOLDER}/{SAVED}", b"")
             self.prune(manifest.global_step)
-        self._world.from_first(None)  # nobody goes on before the checkpoint is valid
+        self._world.from_first(None)  # no worker continues before the checkpoint is valid
 
     def prune(self, global_step: int) -> None:
         """Delete what is not to be kept; for the first worker, when none is pending.
@@ -153,7 +153,7 @@ class Saver:
         return f"{self._run} has {free / 1e9:.2f} GB free, a checkpoint needs {needed / 1e9:.2f} GB"
 
 
-_GO_ON = "the same command goes on from the last checkpoint"
+_GO_ON = "the same command continues from the last checkpoint"
 
 
 def _write(folder: Storage, files: dict[str, Tensors]) -> list[tuple[str, FileInfo]]:
@@ -166,7 +166,7 @@ def _outcome(writing: Future[list[tuple[str, FileInfo]]]) -> list[tuple[str, Fil
     except StorageError as error:
         return error
     except OSError as error:
-        mend = "make room" if is_full(error) else "mend that"
+        mend = "free some space" if is_full(error) else "fix it"
         return RunFailed(f"a checkpoint cannot be written ({first_line(error)}); {mend}, and {_GO_ON}")
 
 

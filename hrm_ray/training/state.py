@@ -1,7 +1,7 @@
 """Everything a run is at one moment, and how it is saved and restored.
 
 What always holds: `snapshot` then `restore` on the same number of workers continues bit for bit; on another number,
-the slots of all workers are put in line and dealt again, so the global batches go on unchanged. There are no
+the slots of all workers are joined and divided again, so the global batches go on unchanged. There are no
 random states to save: every draw is a function of (seed, global step).
 """
 
@@ -160,7 +160,7 @@ class TrainState:
         if self.averages:
             averages = checkpoint.tensors(EMA_FILE)
             self.averages = {name: averages[name].to(device) for name in self.averages}
-        share = _deal(checkpoint, world)
+        share = _redistribute_carries(checkpoint, world)
         self.carry = _unflatten_carry(share, device, self.model.inner.dtype)
         if config.halting.name == "q_learning":
             self.learner = QLearner(self.model.inner.q_head, len(self.carry.steps), config.halting)
@@ -255,8 +255,8 @@ def _unflatten_carry(tensors: Tensors, device: torch.device, dtype: torch.dtype)
     )
 
 
-def _deal(checkpoint: Checkpoint, world: World) -> Tensors:
-    """This worker's share of the carries: the rows of all saved workers in line, cut anew."""
+def _redistribute_carries(checkpoint: Checkpoint, world: World) -> Tensors:
+    """This worker's share of the carries: the rows of all saved workers joined, and divided again."""
     saved = checkpoint.manifest.world_size
     if saved == world.size:
         return checkpoint.tensors(carry_name(world.rank, saved))

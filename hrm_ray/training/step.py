@@ -68,7 +68,7 @@ class Recall(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """What comes of an ACT step of some slots besides the gradients of the weights.
+    """The results of an ACT step of some slots, other than the gradients of the weights.
 
     The loss (scalar) and the metrics (in the order of `METRICS`) are summed over the slots; `right` is `count_right` of
     them, int64 [2, B]; `emb_rows` int32 [B] and `emb_gradients` [B, size] are for the puzzle embedding, or None.
@@ -115,7 +115,7 @@ class Stepper:
         self.device = next(state.model.parameters()).device
         module: nn.Module = LossModule(state.model, config.arch.loss.loss_type)
         if world.size > 1:
-            # DDP would lay out its buckets anew after the first step, and with them the order of summation: a
+            # After the first step DDP would rearrange its buckets, and thereby the order of summation: a
             # continued run would differ in its last bits. It does not if it looks for unused parameters.
             module = DistributedDataParallel(
                 module, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
@@ -165,7 +165,7 @@ class Stepper:
 
         Raises:
             RuntimeError: a replayed ACT step is not the same as one that is not recorded.
-            Exception: whatever torch says of what cannot be recorded.
+            Exception: any error of torch about something that cannot be recorded.
         """
         state, step = self.state, self.state.global_step + 1
         supervision_step = (step - 1) * self.config.supervision_steps + 1
@@ -207,7 +207,7 @@ class Stepper:
         return is_the_same(recordings, self._learn, self._gradients, after, batch, control, recall)
 
     def _supervise(self, step: int, supervision_step: int, parts: list[Learned]) -> float:
-        """One ACT step of every slot and its gradient; what comes of it is appended to `parts`.
+        """One ACT step of every slot and its gradient; the results are appended to `parts`.
 
         Returns:
             seconds spent on data, draws included.

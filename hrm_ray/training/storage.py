@@ -102,7 +102,7 @@ class Storage:
             aside.unlink(missing_ok=True)
 
     def append(self, name: str, text: str) -> None:
-        """Add to the end of the file `name`; on storage that cannot append, by writing it anew."""
+        """Add to the end of the file `name`; on storage that cannot append, by writing the whole file again."""
         if self.local_path is None:
             self.write(name, (self.read(name) or b"") + text.encode())
             return
@@ -295,5 +295,5 @@ def _sync_folder(folder: Path) -> None:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether a write failed for want of room: of the disk, the user's quota or the limit on file sizes."""
+    """Whether a write failed because the disk, the user's quota or the limit on file sizes left no space."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

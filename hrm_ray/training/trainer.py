@@ -1,4 +1,4 @@
-"""Runs a training run for its user: says what will be done, shows progress, passes on the wish to stop.
+"""Runs a training run for its user: says what will be done, shows progress, passes on requests to stop.
 
 The loop itself runs in this process (`scaling=local`) or in the workers of Ray Train (`ray_train`).
 """
@@ -19,7 +19,7 @@ from hrm_ray.training.checkpoint import Checkpoint, finished, newest_whole
 from hrm_ray.training.logging import check_places, last_summary
 from hrm_ray.training.loop import Hooks, Progress, Trainer
 from hrm_ray.training.plan import Plan
-from hrm_ray.training.resume import misfit, resume_point, set_aside
+from hrm_ray.training.resume import mismatch, resume_point, set_aside
 from hrm_ray.training.state import check_weights_fit
 from hrm_ray.training.storage import Storage
 from hrm_ray.training.world import World
@@ -134,7 +134,7 @@ class Driver:
         """Take note of a record of metrics.jsonl; a run that starts again repeats some (see `Hooks.report`)."""
 
     def event(self, entry: dict[str, Any]) -> None:
-        """Say what has happened, but for what is said anyway: the first start and the end."""
+        """Print what has happened, except the first start and the end, which are printed elsewhere."""
         if entry["event"] == "started":
             self.num_workers = entry["num_workers"]
             self._starts += 1
@@ -142,14 +142,14 @@ class Driver:
             entry["event"] == "started" and self._starts == 1
         )
         if not usual:
-            lost = "workers were lost or added; " if entry["event"] == "started" else ""
+            lost = "workers were lost or added: " if entry["event"] == "started" else ""
             self.say(f"{lost}{entry['message']}")
 
     def say(self, text: str) -> None:
         if self._bar:
             self._bar.say(text)
 
-    def nothing_ran(self, reason: str) -> dict[str, Any]:
+    def summary_without_workers(self, reason: str) -> dict[str, Any]:
         """The summary of a run that is stopped while it has no workers."""
         newest = finished(self._run)[-1:]
         return {
@@ -211,11 +211,11 @@ def _starts_from_weights(config: TrainConfig, dataset: Dataset) -> bool:
     if config.resume != "weights":
         return False
     checkpoints = finished(run_folder(config))
-    return bool(checkpoints) and misfit(checkpoints[-1], config, dataset) is not None
+    return bool(checkpoints) and mismatch(checkpoints[-1], config, dataset) is not None
 
 
 def _changes(point: Checkpoint | None, config: TrainConfig) -> str:
-    """What a continued run does otherwise than before, if anything."""
+    """What differs from the run's earlier configuration, as text to append; empty if nothing does."""
     if point is None:
         return ""
     defaults = TrainConfig(data_path="").model_dump(mode="json")  # of keys that the run did not have yet
@@ -242,11 +242,11 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> tuple[dict[str,
     bar = ProgressBar(config.global_batch_size * config.supervision_steps)
     if _starts_from_weights(config, dataset):
         whole = newest_whole(run, lambda event, what: bar.say(what))
-        assert whole is not None  # it raises if none of those there is
+        assert whole is not None  # it raises if there are checkpoints but all are damaged
         check_weights_fit(whole, config, dataset)
         aside = set_aside(run)
         if show_progress:
-            bar.say(f"the run before is kept as {aside}")
+            bar.say(f"the old run is kept as {aside}")
     point = resume_point(config, run, dataset)
     if point and point.manifest.global_step >= plan.last_step:
         summary = last_summary(run)

@@ -46,8 +46,8 @@ class Watchdog:
                 self.beat()
             if time.monotonic() - self._beat_at > timeout_s:
                 print(
-                    f"no progress for {timeout_s:g} s (watchdog_s): this process hangs and is ended; the run goes on "
-                    "from its last checkpoint when the same command is given, or by itself under Ray",
+                    f"no progress for {timeout_s:g} s (watchdog_s): this process hangs and is stopped; under Ray the "
+                    "run continues by itself, otherwise the same command continues it",
                     file=sys.stderr,
                 )
                 faulthandler.dump_traceback(all_threads=True)

@@ -191,7 +191,7 @@ class SweepConfig(Settings):
         several = len(self.metric) > 1
         if several and self.pruner is not None and "pruner" in self.model_fields_set:
             raise ValueError(
-                f"pruner: {self.pruner.get('name')} cannot weigh several metrics; leave it out, or give one metric"
+                f"pruner: {self.pruner.get('name')} works with one metric only; leave it out, or give one metric"
             )
         if several and (self.population or self.repeat):
             raise ValueError(f"{'population' if self.population else 'repeat'}: is for one metric")
@@ -208,7 +208,7 @@ class SweepConfig(Settings):
             raise ValueError("population: needs num_trials of at least 2, to copy from each other")
         if self.population and self.max_concurrent is not None:
             raise ValueError(
-                "max_concurrent: the members of a population take turns where the cluster holds fewer; leave it out"
+                "max_concurrent: not needed with population: members take turns on a small cluster; leave it out"
             )
         if self.population and self.resources.num_workers > 1:
             raise ValueError("population: is for trials of one worker; set resources.num_workers=1")
@@ -216,7 +216,8 @@ class SweepConfig(Settings):
             raise ValueError("try_first: a grid has its own points; leave one of the two out")
         if not is_folder_name(self.run_name):
             raise ValueError(
-                f"run_name={self.run_name} is no plain folder name; storage=DIR says where sweeps lie"
+                f"run_name={self.run_name} must be a plain folder name without /; "
+                "storage=DIR says where sweeps are kept"
             )
         return self
 
@@ -274,7 +275,7 @@ def load_sweep(name_or_file: str, words: Sequence[str] = ()) -> SweepConfig:
     values = read_yaml_file(file, "sweep")
     if not isinstance(values, dict) or "space" not in values:
         raise UserError(
-            f"{file} is no sweep: it needs 'train:' and 'space:'; see tune_configs/quickstart_lr.yaml"
+            f"{file} is not a sweep: it needs 'train:' and 'space:'; see tune_configs/quickstart_lr.yaml"
         )
     return sweep_config(values, words, name=file.stem, where=f"sweep {file.stem}")
 

@@ -1,8 +1,8 @@
 """Ray Tune runs the trials of a sweep; the study says which, and whether they go on.
 
-Three small adapters: `Asks` (a Searcher) hands out the trials of the study, `Decides` (a scheduler) writes every
-value into it and asks its pruner, `Watches` (a callback) looks at the clock, the budget and what other processes
-want. None of them has a state that a new driver would miss.
+Three small adapters: `StudySearcher` (a Searcher) hands out the trials of the study, `StudyScheduler` (a scheduler)
+writes every value into it and asks its pruner, `Watches` (a callback) looks at the clock, the budget and what other
+processes want. None of them has a state that a new driver would miss.
 """
 
 import json
@@ -117,7 +117,7 @@ class Live:
     step: int = 0
     phase: str = "waiting"
     started: float | None = None  # when it came to hold its resources, by time.monotonic
-    num_lost: int = 0  # workers that were lost, but for those whose node was
+    num_lost: int = 0  # workers that were lost, except those whose node was lost
     end: dict[str, str] | None = None  # the outcome that it is to have at once, if any
     copy: int = 0  # of a population: how often it went on from another's checkpoint
 
@@ -168,7 +168,7 @@ class Executor:
                 storage_path=aside,
                 config={},
                 num_samples=-1,
-                search_alg=Asks(self),
+                search_alg=StudySearcher(self),
                 scheduler=self.book.scheduler(self),
                 stop=_Stops(self),
                 callbacks=[Watches(self)],
@@ -195,7 +195,7 @@ class Executor:
         return len(self.live) < min(fit, most or fit)
 
     def config_of(self, live: Live) -> dict[str, Any]:
-        """What its actor is told."""
+        """The configuration that its actor gets."""
         run = live.run
         values = run.model_dump(mode="json") | {"data_path": absolute(run.data_path)}
         if not self.slot.gpus:  # Ray hides no GPU from an actor that asked for none
@@ -240,7 +240,7 @@ class Book:
 
     @property
     def metrics(self) -> list[str]:
-        """Those that trials tell of."""
+        """Metrics that trials report."""
         raise NotImplementedError
 
     def report(self, number: int, step: int, metrics: dict[str, float]) -> str | None:
@@ -252,10 +252,10 @@ class Book:
         raise NotImplementedError
 
     def scheduler(self, executor: Executor) -> TrialScheduler:
-        return Decides(executor)
+        return StudyScheduler(executor)
 
 
-class Asks(Stateless, Searcher):
+class StudySearcher(Stateless, Searcher):
     """Hands out the trials of the book."""
 
     def __init__(self, executor: Executor):
@@ -303,7 +303,7 @@ class Asks(Stateless, Searcher):
         """Nothing."""
 
 
-class Decides(Stateless, FIFOScheduler):
+class StudyScheduler(Stateless, FIFOScheduler):
     """Writes the values of a trial down and asks whether it goes on."""
 
     def __init__(self, executor: Executor):
@@ -378,7 +378,7 @@ class Watches(Stateless, tune.Callback):
 
 def _lacked_memory(error: Exception | None) -> bool:
     """Whether Ray's monitor of memory killed the worker."""
-    return "OutOfMemory" in str(error) or "running low on memory" in str(error)
+    return "OutOfMemoryError" in str(error) or "running low on memory" in str(error)
 
 
 def _lost_its_node(error: Exception | None) -> bool:

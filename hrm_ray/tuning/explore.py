@@ -14,7 +14,7 @@ from hrm_ray.config.validate import as_text
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.errors import UserError
 from hrm_ray.training.checkpoint import Checkpoint
-from hrm_ray.training.resume import misfit
+from hrm_ray.training.resume import mismatch
 from hrm_ray.tuning.points import NUM_SAMPLES, Points, Refused
 from hrm_ray.tuning.space import Point, Range, in_order, suggest
 
@@ -96,7 +96,7 @@ def fits(before: TrainConfig, now: TrainConfig) -> bool:
         config=before.model_dump(mode="json"),
     )
     checkpoint = cast(Checkpoint, SimpleNamespace(manifest=there))
-    return misfit(checkpoint, now, open_dataset(now.data_path)) is None
+    return mismatch(checkpoint, now, open_dataset(now.data_path)) is None
 
 
 def changeable(points: Points, last_step: int) -> list[str]:
@@ -112,14 +112,14 @@ def changeable(points: Points, last_step: int) -> list[str]:
     assert population is not None
     if population.interval >= last_step:
         raise UserError(
-            f"population: interval={population.interval} is not within a run of {last_step} steps; lower it"
+            f"population: interval={population.interval} is not shorter than a run of {last_step} steps; lower it"
         )
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     drawn = [suggest(study.ask(), space) for _ in range(NUM_DRAWN)]
     keys = [key for key in space if _is_changeable(points, [p for p in drawn if key in p][:NUM_SAMPLES], key)]
     if not keys:
         raise UserError(
-            f"population: a run cannot change {', '.join(space)} when it goes on; add a key that it can, such as lr: "
+            f"population: a run cannot change {', '.join(space)} when it continues; add a key that it can, such as lr: "
             "{log: [1e-4, 1e-2]}"
         )
     return keys

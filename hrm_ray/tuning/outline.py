@@ -87,5 +87,5 @@ def check_budget(found: Estimate, config: SweepConfig, yes: bool) -> None:
     if over is not None and not yes:
         raise UserError(
             f"the sweep is estimated to take {found.spent.describe(config.price)}, more than budget.{over}; lower "
-            "num_trials or max_steps, raise the budget, or add --yes to begin and end when it is spent"
+            "num_trials or max_steps, raise the budget, or add --yes to start anyway and stop when it is spent"
         )

@@ -91,7 +91,7 @@ def _about(study: ReadStudy, summary: Mapping[str, Any]) -> str:
     if summary.get("finished"):
         state = "Finished"
     elif summary.get("stop_reason"):
-        state = f"Stopped ({_text(summary['stop_reason'])}); the same command goes on"
+        state = f"Stopped ({_text(summary['stop_reason'])}); the same command continues"
     else:
         state = "Not finished yet"
     metrics = " and ".join(f"<b>{_text(name)}</b> ({way})" for name, way in config.metric.items())
@@ -238,7 +238,7 @@ def _ranked(
 
 def _trials(study: ReadStudy, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
-        return "<h2>Trials</h2>\n<p>No trial has begun yet.</p>"
+        return "<h2>Trials</h2>\n<p>No trial has started yet.</p>"
     best = {trial["number"] for trial in summary.get("best") or []}
     metrics, keys = list(study.config.metric), list(study.config.space)
     columns = [*metrics, *keys, *(key for key in ("steps", "train_s") if key not in metrics)]

@@ -48,7 +48,7 @@ class Points:
     gpus: float = 0.0
 
     def words(self, point: Point) -> list[str]:
-        """The exact words of ``hrm-ray train`` for a trial, but for where its run lies."""
+        """The exact words of ``hrm-ray train`` for a trial, without the folder of its run."""
         scaling = self.config.resources
         words = [*self.config.train, *words_of(point)]
         if "best_metric" not in map(_key, words) and self._best_metric:

@@ -1,7 +1,7 @@
 """Population based training, by Ray Tune's scheduler. Every member is a trial of the study.
 
 When all members have trained for an interval of steps, the worst go on as copies of the best, with other values. So
-what comes of a sweep follows from the scores alone, on how many machines and with whatever interruptions it runs. Tune
+the result of a sweep depends on the scores alone, not on the number of machines or on interruptions. Tune
 keeps the scores, says which are the worst and the best, and lets members take turns where the cluster holds fewer.
 
 Its checkpoints, which lie where only the driver's node sees them, are not used: a member that waits has ended its
@@ -18,7 +18,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.tuning.execute import Decides, Executor, Live
+from hrm_ray.tuning.execute import Executor, Live, StudyScheduler
 from hrm_ray.tuning.explore import fits, mutated
 from hrm_ray.tuning.lineage import HISTORY, history, point_of, stage
 from hrm_ray.tuning.metrics import direction_of
@@ -29,7 +29,7 @@ from hrm_ray.tuning.sweep import SweepBook, trial_name
 TRIES = 20  # points that are tried until one is not refused
 
 
-class Evolves(Decides, PopulationBasedTraining):
+class Evolves(StudyScheduler, PopulationBasedTraining):
     """Writes the values of the members down, and says who goes on as whom.
 
     Args:
@@ -71,12 +71,12 @@ class Evolves(Decides, PopulationBasedTraining):
             tune_controller._tune_controller._actor_cache.increase_max(trial.placement_group_factory)
 
     def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
-        Decides.on_trial_complete(self, tune_controller, trial, result)
+        StudyScheduler.on_trial_complete(self, tune_controller, trial, result)
         with suppress(AttributeError):
             tune_controller._actor_cache.decrease_max(trial.placement_group_factory)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
-        decision = Decides.on_trial_result(self, tune_controller, trial, result)
+        decision = StudyScheduler.on_trial_result(self, tune_controller, trial, result)
         if decision != TrialScheduler.CONTINUE:
             return decision
         live, state = self._executor.live[trial.trial_id], self._trial_state[trial]
@@ -153,7 +153,7 @@ def replace(book: SweepBook, live: Live, step: int, other: int, other_step: int,
     """Let a member go on from the checkpoint of another, with a point near the other's.
 
     Args:
-        live: the member, of which nobody trains; it is changed.
+        live: the member, which must not be training; it is changed.
         step: of its last score.
         other: number of the other trial.
         other_step: of its last score.

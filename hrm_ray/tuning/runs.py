@@ -1,6 +1,6 @@
 """Runs that are known beforehand: finalists with other seeds, and the best trial at full length.
 
-What is finished says so in its own folder; so nothing else is kept, and the same command goes on.
+What is finished says so in its own folder; so nothing else is kept, and the same command continues.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ class Planned:
     Attributes:
         number: of the trial that it repeats.
         name: of its folder.
-        words: of ``hrm-ray train``, but for where it lies.
+        words: of ``hrm-ray train``, without the folder of the run.
     """
 
     number: int

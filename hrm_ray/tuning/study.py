@@ -88,7 +88,7 @@ def study_storage(folder: Storage, url: str | None) -> BaseStorage:
         return JournalStorage(JournalFileBackend(str(file), _FileLock(file)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{file} is damaged{_where(file)}; bring it back from a copy, or choose another run_name="
+            f"{file} is damaged{_where(file)}; restore it from a copy, or choose another run_name="
         ) from error
 
 
@@ -115,7 +115,7 @@ def load(folder: Storage, config: SweepConfig) -> optuna.Study:
     """The study of a sweep that exists, to be read. Raises UserError if there is none."""
     attributes = earlier(folder, config)
     if attributes is None:
-        raise UserError(f"{folder}: the sweep has not begun yet; start it with hrm-ray tune")
+        raise UserError(f"{folder}: the sweep has not started yet; start it with hrm-ray tune")
     return optuna.load_study(study_name=config.run_name, storage=study_storage(folder, config.study))
 
 
@@ -359,8 +359,8 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Stora
 
 def _other(folder: Storage, key: str, there: str, here: str) -> UserError:
     return UserError(
-        f"{folder} is a sweep with {key} = {there}, not {here}; give the same to continue it, or --new-name for a "
-        "sweep of its own"
+        f"{folder} is a sweep with {key} = {there}, not {here}; give the same value to continue it, or "
+        "--new-name to start another sweep"
     )
 
 

@@ -1,4 +1,4 @@
-"""A sweep for its user: begin or continue it, tell of it, and write down what came of it.
+"""Runs a sweep: starts or continues it, reports progress, and writes the results.
 
 STORAGE/RUN_NAME/
     sweep.yaml       the sweep, as it was given
@@ -115,7 +115,7 @@ class SweepBook(Book):
         study: of the sweep.
         points: what its points mean.
         folder: of the sweep.
-        view: told of every trial that has ended.
+        view: called with every trial that has ended.
         changeable: keys that change in the members of a population.
     """
 
@@ -344,7 +344,7 @@ def run_sweep(
 
     Raises:
         UserError: a mistake in it, before a trial starts.
-        RunFailed: three trials failed alike.
+        RunFailed: three trials failed with the same error.
     """
     view = view or View()
     outline = Outline.of(config)
@@ -386,7 +386,8 @@ def run_sweep(
         raise executor.error
     if executor.stop_reason == "failures":
         raise RunFailed(
-            f"{ALIKE} trials failed alike, the last: {executor.last_failure}; mend that, and the same command goes on"
+            f"{ALIKE} trials failed with the same error: {executor.last_failure}; "
+            "fix it, and the same command continues"
         )
     return SweepResult(folder, summary, rows, signals.signal)
 
@@ -432,8 +433,8 @@ def _check_empty(folder: Storage) -> None:
     names = folder.entries()
     if numbered(names, "trial-"):
         raise UserError(
-            f"{folder} holds trials, but their study is gone or is another one; give study= as before, bring study.log "
-            "back, or choose another run_name="
+            f"{folder} holds trials, but their study is missing or another one; give the same study=, restore "
+            "study.log, or choose another run_name="
         )
     if found := [name for name in WRITTEN if name in names]:
         raise UserError(
@@ -490,7 +491,7 @@ def run_all(
     if executor.error is not None:
         raise executor.error
     if executor.stop_reason == "failures":
-        raise RunFailed(f"{ALIKE} runs failed alike, the last: {executor.last_failure}")
+        raise RunFailed(f"{ALIKE} runs failed with the same error: {executor.last_failure}")
     return executor.stop_reason
 
 
@@ -535,7 +536,7 @@ def promote(
         run_all(runs, slot, is_private, signals.reason)
     if signals.signal is None and any(runs.value(plan) is None for plan in planned):
         raise RunFailed(
-            f"{folder}: a promoted run has failed, see above; mend that, and the same command goes on"
+            f"{folder}: a promoted run has failed (see above); fix it, and the same command continues"
         )
     values = [value for plan in planned if (value := runs.value(plan)) is not None]
     return {
@@ -569,7 +570,7 @@ def config_of(folder: Storage) -> SweepConfig:
     content = folder.read(CONFIG_FILE)
     if content is None:
         raise UserError(
-            f"{folder} is no sweep: it holds no {CONFIG_FILE}; give the folder that `hrm-ray tune` named"
+            f"{folder} is not a sweep (it has no {CONFIG_FILE}); give the folder that `hrm-ray tune` printed"
         )
     where = f"{folder}/{CONFIG_FILE}"
     values = read_yaml(content, where)

@@ -14,7 +14,7 @@ from typing import Any
 from ray import tune
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import NotFinite, TooLittleMemory, UserError, first_line
+from hrm_ray.errors import NonFiniteLoss, OutOfMemory, UserError, first_line
 from hrm_ray.training.logging import reports
 from hrm_ray.training.trainer import run_folder
 from hrm_ray.tuning.lineage import take_over
@@ -54,7 +54,7 @@ class Run:
     def _train(self) -> None:
         try:
             self.outcome = {"kind": "ended", "summary": self._trained()}
-        except (NotFinite, TooLittleMemory) as error:  # of this point
+        except (NonFiniteLoss, OutOfMemory) as error:  # of this point
             self.outcome = {"kind": "refused", "reason": str(error)}
         except UserError as error:
             self.outcome = {"kind": "failed", "reason": str(error)}
@@ -96,7 +96,7 @@ class Run:
 
 
 class Trial(tune.Trainable):
-    """Its `config`: `number`, `run` (a TrainConfig as a mapping), `cpus`, `metrics` to tell of, and of a population the
+    """Its `config`: `number`, `run` (a TrainConfig as a mapping), `cpus`, `metrics` to report, and for a population the
     number of the `copy` that it goes on from."""
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ class Trial(tune.Trainable):
         return result
 
     def _new_reports(self, run: Run) -> list[list[Any]]:
-        """Wait for a report that tells of a metric, the end, or the next heartbeat."""
+        """Wait for a report with a metric, for the end, or for the next heartbeat."""
         deadline = time.monotonic() + HEARTBEAT_S
         found: list[list[Any]] = []
         while not found and (left := deadline - time.monotonic()) > 0:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import RunFailed, TooLittleMemory
+from hrm_ray.errors import OutOfMemory, RunFailed
 from hrm_ray.training.loop import Progress
 from hrm_ray.training.ray_train import train_on_ray
 from hrm_ray.training.storage import Storage
@@ -77,5 +77,5 @@ def train_in_reservation(
         return train_on_ray(config, run, TrialDriver(config, progress, report, reason), group)
     except RunFailed as error:
         if "running low on memory" in str(error.__cause__):  # Ray's monitor of memory has killed a worker
-            raise TooLittleMemory("its worker was killed since its node ran out of memory") from None
+            raise OutOfMemory("its worker was killed since its node ran out of memory") from None
         raise

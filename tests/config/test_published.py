@@ -1,4 +1,4 @@
-"""The commands of the published READMEs, after `pretrain.py`, are commands of ours."""
+"""The commands of the published READMEs, after `pretrain.py`, are commands of this project."""
 
 import shlex
 

@@ -175,7 +175,7 @@ def test_skipping_everything_says_what_and_why(tmp_path, capfd):
     (tmp_path / "a.txt").write_text("Grid 01\n12\n" * 30)
     with pytest.raises(UserError) as error:
         build(recipe(tmp_path / "a.txt", num_test=0, on_bad="skip"), tmp_path / "data")
-    reason = "question '12': 2 characters, where 4x4 Sudoku has 16"
+    reason = "question '12': 2 characters; a 4x4 Sudoku has 16"
     assert f"no training puzzles are left; 30 bad rows were skipped: a.txt, line 2: {reason}; a.txt" in str(
         error.value
     )
@@ -188,7 +188,7 @@ def test_skipping_everything_says_what_and_why(tmp_path, capfd):
 def test_generator_that_cannot(tmp_path, ray_cluster, monkeypatch):
     generator = {"source": "generator", "size": 4, "num_test": 0}
     with pytest.raises(
-        UserError, match=r"only \d+ different 4x4 puzzles with 16 clues found where 300 are wished"
+        UserError, match=r"found only \d+ different 4x4 puzzles with 16 clues, 300 are wanted"
     ):
         build(Recipe(**generator, num_train=300, num_clues=16), tmp_path / "data", show_progress=False)
     monkeypatch.setattr(pipeline, "_MAX_TRIES", 1)
@@ -206,7 +206,7 @@ def test_finished_build_is_reused_and_never_clobbered(tmp_path, folder, ray_clus
     assert capfd.readouterr().err == f"{out} is up to date\n"
     assert (out / "manifest.json").stat().st_mtime_ns == stamp
     with pytest.raises(
-        UserError, match="holds another dataset already; pick another out, or pass overwrite=true"
+        UserError, match="already holds another dataset; give another out=, or overwrite=true"
     ):
         run(out, folder, seed=9)
     assert verify(out) == []

@@ -415,7 +415,7 @@ BAD = {
     "grid without a row": (
         "a.txt",
         f"{grid(Q)}\n\n{grid(Q[:12])}",
-        "line 6: 3 rows of 4 cells, where a grid has 4: one may be",
+        "line 6: 3 rows of 4 cells; a grid has 4: one may be",
     ),
     "short row": (
         "a.txt",

@@ -379,7 +379,7 @@ def test_one_writer_at_a_time(tmp_path):
 def test_what_may_be_replaced(small, tmp_path):
     groups = random_groups(np.random.default_rng(5), 2)
     with pytest.raises(
-        UserError, match="holds another dataset already; pick another out, or pass overwrite=true"
+        UserError, match="already holds another dataset; give another out=, or overwrite=true"
     ):
         write(small.path, {"train": groups})
     assert write(small.path, {"train": groups}, overwrite=True).fingerprint != small.fingerprint

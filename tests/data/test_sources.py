@@ -77,9 +77,9 @@ def test_chunks_join_without_a_seam(tmp_path, monkeypatch):
 
 
 BAD_ROWS = {
-    "wrong length": ("web,12,,1", "question '12': 2 characters, where 4x4 Sudoku has 16"),
-    "too long": (f"web,{'1' * 300},,1", "300 characters, where 4x4 Sudoku has 16"),
-    "no question": ("web,,,1", "question '': 0 characters, where 4x4 Sudoku has 16"),
+    "wrong length": ("web,12,,1", "question '12': 2 characters; a 4x4 Sudoku has 16"),
+    "too long": (f"web,{'1' * 300},,1", "300 characters; a 4x4 Sudoku has 16"),
+    "no question": ("web,,,1", "question '': 0 characters; a 4x4 Sudoku has 16"),
     "impossible digit": (
         "web,5" + "." * 15 + ",,1",
         "impossible digit '5' in row 1, column 1; allowed: 1-4, and . or 0 for a blank",
@@ -100,7 +100,7 @@ BAD_ROWS = {
     ),
     "answer too short": (
         f"web,{blanked(SOLVED, 0)},{SOLVED[1:]},1",
-        "15 characters, where 4x4 Sudoku has 16",
+        "15 characters; a 4x4 Sudoku has 16",
     ),
     "rating": (f"web,{blanked(SOLVED, 0)},{SOLVED},hard", "rating 'hard' is no number"),
 }
@@ -201,7 +201,7 @@ def test_hugging_face(tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         open_source("owner/puzzles")
     assert str(error.value) == (
-        "source=owner/puzzles: no such file or folder here, and not to be had as a dataset from Hugging Face "
+        "source=owner/puzzles: no such file or folder here, and no dataset that Hugging Face gives us "
         "(ConnectionError: Network is unreachable); check the path, or the id and the network"
     )
 

@@ -213,8 +213,8 @@ def test_text_round_trip(size):
 def test_parse_names_the_problem():
     task = get_task("sudoku", size=4)
     for text, message in {
-        "12..34..": "8 characters, where 4x4 Sudoku has 16",
-        "1" * 17: "17 characters, where 4x4 Sudoku has 16",
+        "12..34..": "8 characters; a 4x4 Sudoku has 16",
+        "1" * 17: "17 characters; a 4x4 Sudoku has 16",
         "1234......5.....": "impossible digit '5' in row 3, column 3; allowed: 1-4, and . or 0 for a blank",
         "x..............é": "impossible digit 'x' in row 1, column 1; allowed: 1-4, and . or 0 for a blank",
         "...............☃": "impossible digit '☃' in row 4, column 4; allowed: 1-4, and . or 0 for a blank",
@@ -273,7 +273,7 @@ def test_tokens_task():
     assert task.render(task.parse("0 1 11 2")) == " 0  1\n11  2"
     with pytest.raises(UserError, match=r"token '12' at position 2; allowed: 0..11"):
         task.parse("1 12 1 1")
-    with pytest.raises(UserError, match="3 tokens, where 4 are needed"):
+    with pytest.raises(UserError, match="3 tokens; 4 are needed"):
         task.parse("1 1 1")
 
 

@@ -539,7 +539,7 @@ def test_ids_of_hugging_face_are_fetched(tmp_path, hub, dataset, source, revisio
     [
         (
             "owner/nothing",
-            "owner/nothing: no such file or folder here, and not to be had as a model .*404 Client",
+            "owner/nothing: no such file or folder here, and no model that Hugging Face gives us .*404 Client",
         ),
         ("owner/many", "owner/many has no all_config.yaml, .*give owner/many/arc_v1 or owner/many/arc_v2"),
         ("owner/model/step_9", "owner/model has no step_9; it has: "),

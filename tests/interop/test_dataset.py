@@ -215,7 +215,7 @@ ABOUTS = {
     "no vocabulary": ({"vocab_size": 0}, "vocab_size=0"),
     "a vocabulary of true": ({"vocab_size": True}, "vocab_size=true"),
     "a fraction": ({"vocab_size": 12.5}, "vocab_size=12.5"),
-    "a large vocabulary": ({"vocab_size": 257}, "at most 256 tokens"),
+    "a large vocabulary": ({"vocab_size": 257}, "at most 256 are"),
     "a huge vocabulary": ({"vocab_size": 10**30}, "vocab_size="),
     "no width": ({"seq_len": 0}, "seq_len=0"),
     "another width": ({"seq_len": 7}, r"shape \(11, 6\), not \(11, 7\)"),

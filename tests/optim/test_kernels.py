@@ -82,7 +82,7 @@ def test_a_damaged_file_is_made_anew(cache, damage):
 @needs_nvrtc
 def test_a_cache_that_cannot_be_written_costs_a_warning_only(cache, monkeypatch):
     cache.write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match="kernels are compiled anew at every start: .*cache"):
+    with pytest.warns(UserWarning, match="kernels will be compiled again at every start: .*cache"):
         assert nvrtc.cached_code(EMPTY, "sm_80")
 
 
@@ -93,7 +93,7 @@ def test_no_home_to_keep_them_in(monkeypatch):
 
     monkeypatch.delenv("HRM_RAY_CACHE", raising=False)
     monkeypatch.setattr(Path, "expanduser", homeless)
-    with pytest.warns(UserWarning, match="anew at every start: .* set HRM_RAY_CACHE"):
+    with pytest.warns(UserWarning, match="again at every start: .* set HRM_RAY_CACHE"):
         assert nvrtc.cached_code(EMPTY, "sm_80")
 
 

@@ -7,11 +7,11 @@ import pytest
 from ray.experimental import internal_kv
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import NotFinite, RunFailed, TooLittleMemory, UserError
+from hrm_ray.errors import NonFiniteLoss, OutOfMemory, RunFailed, UserError
 from hrm_ray.training import ray_train
 from hrm_ray.training.channel import Channel
 from hrm_ray.training.loop import Progress
-from hrm_ray.training.ray_train import Patience
+from hrm_ray.training.ray_train import TimeLimits
 from hrm_ray.training.trainer import Driver
 from hrm_ray.training.world import World
 
@@ -93,7 +93,7 @@ class Listens(Driver):
         self.told.append(record)
 
 
-def accompany(channel, driver, monkeypatch, patience=None, while_waiting=lambda num_polls: None):
+def watch_run(channel, driver, monkeypatch, limits=None, while_waiting=lambda num_polls: None):
     """What comes of a run that does not end by itself."""
     polls = []
 
@@ -105,7 +105,7 @@ def accompany(channel, driver, monkeypatch, patience=None, while_waiting=lambda 
 
     monkeypatch.setattr("ray.wait", wait)
     look_ahead = Mock(asks_to_save=lambda driver: False, has_room_for_least=lambda: True)
-    return ray_train._accompany(Mock(), channel, driver, look_ahead, patience or Patience(None, None, 0.0))
+    return ray_train._watch_run(Mock(), channel, driver, look_ahead, limits or TimeLimits(None, None, 0.0))
 
 
 def test_every_record_reaches_who_listens_once_and_in_order(monkeypatch):
@@ -119,7 +119,7 @@ def test_every_record_reaches_who_listens_once_and_in_order(monkeypatch):
         if num_polls == 4:
             channel.put("summary", {"finished": True})
 
-    assert accompany(channel, driver, monkeypatch, while_waiting=work) == {"finished": True}
+    assert watch_run(channel, driver, monkeypatch, while_waiting=work) == {"finished": True}
     assert driver.told == records
 
 
@@ -130,7 +130,7 @@ def test_nothing_is_sent_to_who_does_not_listen():
 
 
 @pytest.mark.parametrize(
-    "error", [NotFinite("it diverged"), TooLittleMemory("full"), RunFailed("lost"), UserError("wrong")]
+    "error", [NonFiniteLoss("it diverged"), OutOfMemory("full"), RunFailed("lost"), UserError("wrong")]
 )
 def test_a_failure_is_of_the_same_kind_for_the_driver(monkeypatch, tmp_path, error):
     channel = FakeChannel()
@@ -142,7 +142,7 @@ def test_a_failure_is_of_the_same_kind_for_the_driver(monkeypatch, tmp_path, err
     with pytest.raises(type(error)):
         ray_train._worker({"channel": "c", "cpus": 1, "config": config, "storage": str(tmp_path)})
     with pytest.raises(type(error), match=str(error)) as info:
-        accompany(channel, Listens(), monkeypatch)
+        watch_run(channel, Listens(), monkeypatch)
     assert info.type is type(error)
 
 
@@ -157,7 +157,7 @@ def test_workers_that_are_gone_are_not_waited_for_in_a_lent_group_that_is_to_be_
             channel.put("beat", num_polls // 5)
             beats.append(clock.now)
 
-    summary = accompany(channel, driver, monkeypatch, Patience(None, 8.0, 0.0), work)
+    summary = watch_run(channel, driver, monkeypatch, TimeLimits(None, 8.0, 0.0), work)
     assert summary["stop_reason"] == "trial" and not summary["finished"]
     assert channel.values["stop"] == "trial"
     assert 8 < clock.now - beats[-1] <= 9

@@ -22,7 +22,7 @@ from hrm_ray.training import cuda_graph
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.cuda_graph import GraphMemory, Recordings
 from hrm_ray.training.loop import Hooks, Trainer
-from hrm_ray.training.meter import Diverged, Meter
+from hrm_ray.training.meter import LossDiverged, Meter
 from hrm_ray.training.step import Outcome, Stepper
 from hrm_ray.training.trainer import run_folder
 from hrm_ray.training.world import World
@@ -100,7 +100,7 @@ def test_a_compiled_and_recorded_run_is_the_compiled_run(tmp_path):
 
 
 def test_a_recorded_run_goes_on_as_it_was(tmp_path, device):
-    """Stopped and continued, and rolled back with steps left out; recorded anew, and nothing of the old is kept."""
+    """Stopped and continued, and rolled back with steps left out; recorded again, nothing of the old is kept."""
     toy_dataset(tmp_path / "data", num_identifiers=5)
     values = {"checkpoint_interval": 5, "on_nonfinite": "rollback", "ema": True}
     whole = trainer_of(tmp_path, device, run_name="eager", **values)
@@ -225,7 +225,7 @@ def test_counting_waits_for_nothing():
         meter.add(outcome, 5)
         meter.add(replace(outcome, loss=outcome.loss * math.inf), 6)
     assert operations.calls
-    with pytest.raises(Diverged, match="step 6"):
+    with pytest.raises(LossDiverged, match="step 6"):
         meter.check(World())
 
 

@@ -36,7 +36,7 @@ def out_of_cublas(*args, **kwargs):
 def test_a_model_without_room(values):
     config = TrainConfig(**values | {"arch": ARCH | {"hidden_size": 2**22}})
     with pytest.raises(
-        UserError, match="memory for the model and a batch on cpu; take a smaller model"
+        UserError, match="memory for the model and a batch on cpu; use a smaller model"
     ) as info:
         trainer.train(config, show_progress=False)
     assert info.value.exit_code == 2
@@ -49,7 +49,7 @@ def test_a_model_without_room(values):
         (None, r"for 8 puzzle\(s\) at once on cpu; micro_batch_size=4 computes half of them at once"),
         (3, r"for 3 puzzle\(s\) at once on cpu; micro_batch_size=1 "),
         (512, r"for 8 puzzle\(s\) at once on cpu; micro_batch_size=4 "),
-        (1, r"for 1 puzzle\(s\) at once on cpu; take a smaller model"),
+        (1, r"for 1 puzzle\(s\) at once on cpu; use a smaller model"),
     ],
 )
 def test_a_step_without_room(values, monkeypatch, fails, micro_batch_size, said):
@@ -61,17 +61,17 @@ def test_a_step_without_room(values, monkeypatch, fails, micro_batch_size, said)
         trainer.train(config, show_progress=False)
     events = (trainer.run_folder(config).local_path / "events.jsonl").read_text().splitlines()
     last = json.loads(events[-1])
-    assert last["event"] == "failed" and last["global_step"] == 6 and "too little memory" in last["message"]
+    assert last["event"] == "failed" and last["global_step"] == 6 and "not enough memory" in last["message"]
     summary, _ = trainer.train(config.model_copy(update={"micro_batch_size": 2}), show_progress=False)
     assert summary["finished"] and summary["global_step"] == 20
 
 
 def test_other_errors_are_left_as_they_are(values, monkeypatch):
     def fails(*args, **kwargs):
-        raise RuntimeError("a mistake of ours")
+        raise RuntimeError("a bug")
 
     monkeypatch.setattr(ACT, "forward", fails)
-    with pytest.raises(RuntimeError, match="a mistake of ours"):
+    with pytest.raises(RuntimeError, match="a bug"):
         trainer.train(TrainConfig(**values), show_progress=False)
 
 

@@ -27,7 +27,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from hrm_ray import ray_session
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import MayPass, RunFailed, UserError
+from hrm_ray.errors import RunFailed, TransientError, UserError
 from hrm_ray.training import ray_overrides, ray_train, trainer
 from hrm_ray.training.checkpoint import finished
 from tests.toy import toy_config, toy_dataset
@@ -70,7 +70,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_retries(config, ray_clus
 
 def test_a_model_without_room_ends_the_run_without_retries(config, ray_cluster):
     config |= {"arch": config["arch"] | {"hidden_size": 2**22}, "scaling": on_ray(1)}
-    with pytest.raises(UserError, match="too little memory for the model") as info:
+    with pytest.raises(UserError, match="not enough memory for the model") as info:
         trainer.train(TrainConfig(**config), show_progress=False)
     assert info.value.exit_code == 2
 
@@ -99,7 +99,7 @@ def test_what_is_killed_and_not_to_be_replaced_ends_the_run_in_one_line(config, 
     config |= {"scaling": on_ray(1), "max_steps": 400, "epochs": 200, "failure": {"max_failures": 0}}
     lost = TrainConfig(**config)
     with pytest.raises(
-        RunFailed, match=r"Ray Train gave up: .*; the same command goes on from the last"
+        RunFailed, match=r"Ray Train failed: .*; the same command continues from the last"
     ) as e:
         ray_train.train_on_ray(lost, trainer.run_folder(lost), KillOnce(lost, victim))
     assert "\n" not in str(e.value)
@@ -115,7 +115,7 @@ def test_another_ray_is_refused_before_it_trains(monkeypatch):
 
 def test_what_ray_does_not_understand_is_said_in_one_line(config, ray_cluster, monkeypatch):
     monkeypatch.setenv("RAY_TRAIN_CALLBACKS", "no.such.Callback")
-    with pytest.raises(RunFailed, match=r"Ray Train gave up: .*no\.such\.Callback"):
+    with pytest.raises(RunFailed, match=r"Ray Train failed: .*no\.such\.Callback"):
         trainer.train(TrainConfig(**config | {"scaling": on_ray(1)}), show_progress=False)
 
 
@@ -239,7 +239,7 @@ def test_workers_that_die_whenever_they_are_told_to_train_end_the_run(
 ):
     monkeypatch.setattr(ray_train, "_worker", partial(_train_with, DiesWhenRead(tmp_path, times=100)))
     config |= {"scaling": on_ray(1), "failure": {"max_failures": 1}}
-    with pytest.raises(RunFailed, match=r"Ray Train gave up: .*; the same command goes on") as info:
+    with pytest.raises(RunFailed, match=r"Ray Train failed: .*; the same command continues") as info:
         trainer.train(TrainConfig(**config), show_progress=False)
     assert "\n" not in str(info.value)
     assert len(list(tmp_path.glob("killed-*"))) == 2
@@ -254,7 +254,7 @@ def test_workers_that_die_whenever_they_are_told_to_train_end_the_run(
         (RayTaskError("join", "connection closed by peer", RuntimeError()), True, WorkerGroupError),
         (RayTaskError("init", "a mistake", ValueError()), False, RayTaskError),
         (WorkerGroupStartupTimeoutError(2), False, WorkerGroupStartupTimeoutError),  # no room yet
-        (OutOfMemoryError("one was killed"), True, WorkerGroupError),  # by Ray, for want of memory
+        (OutOfMemoryError("one was killed"), True, WorkerGroupError),  # by Ray, because memory was short
         (OutOfMemoryError("one was killed"), False, WorkerGroupError),
         (ValueError("a mistake"), True, ValueError),
     ],
@@ -302,7 +302,8 @@ def test_a_group_is_shut_down_whatever_a_callback_meets(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"), [(MayPass("full"), None), (UserError("wrong"), {"message": "wrong", "exit_code": 2})]
+    ("error", "told"),
+    [(TransientError("full"), None), (UserError("wrong"), {"message": "wrong", "exit_code": 2})],
 )
 def test_what_may_pass_is_not_told_to_the_driver_which_would_end_the_run(
     config, monkeypatch, tmp_path, error, told
@@ -358,7 +359,7 @@ def test_where_no_worker_comes_though_there_is_room_ray_is_joined_anew(config, t
     words = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "killed"), json.dumps(config)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "no worker for 24 s, though there is room: Ray is joined anew" in done.stderr
+    assert "no worker for 24 s although there is room: connecting to Ray again" in done.stderr
     assert last(TrainConfig(**config)).manifest.global_step == 20
 
 
@@ -456,7 +457,7 @@ def test_what_the_machine_has_not_is_said_with_what_mends_it(config, ray_cluster
 
 
 def test_time_is_up_although_no_worker_could_be_had(config, ray_cluster, monkeypatch):
-    """A joined cluster without room: the run waits for nodes, and heeds a wish to stop meanwhile."""
+    """A joined cluster without room: the run waits for nodes, and can be stopped meanwhile."""
     import ray
 
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)

@@ -19,7 +19,7 @@ from hrm_ray.training import saver, trainer, watchdog
 from hrm_ray.training.agreement import WorkersDisagree, bit_sum, odd_ones_out
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.loop import Hooks, Trainer
-from hrm_ray.training.plan import out_of_patience
+from hrm_ray.training.plan import stops_early
 from hrm_ray.training.world import World
 from tests.toy import ARCH, toy_config, toy_dataset
 from tests.training.processes import start
@@ -83,7 +83,7 @@ def test_a_run_rolled_back_continues_bit_for_bit(config, compile):
     parts = run({**config, "run_name": "parts"}, PoisonedTrainer)
     assert finished(parts.run)[-1].manifest.files == finished(whole.run)[-1].manifest.files
     assert finished(parts.run)[-1].manifest.skipped_steps == [11, 12]
-    # Compiled anew after the rollback, which is not said again.
+    # Compiled again after the rollback, without a second message.
     assert whole.setup.compile == compile
     assert [e["event"] for e in events(whole)].count("compiled") == compile
 
@@ -190,7 +190,7 @@ def test_early_stopping_ends_the_run_and_more_patience_continues_it(config):
     ],
 )
 def test_patience(values, patience, stops):
-    assert out_of_patience(values, patience) == stops
+    assert stops_early(values, patience) == stops
 
 
 def test_time_that_is_up_stops_with_a_checkpoint(config, capsys):
@@ -347,8 +347,8 @@ def test_resume_weights_starts_anew_from_the_weights_of_a_run_that_does_not_fit(
     aside = first.run.parent / "toy-before-1"
     assert [c.manifest.global_step for c in finished(aside)] == [8]
     entries = (first.run.local_path / "events.jsonl").read_text()
-    assert "starts anew from the weights of" in entries and "puzzle_emb.weights anew" in entries
-    # The same command continues; it does not start anew again.
+    assert "new run from the weights of" in entries and "(newly initialised: puzzle_emb.weights)" in entries
+    # The same command continues; it does not start over a second time.
     summary, _ = trainer.train(values.model_copy(update={"max_steps": 16}), show_progress=False)
     assert summary["global_step"] == 16 and finished(aside)
 

@@ -250,7 +250,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(config,
     said = []
     again = run({**config, "run_name": "damaged"}, Hooks(event=lambda entry: said.append(entry["message"])))
     assert part in said[0] and "damaged" in said[0] and "passed over" in said[0]
-    assert events(again, "started") == ["starts on 1 worker(s)", "goes on from step 8 on 1 worker(s)"]
+    assert events(again, "started") == ["starts on 1 worker(s)", "continues from step 8 on 1 worker(s)"]
     assert_same_state(again, run({**config, "run_name": "whole"}))
 
 
@@ -258,11 +258,13 @@ def test_a_run_without_a_whole_checkpoint_is_not_started_over(config):
     trainer = run({**config, "max_steps": 8})
     damage(trainer, "step-00000008/model.safetensors")
     before = sorted(p for p in trainer.run.local_path.rglob("*") if p.is_file())
-    with pytest.raises(UserError, match=r"no checkpoint is whole \(.*model\.safetensors.*run_name=") as told:
+    with pytest.raises(
+        UserError, match=r"every checkpoint is damaged or gone \(.*model\.safetensors.*run_name="
+    ) as told:
         run(config)
     assert "\n" not in str(told.value)
     (trainer.run.local_path / "checkpoints/step-00000008/manifest.json").unlink()
-    with pytest.raises(UserError, match="no checkpoint is whole"):
+    with pytest.raises(UserError, match="every checkpoint is damaged or gone"):
         run(config)
     after = sorted(p for p in trainer.run.local_path.rglob("*") if p.is_file())
     assert set(after) == set(before) - {trainer.run.local_path / "checkpoints/step-00000008/manifest.json"}

@@ -61,7 +61,7 @@ def _worker_by_speed(
 
 
 def _refused_worker(rank: int, size: int, meeting_point: str, config: dict) -> None:
-    """Writes down the mistake that it was told of."""
+    """Writes down the mistake that was reported to it."""
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=size)
     parsed = TrainConfig(**config)
     try:

@@ -106,7 +106,7 @@ BASE = {"train": "experiment=quickstart", "space": {"lr": {"log": [1e-4, 1e-2]}}
         ({"metric": []}, "metric: is empty"),
         (
             {"metric": ["eval/accuracy", "eval/steps"], "pruner": "median"},
-            "pruner: median cannot weigh several metrics",
+            "pruner: median works with one metric only",
         ),
         ({"metric": ["eval/accuracy", "eval/steps"], "repeat": {}}, "repeat: is for one metric"),
         (
@@ -123,7 +123,7 @@ BASE = {"train": "experiment=quickstart", "space": {"lr": {"log": [1e-4, 1e-2]}}
             "several workers have a whole GPU each, or none; give 0 or 1",
         ),
         ({"budget": {"hours": 1}}, "unknown key 'budget.hours'"),
-        ({"run_name": "a/b"}, "run_name=a/b is no plain folder name"),
+        ({"run_name": "a/b"}, "run_name=a/b must be a plain folder name"),
         ({"study": "postgresql://me:secret@host/db"}, "keep the password out of the address"),
         ({"keep": "best"}, "keep"),
         ({"train": None}, "train"),
@@ -139,9 +139,9 @@ def test_a_mistake_in_a_sweep_is_one_line(values, message):
     ("content", "message"),
     [
         ("train: [", "is no valid YAML"),
-        ("- a\n- b\n", "is no sweep: it needs 'train:' and 'space:'"),
-        ("lr: 3\n", "is no sweep: it needs 'train:' and 'space:'"),
-        ("", "is no sweep"),
+        ("- a\n- b\n", "is not a sweep: it needs 'train:' and 'space:'"),
+        ("lr: 3\n", "is not a sweep: it needs 'train:' and 'space:'"),
+        ("", "is not a sweep"),
         ("space: {lr: [1, 2]}\n", "'train' is not given"),
     ],
 )

@@ -283,7 +283,7 @@ def test_without_what_was_spent(single):
     Checker(page_of(study, Plots(), spent=None, estimate=None))
     summary = {"states": {}, "best": []}
     text = "".join(Checker(page(study, summary, [], {})).text)
-    assert "No trial has begun yet" in text
+    assert "No trial has started yet" in text
 
 
 def test_estimate_and_repeats(single):

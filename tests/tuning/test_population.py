@@ -142,7 +142,7 @@ def test_only_what_a_run_may_change_when_it_goes_on_is_changed(tmp_path):
     ):
         changeable(points, 40)
     points = population_of(tmp_path, {"lr": {"log": [1e-4, 1e-2]}}, population={"interval": 40})
-    with pytest.raises(UserError, match="population: interval=40 is not within a run of 40 steps"):
+    with pytest.raises(UserError, match="population: interval=40 is not shorter than a run of 40 steps"):
         changeable(points, 40)
 
 
@@ -150,7 +150,7 @@ def test_only_what_a_run_may_change_when_it_goes_on_is_changed(tmp_path):
     ("values", "message"),
     [
         ({"num_trials": 1}, "at least 2"),
-        ({"max_concurrent": 2}, "max_concurrent: the members of a population take turns"),
+        ({"max_concurrent": 2}, "max_concurrent: not needed with population"),
         ({"metric": "num_params"}, "known at the end"),
     ],
 )

@@ -177,7 +177,7 @@ def test_a_torn_last_line_is_cut_off_and_damage_elsewhere_is_said(tmp_path):
     assert log.read_bytes() == whole
     lines = whole.splitlines(keepends=True)
     log.write_bytes(b"".join([*lines[:3], b'{"op_code": 4, \n', *lines[3:]]))
-    with pytest.raises(UserError, match=r"study\.log is damaged in line 4; bring it back"):
+    with pytest.raises(UserError, match=r"study\.log is damaged in line 4; restore it"):
         opened(tmp_path)
 
 

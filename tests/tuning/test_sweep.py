@@ -126,7 +126,7 @@ def test_three_alike_failures_of_another_kind_stop_the_sweep(tmp_path, ray_clust
             for number in range(9):
                 (sweep_folder(config).local_path / trial_name(number)).write_text("a file")
 
-    with pytest.raises(RunFailed, match=r"3 trials failed alike, the last: .*; mend that") as info:
+    with pytest.raises(RunFailed, match=r"3 trials failed with the same error: .*; fix it") as info:
         run_sweep(config, view=InTheWay())
     assert "\n" not in str(info.value)
     rows = rows_of(config)

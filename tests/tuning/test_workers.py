@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from hrm_ray.config.compose import train_config
-from hrm_ray.errors import RunFailed, TooLittleMemory
+from hrm_ray.errors import OutOfMemory, RunFailed
 from hrm_ray.training import trainer
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.tuning import workers
@@ -149,7 +149,7 @@ def test_a_trial_that_is_over_frees_everything_for_the_next(tmp_path, ray_cluste
 
 @pytest.mark.parametrize(
     ("cause", "raised"),
-    [("the node was running low on memory", TooLittleMemory), ("connection closed by peer", RunFailed)],
+    [("the node was running low on memory", OutOfMemory), ("connection closed by peer", RunFailed)],
 )
 def test_a_worker_that_lacked_memory_refuses_the_point(tmp_path, monkeypatch, cause, raised):
     def train_on_ray(*arguments):

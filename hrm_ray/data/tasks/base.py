@@ -88,7 +88,7 @@ class Tokens(Task):
                     f"token '{shown(word)}' at position {position}; allowed: 0..{self.vocab_size - 1}"
                 )
         if len(words) != self.seq_len:
-            raise UserError(f"{len(words)} tokens, where {self.seq_len} are needed")
+            raise UserError(f"{len(words)} tokens; {self.seq_len} are needed")
         return np.array(words, dtype=np.uint8)
 
     def to_text(self, tokens: np.ndarray) -> str:

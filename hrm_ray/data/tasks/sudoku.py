@@ -59,7 +59,7 @@ class Sudoku(Task):
                     f"impossible digit '{shown(char)}' in row {row + 1}, column {col + 1}; "
                     f"allowed: 1-{self.size}, and . or 0 for a blank"
                 )
-        raise UserError(f"{len(chars)} characters, where {self.size}x{self.size} Sudoku has {self.seq_len}")
+        raise UserError(f"{len(chars)} characters; a {self.size}x{self.size} Sudoku has {self.seq_len}")
 
     def encode(self, codes: np.ndarray) -> np.ndarray:
         """Tokens of many puzzles at once: character codes uint8[n, seq_len] -> uint8[n, seq_len], 0 (pad) where a

@@ -2,7 +2,7 @@
 
 A board is uint8[S] of tokens (1 blank, digits from 2), row by row. Geometry comes in as two small tables
 (Sudoku._geometry), so that the same code serves every size and box shape. Candidates are bit masks: bit d stands for
-token d + 2. Random decisions are keyed (see keyed_random): the same whoever computes them.
+token d + 2. Random decisions are keyed (see keyed_random), so every process draws the same.
 """
 
 import numpy as np
