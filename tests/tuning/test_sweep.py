@@ -170,6 +170,7 @@ def actors() -> list[psutil.Process]:
     return [p for p in ours if "ray::" in "".join(p.cmdline()) and "Trial." in "".join(p.cmdline())]
 
 
+@pytest.mark.long
 def test_a_worker_that_is_killed_is_replaced_and_its_trial_is_as_if_undisturbed(tmp_path, ray_cluster):
     killed = []
 
@@ -209,6 +210,7 @@ def test_a_worker_that_is_lost_too_often_fails_its_trial(tmp_path, ray_cluster):
     assert row["state"] == "FAIL" and "worker was lost" in row["reason"]
 
 
+@pytest.mark.long
 def test_a_trial_is_stopped_by_hand_and_the_sweep_goes_on(tmp_path, ray_cluster):
     config = toy_sweep(tmp_path, num_trials=3, pruner=None, train={"max_steps": 400, "epochs": 200})
     folder = sweep_folder(config)
