@@ -1,4 +1,4 @@
-"""What is said where something of a published layout is given in place of ours."""
+"""What is said where something of a published layout is given where ours is expected."""
 
 import shutil
 from pathlib import Path
@@ -19,7 +19,7 @@ CHECKPOINT = "{} is in the published layout: hrm-ray import-checkpoint {} out=DI
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """With `pub`, a published data set, `hrm`, a published checkpoint, and both of ours."""
+    """With `pub`, a published data set, `hrm`, a published checkpoint, and both in our formats."""
     folder = tmp_path_factory.mktemp("published")
     for split in ("train", "test"):
         write_set(folder / "pub" / split, "all", np.random.default_rng(0), [1, 1], [1, 1])
