@@ -170,6 +170,21 @@ def test_exported_checkpoint_comes_back_the_same(trained, tmp_path, capsys):
     assert outputs[0] == pytest.approx(outputs[1])
 
 
+def test_training_goes_on_from_published_weights_as_load_checkpoint_is_answered(trained, tmp_path, capsys):
+    data, run = trained
+    assert main(["export-checkpoint", str(run), f"out={tmp_path / 'theirs'}"]) == 0
+    words = [f"data={data}", f"storage={run.parent}", "scaling=local", "compile=false", *TINY]
+    assert main(["train", *words, f"load_checkpoint={tmp_path / 'theirs' / 'step_9'}"]) == 2
+    said = capsys.readouterr().err
+    command = re.search(r"first hrm-ray (.*), then give (.*) in its place", said)
+    first, instead = (
+        part.replace("NAME", "warm").replace("runs/", f"{run.parent}/").split() for part in command.groups()
+    )
+    assert main([*first, f"data={data}"]) == 0
+    assert main(["train", *words, *instead, "epochs=1", "max_steps=1", "eval_interval=null"]) == 0
+    assert "starts anew from the weights of" in capsys.readouterr().err
+
+
 def test_doctor(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out

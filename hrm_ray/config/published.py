@@ -48,8 +48,8 @@ class Absent(NamedTuple):
 
 def _load_checkpoint(file: Path) -> str:
     return (
-        f"hrm-ray import-checkpoint {file.parent} out=DIR converts a published checkpoint, and hrm-ray eval DIR "
-        "measures it; a run of hrm-ray is continued by the same command"
+        f"first hrm-ray import-checkpoint {file.parent} out=runs/NAME/checkpoints/step-00000000, then give "
+        "run_name=NAME resume=weights in its place"
     )
 
 
