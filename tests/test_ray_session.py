@@ -211,6 +211,7 @@ def test_uv_copies_nothing_and_the_changes_to_ray_end(monkeypatch):
         ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV,
         parameter.RayParams,
     )
+    monkeypatch.setattr("ray._private.worker._global_node", None)  # the one that other tests share
     with ray_session._on_loopback():
         assert _maybe_modify_runtime_env({"env_vars": {}}, False) == {"env_vars": {}}
         assert parameter.RayParams().dashboard_agent_listen_port == 0
