@@ -23,6 +23,12 @@ from hrm_ray.errors import RayFailed, UserError
 from hrm_ray.ray_session import check_answers, cluster_address
 
 
+@pytest.fixture(autouse=True)
+def shared_ray_stays(monkeypatch):
+    """What is tried here must not end the Ray that other tests share."""
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+
+
 @pytest.fixture
 def at_loopback(monkeypatch):
     """Ray looks for a cluster at 127.0.0.1 at the machine's other address, where the servers here do not listen."""
