@@ -71,7 +71,7 @@ def test_the_life_of_a_sweep(sweep, capsys):
     ("command", "message"),
     [
         (["quickstart"], "unknown sweep 'quickstart'; did you mean 'quickstart_lr'?"),
-        (["quickstart_lr", "num_trials=none"], "num_trials='none': "),
+        (["quickstart_lr", "num_trials=none"], "num_trials=none: "),
         (["quickstart_lr", "lrr=1"], "unknown key 'lrr'"),
         (["status"], "hrm-ray tune status needs the folder of a sweep"),
         (["status", "/nowhere"], "/nowhere is not a sweep (it has no sweep.yaml)"),

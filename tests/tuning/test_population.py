@@ -138,7 +138,7 @@ def test_only_what_a_run_may_change_when_it_goes_on_is_changed(tmp_path):
     assert changeable(points, 40) == list(changing)
     points = population_of(tmp_path, {"arch.L_cycles": [1, 2], "seed": [0, 1]})
     with pytest.raises(
-        UserError, match=r"population: a run cannot change arch\.L_cycles, seed when it goes on; add"
+        UserError, match=r"population: a run cannot change arch\.L_cycles, seed when it continues; add"
     ):
         changeable(points, 40)
     points = population_of(tmp_path, {"lr": {"log": [1e-4, 1e-2]}}, population={"interval": 40})

@@ -153,7 +153,7 @@ def test_a_grid_visits_every_point_once_across_restarts(tmp_path):
     [
         (
             {"space": {**SPACE, "lr": {"log": [1e-4, 1]}}},
-            r"space\.lr = .*0\.1.*, not .*1\.0.*; give the same to continue it, or --new-name",
+            r"space\.lr = .*0\.1.*, not .*1\.0.*; give the same value to continue it, or --new-name",
         ),
         ({"space": {"lr": SPACE["lr"]}}, r"space\.dqn_warmup_ratio = .*, not nothing"),
         ({"train": "experiment=sudoku_6x6"}, "train = experiment=quickstart, not experiment=sudoku_6x6"),
