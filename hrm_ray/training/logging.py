@@ -176,7 +176,13 @@ def is_summary(content: bytes) -> bool:
 
 
 def _summary_of(content: bytes) -> dict[str, Any]:
-    kinds = {"final": dict, "best": dict, "global_step": int, "finished": bool, "train_s": (int, float)}
+    kinds: dict[str, Any] = {
+        "final": dict,
+        "best": dict,
+        "global_step": int,
+        "finished": bool,
+        "train_s": (int, float),
+    }
     try:
         summary = json.loads(content)
     except (ValueError, RecursionError):
