@@ -446,7 +446,10 @@ def test_more_workers_than_the_machine_has_is_said_at_once(config, ray_cluster):
 @pytest.mark.parametrize(
     ("wish", "mend"),
     [
-        ({"scaling": on_ray(1) | {"use_gpu": True}}, "scaling.use_gpu=true: .* use scaling.use_gpu=auto"),
+        (
+            {"scaling": on_ray(1) | {"use_gpu": True}, "device": "auto"},
+            "scaling.use_gpu=true: .* use scaling.use_gpu=auto",
+        ),
         ({"scaling": on_ray(2), "device": "cuda"}, "device=cuda: .* use device=auto"),
         ({"scaling": on_ray(1) | {"cpus_per_worker": 3}}, "needs 3 CPUs, .* use scaling.cpus_per_worker=2"),
     ],
