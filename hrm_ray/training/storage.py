@@ -138,10 +138,11 @@ class Storage:
         on a local filesystem, which knows no locks.
 
         Raises:
-            UserError: another process has it; the message is `taken`, if given.
+            UserError: another process has it (the message is `taken`, if given), or something else is in its place.
         """
         if self.local_path is None:
             return None
+        self.check_places(files=["lock"])
         self.local_path.mkdir(parents=True, exist_ok=True)
         file = (self.local_path / "lock").open("a")  # not "w": what is in it stays
         deadline = time.monotonic() + wait_s

@@ -120,11 +120,19 @@ def test_points_that_cannot_train_fail_with_their_reason_and_do_not_stop_the_swe
 def test_three_alike_failures_of_another_kind_stop_the_sweep(tmp_path, ray_cluster):
     """Such as folders of trials in which nothing can be written."""
     config = toy_sweep(tmp_path, num_trials=9)
+    folder = sweep_folder(config).local_path
+    left = [folder / trial_name(number) for number in range(9)]
 
     class InTheWay(View):
         def outline(self, *about):
-            for number in range(9):
-                (sweep_folder(config).local_path / trial_name(number)).write_text("a file")
+            for path in left:
+                path.write_text("a file")
+
+        def say(self, line):
+            """A file has just been renamed: somebody makes a folder where the run is to write a file."""
+            for path in left:
+                if not path.exists():
+                    (path / "lock").mkdir(parents=True)
 
     with pytest.raises(RunFailed, match=r"3 trials failed with the same error: .*; fix it") as info:
         run_sweep(config, view=InTheWay())
