@@ -38,7 +38,7 @@ def filesystem_of(uri: str, what: str) -> tuple[pafs.FileSystem, str]:
         if address.password is not None:
             raise UserError(
                 f"{address.scheme}://...@{address.hostname}{address.path}: keep keys out of the address, which is "
-                f"written into the run's files; set {_credentials(uri)}"
+                f"written into the run's files; set {credentials_of(uri)}"
             )
         if address.scheme in ("gs", "gcs") and "retry_limit_seconds=" not in address.query:
             uri += f"{'&' if address.query else '?'}retry_limit_seconds={GOOGLE_RETRY_S}"
@@ -55,9 +55,10 @@ def reaching(uri: str, what: str) -> Iterator[None]:
     except (pa.ArrowException, ValueError, OSError, ImportError) as error:
         raise StorageError(
             f"{what}: {first_line(error)}; check the address, the network and the credentials "
-            f"({_credentials(uri)})"
+            f"({credentials_of(uri)})"
         ) from None
 
 
-def _credentials(uri: str) -> str:
+def credentials_of(uri: str) -> str:
+    """What a user sets to be let in there."""
     return CREDENTIALS.get(uri.partition("://")[0], "see pyarrow.fs.FileSystem.from_uri")

@@ -91,6 +91,7 @@ class Manifest(Settings):
     unreported_steps: int = 0  # steps whose metrics are in the carries' sums
     skipped_steps: list[int] = Field(default_factory=list)  # left out after a loss that was not finite
     num_rollbacks: int = 0
+    generation: int = 0  # of the process that wrote it, among those that held the run's lease; see `lock`
     files: dict[str, FileInfo]
 
 
@@ -217,7 +218,10 @@ def _copies(run: Storage) -> Iterator[Checkpoint]:
 
 
 def finished(run: Storage) -> list[Checkpoint]:
-    """The checkpoints of `run` with a readable manifest, by their steps; their files are not verified."""
+    """The checkpoints of `run` with a readable manifest, in their order; their files are not verified.
+
+    The order is that of their steps, unless another process took the run over: what the one before wrote is older.
+    """
     readable = []
     for name in (run / FOLDER).folders():
         try:
@@ -225,7 +229,7 @@ def finished(run: Storage) -> list[Checkpoint]:
                 readable.append(checkpoint)
         except Damaged:
             continue
-    return sorted(readable, key=lambda checkpoint: checkpoint.step)
+    return sorted(readable, key=lambda checkpoint: (checkpoint.manifest.generation, checkpoint.step))
 
 
 def newest_whole(run: Storage, on_event: Callable[[str, str], object]) -> Checkpoint | None:
@@ -244,7 +248,13 @@ def newest_whole(run: Storage, on_event: Callable[[str, str], object]) -> Checkp
         on_event("copy_left_alone", f"{copy.folder} is a copy of step {copy.step}; it is left alone")
         mend = f"rename {copy.name} to {step_name(copy.step)} to go on from that copy"
     was_saved = folder.entries().get(SAVED) == "file"
-    for name in sorted(folder.folders(), key=lambda name: step_of(name) or 0, reverse=True):
+    generations = {checkpoint.name: checkpoint.manifest.generation for checkpoint in finished(run)}
+    newest = max(generations.values(), default=0)  # of one that cannot be read nobody knows
+
+    def order(name: str) -> tuple[int, int]:
+        return generations.get(name, newest), step_of(name) or 0
+
+    for name in sorted(folder.folders(), key=order, reverse=True):
         try:
             checkpoint = _checkpoint(run / FOLDER, name)
             if checkpoint is not None:

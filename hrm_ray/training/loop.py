@@ -28,6 +28,7 @@ from hrm_ray.training.checkpoint import (
     write_manifest,
 )
 from hrm_ray.training.evaluate import Interrupted, evaluate
+from hrm_ray.training.lock import Lock
 from hrm_ray.training.logging import RECORDS, Records, check_places, note_event
 from hrm_ray.training.meter import LossDiverged, Meter
 from hrm_ray.training.plan import Plan, stops_early
@@ -61,6 +62,7 @@ class Hooks:
         stop: why to end after the step at hand; None to go on.
         save: whether to write a checkpoint after the step at hand.
         event: called with every entry of events.jsonl.
+        owner: who runs it: the same for workers that replace lost ones. None: this process alone.
     """
 
     progress: Callable[[Progress], None] = lambda progress: None
@@ -68,6 +70,7 @@ class Hooks:
     stop: Callable[[], str | None] = lambda: None
     save: Callable[[], bool] = lambda: False
     event: Callable[[dict[str, Any]], None] = lambda entry: None
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, run: Storage, world: World, hooks: Hooks):
-        self.config, self.run, self.world, self.hooks = config, run, world, hooks
+        self.config, self.world, self.hooks = config, world, hooks
         self.dataset = open_checked(config.data_path, world)
         self.plan = Plan.of(config, self.dataset.split("train"))
         self.setup = self._resolve(config.forward_dtype)
@@ -105,6 +108,11 @@ class Trainer:
         self._stop_reason: str | None = None
         self._was_prepared = False  # what came of it is in `setup`
         self._records: Records | None = None
+        if world.is_first:
+            check_places(run)
+        # The first worker decides where the run goes on, and keeps others off it.
+        self._lock = run.lock(owner=hooks.owner, say=self._say) if world.is_first else Lock()
+        self.run = run = run.held_by(self._lock)
         self._watchdog = Watchdog(config.watchdog_s)
         self._saver = Saver(
             run,
@@ -114,10 +122,6 @@ class Trainer:
             on_wait=self._watchdog.beat,
             on_event=self._note,
         )
-        if world.is_first:
-            check_places(run)
-        # The first worker decides where the run goes on, and keeps others off it.
-        self._lock = run.lock() if world.is_first else None
         try:
             with memory.needed_for(f"the model and a batch on {self.setup.device}", SMALLER):
                 self._begin()
@@ -127,6 +131,8 @@ class Trainer:
                 self._records = Records(
                     run, config, step, evaluates_again=self._evaluation_is_due, on_event=self._note
                 )
+                if self._lock.weakness:
+                    self._note("unlocked", self._lock.weakness)
         except BaseException as error:
             self._close()
             raise _as_full_disk(error, run) from None
@@ -164,6 +170,9 @@ class Trainer:
             num_steps=num_steps,
         )
         self.stepper = Stepper(config, self.plan, self.dataset, self.world, self.state)
+        self.state.generation = max(
+            self._lock.generation, checkpoint.manifest.generation if checkpoint else 0
+        )
         self._saved_at = time.monotonic()
         # The last step whose evaluation is done; a checkpoint without metrics was not evaluated.
         self._evaluated_step = self.state.global_step if checkpoint and checkpoint.manifest.metrics else 0
@@ -227,8 +236,7 @@ class Trainer:
         self._watchdog.close()
         if self._records:
             self._records.close()
-        if self._lock:
-            self._lock.close()
+        self._lock.close()
 
     def _run(self) -> None:
         self._prepare()
@@ -490,6 +498,10 @@ class Trainer:
         record = {"global_step": step, "epoch": round(self.plan.epoch(step), 4), **values}
         self._records.write(record)
         self.hooks.report(record)
+
+    def _say(self, text: str) -> None:
+        """Tell the user, before this process may write in the run's folder."""
+        self.hooks.event({"event": "waits", "message": text})
 
     def _note(self, event: str, message: str) -> None:
         """Write down what has happened to the run."""

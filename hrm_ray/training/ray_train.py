@@ -83,7 +83,7 @@ def _fit(
 
     channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
     cpus, use_gpu = _resources(config)
-    trainer = _ray_trainer(config, run, channel, cpus, use_gpu, driver.wants_reports, group)
+    trainer = _ray_trainer(config, run, channel, cpus, use_gpu, driver, group)
     with _ray_errors_as_ray_failed():
         controller = trainer.start()
         training: ObjectRef = controller.run.remote()
@@ -311,7 +311,7 @@ def _ray_trainer(
     channel: Channel,
     cpus: int,
     use_gpu: bool,
-    wants_reports: bool,
+    driver: Driver,
     group: "PlacementGroup | None",
 ) -> "ray_overrides.NonblockingTrainer":
     import ray.train.torch
@@ -331,7 +331,8 @@ def _ray_trainer(
             "storage": str(run),
             "channel": channel.name,
             "cpus": cpus,
-            "reports": wants_reports,
+            "reports": driver.wants_reports,
+            "owner": driver.owner,
             "group": group and group.id.hex(),
         },
         torch_config=ray_overrides.Joined(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
@@ -396,7 +397,9 @@ def absolute(path: str) -> str:
     return path if "://" in path else os.path.abspath(path)  # noqa: PTH100 - a path may be a URI
 
 
-def worker_hooks(channel: Channel, world: World, wants_reports: bool = False) -> Hooks:
+def worker_hooks(
+    channel: Channel, world: World, owner: str | None = None, wants_reports: bool = False
+) -> Hooks:
     """Hooks that talk to the driver through `channel`, most at most every `POLL_S`; only the first worker does."""
     due_progress, due_stop, due_save = Every(POLL_S), Every(POLL_S), Every(POLL_S)
     reason: str | None = None
@@ -429,6 +432,7 @@ def worker_hooks(channel: Channel, world: World, wants_reports: bool = False) ->
         stop=stop,
         save=save,
         event=lambda entry: channel.add("events", entry),
+        owner=owner,
     )
 
 
@@ -447,7 +451,7 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
     config = TrainConfig.model_validate(parameters["config"])
     try:
-        hooks = worker_hooks(channel, world, parameters.get("reports", False))
+        hooks = worker_hooks(channel, world, parameters["owner"], parameters["reports"])
         summary = Trainer(config, Storage(parameters["storage"]), world, hooks).train()
         if world.is_first:
             channel.put("summary", summary)

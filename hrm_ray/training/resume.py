@@ -65,8 +65,7 @@ def set_aside(run: Storage) -> Storage:
     try:
         return run.set_aside(BEFORE)
     finally:
-        if lock:
-            lock.close()
+        lock.close()
 
 
 def weights_source(run: Storage) -> Checkpoint:

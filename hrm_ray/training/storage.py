@@ -4,22 +4,22 @@ Methods raise OSError where the storage says no: of a remote one a StorageError,
 """
 
 import errno
-import fcntl
 import os
 import re
 import shutil
-import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from copy import copy
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 from urllib.parse import quote, unquote
 
 from pyarrow import fs as pafs
 
 from hrm_ray.errors import UserError
 from hrm_ray.remote import filesystem_of, reaching
+from hrm_ray.training.lock import FileLock, Lease, Lock, Unconditional, Unlocked, store_of
 
 Kind = Literal["file", "folder", "other"]
 ASIDE = r"\.[0-9a-f]{8}\.tmp"  # what `write` adds to a name until the file is whole
@@ -37,13 +37,14 @@ class Storage:
         uri = text if self._is_uri else Path(text).absolute().as_uri()
         self._fs, self._root = filesystem_of(uri, f"storage {text}")
         self._where = text if self._is_uri else str(Path(text).absolute())
+        self._lock = Lock()
 
     def __str__(self) -> str:
         return self._where
 
     def __truediv__(self, name: str) -> "Storage":
         folder, options = self._parts
-        return Storage(f"{folder}/{quote(name) if self._is_uri else name}{options}")
+        return Storage(f"{folder}/{quote(name) if self._is_uri else name}{options}").held_by(self._lock)
 
     @property
     def name(self) -> str:
@@ -81,6 +82,7 @@ class Storage:
 
     def write(self, name: str, content: bytes) -> None:
         """Make the file `name`: readers see all of it or none, also after a power cut."""
+        self._lock.check()
         path = f"{self._root}/{name}"
         if self.local_path is not None and Path(path).is_symlink():
             path = os.path.realpath(path)  # a user's link stays; what it points to is written
@@ -131,32 +133,50 @@ class Storage:
         except FileNotFoundError:
             return None
 
-    def lock(self, wait_s: float = 20, taken: str | None = None) -> IO[str] | None:
-        """Keep other processes off this folder until the returned file is closed or this process ends.
+    def lock(
+        self,
+        wait_s: float = 20,
+        taken: str | None = None,
+        *,
+        owner: str | None = None,
+        say: Callable[[str], object] = lambda text: None,
+    ) -> Lock:
+        """Keep other processes off this folder until the lock is closed or this process ends.
 
-        Waits `wait_s` seconds, since the workers of a killed driver live on for some; None where the folder is not
-        on a local filesystem, which knows no locks.
+        Args:
+            wait_s: how long to wait for another process, since the workers of a killed driver live on for some
+                seconds. On a remote storage any time but 0 means: until it is clear whether its holder lives.
+            taken: the message if another process has it.
+            owner: for whom; on a remote storage, one process after another of the same owner may take it.
+            say: told once, if there is a long wait.
 
         Raises:
-            UserError: another process has it (the message is `taken`, if given), or something else is in its place.
+            UserError: another process has it, or something else is in its place.
         """
-        if self.local_path is None:
-            return None
-        self.check_places(files=["lock"])
-        self.local_path.mkdir(parents=True, exist_ok=True)
-        file = (self.local_path / "lock").open("a")  # not "w": what is in it stays
-        deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return file
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    file.close()
-                    raise UserError(
-                        taken or f"another process is training {self}; stop it, or choose another run_name="
-                    ) from None
-                time.sleep(0.2)
+        taken = taken or f"another process is training {self}; stop it, or choose another run_name="
+        if self.local_path is not None:
+            self.check_places(files=["lock"])
+            self.local_path.mkdir(parents=True, exist_ok=True)
+            return FileLock(self.local_path / "lock", wait_s, taken)
+        try:
+            return Lease(
+                store_of(self._where, self._fs),
+                str(self),
+                owner=owner or uuid.uuid4().hex,
+                waits=wait_s > 0,
+                taken=taken,
+                say=say,
+            )
+        except Unconditional as why:
+            return Unlocked(
+                f"{self} cannot keep other processes off ({why}); see to it that only one trains here"
+            )
+
+    def held_by(self, lock: Lock) -> "Storage":
+        """The same folder, for who holds it: everything that is written through it asks the lock first."""
+        held = copy(self)
+        held._lock = lock
+        return held
 
     @property
     def free_bytes(self) -> int | None:
@@ -222,6 +242,7 @@ class Storage:
 
     def delete_file(self, name: str) -> None:
         """Remove the file `name`, if it is there."""
+        self._lock.check()
         with suppress(FileNotFoundError), self._reaching():
             self._fs.delete_file(f"{self._root}/{name}")
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -114,11 +115,13 @@ class Driver:
     Args:
         config: the run.
         bar: shows progress and events; None: nothing is shown.
+        owner: see `Hooks`; None: this driver.
     """
 
     wants_reports = False  # whether `report` is to be called, which costs a message for each
 
-    def __init__(self, config: TrainConfig, bar: ProgressBar | None = None):
+    def __init__(self, config: TrainConfig, bar: ProgressBar | None = None, owner: str | None = None):
+        self.owner = owner or uuid.uuid4().hex
         self.stop = StopRequest(config.max_time_s)
         self._run = run_folder(config)
         self._bar = bar
@@ -264,7 +267,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> tuple[dict[str,
 
 
 def _train_here(config: TrainConfig, driver: Driver) -> dict[str, Any]:
-    hooks = Hooks(progress=driver.progress, stop=driver.stop.reason, event=driver.event)
+    hooks = Hooks(progress=driver.progress, stop=driver.stop.reason, event=driver.event, owner=driver.owner)
     return Trainer(config, run_folder(config), World(), hooks).train()
 
 

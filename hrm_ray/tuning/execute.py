@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -150,6 +151,7 @@ class Executor:
         on_tick: Callable[[list[Live]], None],
     ):
         self.book, self.slot, self.is_private = book, slot, is_private
+        self.owner = uuid.uuid4().hex  # of the runs
         self.stop, self.on_tick = stop, on_tick
         self.live: dict[str, Live] = {}  # by Tune's name of the trial
         self.again: list[Live] = []  # to be handed out to Tune once more
@@ -206,6 +208,7 @@ class Executor:
             "cpus": self.slot.cpus,
             "metrics": self.book.metrics,
             "copy": live.copy,
+            "owner": self.owner,
         }
 
     def end(self, trial_id: str, outcome: dict[str, Any]) -> None:

@@ -106,8 +106,7 @@ def take_over(run: Storage, number: int, wait_s: float) -> None:
                 discard(taken, _name(earlier))
         taken.delete_if_empty()
     finally:
-        if lock:
-            lock.close()
+        lock.close()
 
 
 def _put(copy: Checkpoint, run: Storage) -> None:

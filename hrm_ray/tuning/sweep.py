@@ -236,8 +236,7 @@ class SweepBook(Book):
                 continue
             discard_all(run)  # with the lock held: a run that is pruned may not have had any yet
             self._cleared.add(number)
-            if lock:
-                lock.close()
+            lock.close()
 
 
 def unwanted(study: SweepStudy) -> set[int]:
@@ -319,8 +318,7 @@ def _held(folder: Storage) -> Iterator[None]:
     try:
         yield
     finally:
-        if lock:
-            lock.close()
+        lock.close()
         if not was_there and folder.local_path is not None and [*folder.entries()] == ["lock"]:
             folder.delete_file("lock")
             folder.delete_if_empty()  # it never began

@@ -29,10 +29,11 @@ class Run:
     Args:
         config: of the run; with several workers it starts them as Ray Train's, inside the trial's reservation.
         cpus: threads of this process, if it trains itself.
+        owner: see `Hooks`.
     """
 
-    def __init__(self, config: TrainConfig, cpus: int):
-        self._config, self._cpus = config, cpus
+    def __init__(self, config: TrainConfig, cpus: int, owner: str):
+        self._config, self._cpus, self._owner = config, cpus, owner
         self._stop: str | None = None
         self.reports: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.step, self.phase = 0, "start"
@@ -84,9 +85,9 @@ class Run:
         if self._config.scaling.max_workers > 1:
             from hrm_ray.tuning.workers import train_in_reservation
 
-            return train_in_reservation(self._config, run, progress, self.reports.put, reason)
+            return train_in_reservation(self._config, run, progress, self.reports.put, reason, self._owner)
         torch.set_num_threads(self._cpus)  # of this thread
-        hooks = Hooks(progress=progress, report=self.reports.put, stop=reason)
+        hooks = Hooks(progress=progress, report=self.reports.put, stop=reason, owner=self._owner)
         try:
             return Trainer(self._config, run, World(), hooks).train()
         finally:
@@ -96,8 +97,8 @@ class Run:
 
 
 class Trial(tune.Trainable):
-    """Its `config`: `number`, `run` (a TrainConfig as a mapping), `cpus`, `metrics` to report, and for a population the
-    number of the `copy` that it goes on from."""
+    """Its `config`: `number`, `run` (a TrainConfig as a mapping), `cpus`, `metrics` to report, the `owner` (the sweep's
+    driver), and for a population the number of the `copy` that it goes on from."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self._run: Run | None = None
@@ -117,7 +118,7 @@ class Trial(tune.Trainable):
         if self._run is None:
             config = TrainConfig.model_validate(self._point["run"])
             take_over(run_folder(config), self._point["copy"], STOP_TIMEOUT_S)
-            self._run = Run(config, self._point["cpus"])
+            self._run = Run(config, self._point["cpus"], self._point["owner"])
         run = self._run
         reports = self._new_reports(run)
         result: dict[str, Any] = {

@@ -26,8 +26,9 @@ class TrialDriver(Driver):
         progress: Callable[[Progress], None],
         report: Callable[[dict[str, Any]], None],
         reason: Callable[[], str | None],
+        owner: str,
     ):
-        super().__init__(config)
+        super().__init__(config, owner=owner)
         self._progress, self._report = progress, report
         self.stop = Wish(reason)
 
@@ -55,12 +56,14 @@ def train_in_reservation(
     progress: Callable[[Progress], None],
     report: Callable[[dict[str, Any]], None],
     reason: Callable[[], str | None],
+    owner: str,
 ) -> dict[str, Any]:
     """Train `config` in the folder `run`, by workers in the placement group of this actor.
 
     Args:
         progress, report: called for what the first worker tells, see `Hooks`.
         reason: why to stop; None to go on. Asked several times a second.
+        owner: see `Hooks`.
 
     Returns:
         the summary.
@@ -74,7 +77,7 @@ def train_in_reservation(
     if group is None:
         raise RunFailed("a trial of several workers has no placement group; is this ray 2.60?")
     try:
-        return train_on_ray(config, run, TrialDriver(config, progress, report, reason), group)
+        return train_on_ray(config, run, TrialDriver(config, progress, report, reason, owner), group)
     except RunFailed as error:
         if "running low on memory" in str(error.__cause__):  # Ray's monitor of memory has killed a worker
             raise OutOfMemory("its worker was killed since its node ran out of memory") from None
