@@ -247,7 +247,7 @@ def _checked(file: Path, task: Sudoku, bad: BadRows, ratings: bool, chunk: Chunk
             reason = task.problem(question, answer) or (
                 f"rating '{shown(rating_text[i].as_py())}' is no number"
                 if has_blanks[i]
-                else f"question '{question}' has no blank; is it the answer of another? Give each puzzle with its answer"
+                else f"question '{question}' has no blank; is it the answer of another? Give both as one row"
             )
         bad.add(file, int(chunk.numbers[i]), reason)
     return Rows(questions, answers, values, chunk.numbers).take(good)
