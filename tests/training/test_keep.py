@@ -641,7 +641,9 @@ def test_a_run_whose_identity_is_lost_goes_on(begun):
     newest = finished(Storage(folder))[-1]
     (folder / FOLDER / SAVED).unlink()
     again = trained(config, newest.step + 1)
-    assert [c.manifest.run_id for c in finished(again.run)] == [newest.manifest.run_id] * len(finished(again.run))
+    assert [c.manifest.run_id for c in finished(again.run)] == [newest.manifest.run_id] * len(
+        finished(again.run)
+    )
 
 
 def test_weights_that_somebody_has_put_there_stay(begun):
