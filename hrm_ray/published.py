@@ -4,6 +4,7 @@ A hint names the command that converts what the user has; None: it is not of a p
 """
 
 import re
+import shlex
 from pathlib import Path
 
 DATASET_FILE = "dataset.json"
@@ -19,12 +20,14 @@ HUB = re.compile(
 def dataset_hint(folder: Path) -> str | None:
     """What to do with `folder` if it is a data set in the published layout, or one split of it."""
     if any((folder / split / DATASET_FILE).is_file() for split in SPLITS):
-        return f"{folder} is in the published layout: hrm-ray data import-npy {folder} out=DIR"
+        return (
+            f"{folder} is in the published layout: hrm-ray data import-npy {shlex.quote(str(folder))} out=DIR"
+        )
     if (folder / DATASET_FILE).is_file():
         parent = folder.resolve().parent if folder.name in ("", "..") else folder.parent
         return (
             f"{folder} is one split of a data set in the published layout; give the folder around it: "
-            f"hrm-ray data import-npy {parent} out=DIR"
+            f"hrm-ray data import-npy {shlex.quote(str(parent))} out=DIR"
         )
     return None
 
@@ -33,7 +36,8 @@ def checkpoint_hint(path: Path) -> str | None:
     """What to do with `path` if it is a published checkpoint: its folder, or its file of weights."""
     folder = path.parent if path.is_file() else path
     if (folder / CHECKPOINT_CONFIG).is_file():
-        return f"{path} is in the published layout: hrm-ray import-checkpoint {path} out=DIR, and give DIR"
+        command = f"hrm-ray import-checkpoint {shlex.quote(str(path))} out=DIR"
+        return f"{path} is in the published layout: {command}, and give DIR"
     if is_hub_id(str(path)):
         return (
             f"{path}: no such folder; give a checkpoint or a run folder, or if it is on Hugging Face: "

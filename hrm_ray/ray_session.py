@@ -137,8 +137,11 @@ def check_answers(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), port), timeout=ANSWER_S).close()
     except (OSError, UnicodeError, OverflowError) as error:
+        asked = (
+            "" if address.endswith(f"{host}:{port}") else f" at {host}:{port}, where Ray would look for it"
+        )
         raise UserError(
-            f"{named} does not answer ({first_line(error)}); start that cluster, or unset RAY_ADDRESS"
+            f"{named} does not answer{asked} ({first_line(error)}); start that cluster, or unset RAY_ADDRESS"
         ) from None
     _check_version(json.loads(_metadata(f"{host}:{port}", named) or b"{}"), named)
 

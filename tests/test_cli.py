@@ -27,6 +27,8 @@ from hrm_ray.data.recipe import recipe_names
 from hrm_ray.data.tasks.base import get_task
 from hrm_ray.data.writer import DatasetWriter, balanced_cuts
 from hrm_ray.training import trainer
+from hrm_ray.training.checkpoint import MODEL_FILE, Checkpoint
+from hrm_ray.training.storage import Storage
 from hrm_ray.tuning.config import load_sweep, sweep_names
 from tests.toy import ARCH, toy_config, toy_dataset
 
@@ -172,17 +174,26 @@ def test_exported_checkpoint_comes_back_the_same(trained, tmp_path, capsys):
 
 def test_training_goes_on_from_published_weights_as_load_checkpoint_is_answered(trained, tmp_path, capsys):
     data, run = trained
-    assert main(["export-checkpoint", str(run), f"out={tmp_path / 'theirs'}"]) == 0
+    theirs = tmp_path / "of others"
+    assert main(["export-checkpoint", str(run), f"out={theirs}"]) == 0
+    other = theirs / "step_20"
+    (theirs / "checkpoint").rename(other)
+    weights = torch.load(other, weights_only=True)
+    torch.save({name: torch.zeros_like(tensor) for name, tensor in weights.items()}, other)
+    torch.save({"model": weights, "step": 12}, theirs / "step_9")  # the one that is wanted
     words = [f"data={data}", f"storage={run.parent}", "scaling=local", "compile=false", *TINY]
-    assert main(["train", *words, f"load_checkpoint={tmp_path / 'theirs' / 'step_9'}"]) == 2
+    assert main(["train", *words, f"load_checkpoint={theirs / 'step_9'}"]) == 2
     said = capsys.readouterr().err
     command = re.search(r"first hrm-ray (.*), then give (.*) in its place", said)
     first, instead = (
-        part.replace("NAME", "warm").replace("runs/", f"{run.parent}/").split() for part in command.groups()
+        shlex.split(part.replace("NAME", "warm").replace("runs/", f"{run.parent}/"))
+        for part in command.groups()
     )
     assert main([*first, f"data={data}"]) == 0
     assert main(["train", *words, *instead, "epochs=1", "max_steps=1", "eval_interval=null"]) == 0
     assert "from the weights of" in capsys.readouterr().err
+    taken = Checkpoint(Storage(run.parent / "warm-before-1/checkpoints/step-00000000"))
+    assert all(tensor.any() for tensor in taken.tensors(MODEL_FILE).values() if tensor.dim() == 2)
 
 
 def test_doctor(capsys):

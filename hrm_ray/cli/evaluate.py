@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,9 +46,20 @@ class EvalOptions(Inference):
             raise ValueError("save_outputs=[NAME,...] and out=FILE.npz go together")
         if self.out is not None and Path(self.out).is_dir():
             raise ValueError(f"out={self.out} is a folder; give a file")
+        if self.out is not None and not _may_be_replaced(Path(self.out)):
+            raise ValueError(
+                f"out={self.out} is there, and no file of arrays; move it away, or give another out="
+            )
         if self.out is not None and not Path(self.out).parent.is_dir():
             raise ValueError(f"out={self.out}: there is no folder {Path(self.out).parent}")
         return self
+
+
+def _may_be_replaced(file: Path) -> bool:
+    """Whether there is nothing, or what an earlier command has saved."""
+    if not os.path.lexists(file):
+        return True
+    return file.is_file() and zipfile.is_zipfile(file)
 
 
 def inference_of(options: Inference) -> dict[str, Any]:

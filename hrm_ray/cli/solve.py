@@ -72,7 +72,10 @@ def _read_puzzles(solver: "Solver", words: Sequence[str], options: SolveOptions)
 
 
 def _is_file(word: str) -> bool:
-    return len(word) < 255 and is_file(Path(word))
+    try:
+        return is_file(Path(word))
+    except (OSError, ValueError):  # too long, or a NUL: no name of a file
+        return False
 
 
 def _read_puzzle(solver: "Solver", text: str, where: str) -> "np.ndarray":

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hrm_ray.config import published
-from hrm_ray.config.arch import arch_class
+from hrm_ray.config.arch import arch_class, architectures
 from hrm_ray.config.halting import OLD_STEP_COUNTS, HaltingConfig
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import (
@@ -115,10 +115,7 @@ def _with_words(values: dict[str, Any], given: Mapping[str, str]) -> dict[str, A
         if key not in known:
             if published.is_let_pass(key, text):
                 continue
-            wanted = published.USUAL.get(key, key)
-            raise UserError(
-                f"unknown key {shown(key)}; {nearest(wanted, {*known, *GROUPS}, TrainConfig.listed_by)}"
-            )
+            raise UserError(f"unknown key {shown(key)}; {_hint(key, known)}")
         value = value_of(TrainConfig, key, text)
         if is_text(TrainConfig, key):
             texts[key] = value
@@ -127,6 +124,16 @@ def _with_words(values: dict[str, Any], given: Mapping[str, str]) -> dict[str, A
     if any("${" in text for text in given.values()):
         values = _replaced(values)
     return values | texts
+
+
+def _hint(key: str, known: Sequence[str]) -> str:
+    """What a key that this configuration does not have may be."""
+    name = key.removeprefix("arch.")
+    having = [arch for arch, kind in architectures().items() if name in kind.model_fields]
+    if name != key and having:
+        return f"arch={' or arch='.join(having)} has it"
+    wanted = published.USUAL.get(key, key)
+    return nearest(wanted, {*known, *GROUPS}, TrainConfig.listed_by)
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:

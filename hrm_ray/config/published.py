@@ -6,11 +6,12 @@ with our word for it.
 """
 
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hrm_ray.config.validate import read_value, shown
+from hrm_ray.config.validate import NO_NONE, read_value, shown
 from hrm_ray.errors import UserError
 
 # `arch.name` there, and here; the first of each is the one to write.
@@ -48,7 +49,7 @@ class Absent(NamedTuple):
 
 def _load_checkpoint(file: Path) -> str:
     return (
-        f"first hrm-ray import-checkpoint {file.parent} out=runs/NAME/checkpoints/step-00000000, then give "
+        f"first hrm-ray import-checkpoint {shlex.quote(str(file))} out=runs/NAME/checkpoints/step-00000000, then give "
         "run_name=NAME resume=weights in its place"
     )
 
@@ -76,6 +77,7 @@ ABSENT = {
     "arch.loss.name": Absent(
         ("losses@ACTLossHead", "models.losses@ACTLossHead"), "arch.loss.loss_type=NAME chooses the loss"
     ),
+    "arch.mlp_t": Absent((False,), "arch=trm has it"),
     "arch.H_layers": Absent((0,), "trm has one module for both states, of arch.L_layers; leave it out"),
     "hydra": Absent((), "Hydra writes nothing here, and storage=DIR says where runs lie; leave it out"),
 }
@@ -113,5 +115,7 @@ def is_let_pass(key: str, text: str) -> bool:
         value = text
     if value is None or value in absent.passes:
         return True
+    if text == "None":
+        raise UserError(NO_NONE.format(key=key, text=text))
     answer = absent.answer if isinstance(absent.answer, str) else absent.answer(Path(text))
     raise UserError(f"{key}={shown(text)[1:-1]}: {answer}")

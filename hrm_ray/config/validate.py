@@ -101,12 +101,21 @@ def nearest(name: str, known: Iterable[str], listed_by: str | None = None) -> st
     plain = {key.lower(): key for key in reversed(known)}
     name = name[:100].lower()
     inside = [key for key in plain if key.rpartition(".")[2] == name]  # hidden_size of arch.hidden_size
-    close = inside[:1] or difflib.get_close_matches(name, plain, n=1)
+    close = inside[:1] or _closest(name, plain)
     if close:
         return f"did you mean '{plain[close[0]]}'?"
     if listed_by and len(known) > FEW:
         return f"'{listed_by}' lists all"
     return f"known: {', '.join([*known[:FEW], *['...'] * (len(known) > FEW)])}"
+
+
+def _closest(name: str, known: Iterable[str]) -> list[str]:
+    """The name that is most like `name`, if one is; a prefix that both have does not make them alike."""
+    prefix = f"{name.rpartition('.')[0]}."
+    tails = {key.removeprefix(prefix): key for key in known if key.startswith(prefix)}
+    if "." not in name or not tails:
+        return difflib.get_close_matches(name, known, n=1)
+    return [tails[tail] for tail in difflib.get_close_matches(name.removeprefix(prefix), tails, n=1)]
 
 
 def known_keys(settings: type[Settings], prefix: str = "", **inside: type[Settings]) -> list[str]:
@@ -345,14 +354,31 @@ def _first_problem(settings: type[Settings], values: Mapping[str, Any], error: V
         if _are_settings(field.annotation):
             first = next(iter(field.annotation.model_fields))  # type: ignore[union-attr]
             return f"{name}={shown(value)}: holds keys of its own; give them, such as {name}.{first}=VALUE"
-        if len(get_args(field.annotation)) - optional > 1 and get_origin(field.annotation) in (
-            Union,
-            UnionType,
-        ):
-            return f"{name}={shown(value)}: give {takes(field)}"
+        is_union = get_origin(field.annotation) in (Union, UnionType)
+        is_of_kind = problem["type"] in _WRONG_KINDS and len(problem["loc"]) == name.count(".") + 1
+        if (is_union and len(get_args(field.annotation)) - optional > 1) or is_of_kind:
+            several = "; hrm-ray tune tries several values" if _are_several(value) and is_of_kind else ""
+            return f"{name}={shown(value)}: give {takes(field)}{several}"
     if problem["type"] == "int_parsing_size":
         message = "this number is too large"
     return f"{key}={shown(problem['input'])}: {message[0].lower()}{message[1:]}"
+
+
+# pydantic's, of a value that is of another kind than its field
+_WRONG_KINDS = (
+    "int_parsing",
+    "int_type",
+    "int_from_float",
+    "float_parsing",
+    "float_type",
+    "bool_parsing",
+    "bool_type",
+)
+
+
+def _are_several(value: Any) -> bool:
+    """Whether a value is a list of some, as Hydra's multirun takes them."""
+    return isinstance(value, (list, tuple)) or (isinstance(value, str) and "," in value)
 
 
 def _field_at(

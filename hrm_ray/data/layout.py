@@ -17,6 +17,7 @@ _BETWEEN_CELLS = str.maketrans("", "", " \t|,;:\"'()[]{}│┃║")
 _BETWEEN_FIELDS = re.compile(r"[\s,;:/|\"'#()\[\]{}<>=]+")
 _FRAME = set("+-=|*_~# \t,;()[]{}") | {chr(code) for code in range(0x2500, 0x2580)}  # the latter draw boxes
 _FRAME_WITH_DASHES = _FRAME | set(".:'")
+_NUMBER = re.compile(r"(\d{1,6})[.:)]?")  # of the puzzle below
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _SEPARATORS = ",;\t"
 
@@ -137,6 +138,7 @@ class _Finder:
     found: list[Found] = field(default_factory=list)
     _rows: list[_Row] = field(default_factory=list)  # of the grid that is being read
     _bands: list[list[_Row]] = field(default_factory=list)  # its rows before the last empty line, and so on
+    _number: int = 0  # the last heading that is a number
     _next: str = "puzzle"  # what the next grid is, by its heading: "puzzle", "answer" (of the last), "state"
 
     def add(self, line: int, raw: str) -> None:
@@ -164,7 +166,7 @@ class _Finder:
         elif found := self._in_line(line, raw):
             self.end_grid()
             self._add_labelled(found, text)
-        elif self._is_heading(text):
+        elif self._is_heading(text) or self._is_next_number(text):
             self.end_grid()
             self._next = "answer" if _HEADS_ANSWER.match(text) else "puzzle"
             if text.lower() == _HEADS_STATE:
@@ -180,13 +182,34 @@ class _Finder:
         """Add a puzzle, or what its heading says that it is."""
         kind, self._next = self._next, "puzzle"
         last = self.found[-1] if self.found else None
-        if last is None or last.problem or kind == "puzzle":
+        if last is None or last.problem:
             self.found.append(found)
+        elif kind == "puzzle":
+            if (
+                found.answer is None
+                and last.answer is None
+                and self._completes(found.question, last.question)
+            ):
+                self._answer(found)
+            else:
+                self.found.append(found)
         elif kind == "answer":
             if self.cells.is_complete(found.question):
                 self._answer(found)
             else:  # "Solved in 5 minutes"
                 self.found.append(found)
+
+    def _completes(self, chars: str, question: str) -> bool:
+        """Whether a grid without blanks keeps what a question with blanks gives."""
+        cells = self.cells
+        return (
+            len(chars) == len(question) == cells.size
+            and cells.is_complete(chars)
+            and not cells.is_complete(question)
+            and all(
+                clue == cell or clue not in cells.symbols for cell, clue in zip(chars, question, strict=True)
+            )
+        )
 
     def _answer(self, found: Found) -> None:
         """`found` is the answer of the last puzzle; one that has another is left to stand as a puzzle of its own."""
@@ -215,6 +238,9 @@ class _Finder:
             grids = [first, *_grids(cells, fields)]
         elif taken := _take(cells, fields):
             following = _take(cells, taken[1])
+            if not following and taken[1] and self._goes_on(fields, taken[1]):
+                count = f"{len(fields)} fields, a grid has {len(fields) - len(taken[1])}"
+                return Found(line, problem=f"{count}: give the cells alone, without an index or a remark")
             grids = [taken[0], *([following[0]] if following else _grids(cells, taken[1]))]
             fields = [] if following else taken[1]
         else:
@@ -228,6 +254,20 @@ class _Finder:
             return Found(line, problem=problem)
         grids.sort(key=cells.is_complete)  # the question, then its answer
         return Found(line, *grids) if grids else None
+
+    def _is_next_number(self, text: str) -> bool:
+        """Whether a line numbers the grid below: grids are numbered in order, what is left of a puzzle is not."""
+        match = _NUMBER.fullmatch(text)
+        is_between_grids = not self._bands and len(self._solid(self._rows)) % self.cells.height == 0
+        if not match or not is_between_grids or int(match[1]) != self._number + 1:
+            return False
+        self._number += 1
+        return True
+
+    def _goes_on(self, fields: list[str], left: list[str]) -> bool:
+        """Whether what is left of a line's fields looks like cells too: nobody knows then which are the grid's."""
+        known = set(self.cells.symbols + self.cells.blanks)
+        return len(left[0]) == len(fields[0]) and set(left[0]) <= known
 
     def _damaged(self, fields: list[str]) -> str | None:
         """What among the fields of a line may be left of a puzzle or an answer."""

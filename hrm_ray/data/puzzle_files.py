@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from hrm_ray.data.containers import HEAD_BYTES, encoding_of, open_text, open_unpacked, open_utf8, reading
-from hrm_ray.data.layout import Columns, Found, choose_columns, find_puzzles
+from hrm_ray.data.layout import Cells, Columns, Found, choose_columns, find_puzzles
 from hrm_ray.data.tasks.base import Task
 from hrm_ray.errors import UserError, first_line, shown
 
@@ -95,6 +95,7 @@ class PuzzleFile:
             table = self._find_table()
             self._columns = self._choose(table) if table else None
             self._table = table if self._columns else None
+            self._misread = table if isinstance(table, _Csv) and not self._columns else None
 
     @property
     def unit(self) -> str:
@@ -187,6 +188,13 @@ class PuzzleFile:
 
     # Text
 
+    def _without_header(self, lines: Iterator[str], cells: Cells) -> Iterator[str]:
+        """The lines; the header of a table with a column for each cell is left empty."""
+        table, header = self._misread, None
+        if table and len(table.names) in (cells.size, 2 * cells.size) and min(map(len, table.names)) > 1:
+            header = table.num_before
+        return ("\n" if number == header else line for number, line in enumerate(lines))
+
     def _lines(self) -> Iterator[str]:
         with open_text(self.path, self._encoding) as text:
             for number, line in enumerate(iter(lambda: text.readline(_LONGEST_LINE), ""), start=1):
@@ -197,9 +205,8 @@ class PuzzleFile:
                 yield line
 
     def _text_chunks(self) -> Iterator[Chunk]:
-        found = (
-            find_puzzles(self._lines(), self.task.cells) if self.task.cells else _every_line(self._lines())
-        )
+        cells, lines = self.task.cells, self._lines()
+        found = find_puzzles(self._without_header(lines, cells), cells) if cells else _every_line(lines)
         while some := list(islice(found, _ROWS_PER_CHUNK)):
             yield _chunk_of(some)
 
@@ -416,6 +423,8 @@ def _json_table(path: Path, encoding: str, head: str, reads: Callable[[str], obj
 
 def _records(path: Path, value: Any, is_puzzle: Callable[[Any], bool]) -> list[dict[str, Any]]:
     """The puzzles in a value of JSON, each with what is said beside it."""
+    if value == []:
+        return []
     if isinstance(value, dict):
         if any(map(is_puzzle, value.values())):
             # `hrm-ray solve --json` says of its own answer whether it is one.

@@ -17,7 +17,7 @@ from hrm_ray.data.format import IDS, File, Manifest, SplitInfo, parse_manifest, 
 from hrm_ray.data.tasks.base import Task, get_task
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.manifest import MANIFEST
-from hrm_ray.published import dataset_hint
+from hrm_ray.published import checkpoint_hint, dataset_hint
 
 
 class Split:
@@ -162,7 +162,7 @@ def read_manifest(root: Path) -> Manifest:
             f"no dataset folder {root}; build one with: hrm-ray data build recipe=NAME out={root}"
         )
     if not (root / MANIFEST).is_file():
-        if hint := dataset_hint(root):
+        if hint := dataset_hint(root) or checkpoint_hint(root):
             raise UserError(hint)
         raise UserError(f"{root} has no {MANIFEST}: no dataset, or its build did not finish; build it again")
     return parse_manifest((root / MANIFEST).read_bytes(), str(root / MANIFEST), _mend(root))

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from hrm_ray.data.containers import is_file, members, split_member
 from hrm_ray.data.puzzle_files import Chunk, PuzzleFile
-from hrm_ray.data.tasks.sudoku import Sudoku
+from hrm_ray.data.tasks.sudoku import BLANK, Sudoku
 from hrm_ray.errors import UserError, first_line, shown
 from hrm_ray.published import dataset_hint
 
@@ -222,7 +222,8 @@ def _download(repo_id: str) -> Path:
 def _checked(file: Path, task: Sudoku, bad: BadRows, ratings: bool, chunk: Chunk) -> Rows:
     """Tokens of the rows that pass every check that needs no search; the others go to `bad`."""
     questions, good = _encode(chunk.questions, task)
-    good &= ~task.contradicts(questions)
+    has_blanks = (questions == BLANK).any(axis=1)
+    good &= ~task.contradicts(questions) & has_blanks
     answers = np.zeros_like(questions)
     if chunk.answers is not None:
         answers, complete = _encode(chunk.answers, task)
@@ -241,16 +242,27 @@ def _checked(file: Path, task: Sudoku, bad: BadRows, ratings: bool, chunk: Chunk
     for i in np.flatnonzero(~good):
         reason = ""
         if bad.wants_reasons:
-            answer = chunk.answers[i].as_py() if chunk.answers is not None else None
-            problem = task.problem((chunk.questions[i].as_py() or "").strip(), (answer or "").strip())
-            reason = problem or f"rating '{shown(rating_text[i].as_py())}' is no number"
+            question = _plain(chunk.questions[i].as_py(), task)
+            answer = _plain(chunk.answers[i].as_py() if chunk.answers is not None else None, task)
+            reason = task.problem(question, answer) or (
+                f"rating '{shown(rating_text[i].as_py())}' is no number"
+                if has_blanks[i]
+                else f"question '{question}' has no blank; is it the answer of another? Give both as one row"
+            )
         bad.add(file, int(chunk.numbers[i]), reason)
     return Rows(questions, answers, values, chunk.numbers).take(good)
 
 
+def _plain(text: str | None, task: Sudoku) -> str:
+    """A text as it may stand in a message: without the spaces around it, unless they are cells."""
+    text = text or ""
+    return task.cells.plain(text) or text.strip()
+
+
 def _encode(column: pa.Array, task: Sudoku) -> tuple[np.ndarray, np.ndarray]:
     """Tokens uint8[n, S] of a string column, and bool[n]: whether it is a puzzle. Where not, they are no good."""
-    column = pc.fill_null(pc.utf8_trim_whitespace(column), "")
+    raw = pc.fill_null(column, "")
+    column = pc.utf8_trim_whitespace(raw)
     fits = pc.equal(pc.binary_length(column), task.seq_len).to_numpy(zero_copy_only=False)
     texts = column.filter(pa.array(fits))
     ends = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset : texts.offset + len(texts) + 1]
@@ -261,6 +273,6 @@ def _encode(column: pa.Array, task: Sudoku) -> tuple[np.ndarray, np.ndarray]:
     good = (tokens != 0).all(axis=1)
     given = pc.greater(pc.binary_length(column), 0).to_numpy(zero_copy_only=False)
     for i in np.flatnonzero(given & ~good):  # the few that are not written as most are
-        if chars := task.cells.whole(column[i].as_py()):
+        if chars := task.cells.whole(raw[i].as_py()):  # spaces may be blanks
             tokens[i], good[i] = task.parse(chars), True
     return tokens, good

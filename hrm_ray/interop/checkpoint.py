@@ -30,6 +30,7 @@ from hrm_ray.training.checkpoint import (
     DatasetInfo,
     Manifest,
     Tensors,
+    step_of,
     write_manifest,
     write_tensors,
 )
@@ -50,7 +51,8 @@ def import_checkpoint(source: str | Path, out: str | Path, dataset: Dataset | No
 
     Args:
         source: the published folder, its file of weights, or where they are on Hugging Face (see `locate`).
-        out: a new folder.
+        out: a new folder. One that is named as the checkpoints of runs are (step-00000000) says the step too, so
+            that a run may start from it.
         dataset: what the model was trained on, since the published files do not say. None: 9x9 Sudoku if the
             vocabulary is Sudoku's, else a canvas of 30x30 tokens.
 
@@ -77,7 +79,7 @@ def import_checkpoint(source: str | Path, out: str | Path, dataset: Dataset | No
             if weights.averages:
                 entries.append(write_tensors(folder, EMA_FILE, weights.averages))
             manifest = Manifest(
-                global_step=files.step if weights.step is None else weights.step,
+                global_step=_step(out.name, files.step if weights.step is None else weights.step),
                 arch=arch,
                 dataset=data,
                 config={
@@ -93,6 +95,11 @@ def import_checkpoint(source: str | Path, out: str | Path, dataset: Dataset | No
         shutil.rmtree(out, ignore_errors=True)
         raise
     return manifest
+
+
+def _step(name: str, published: int) -> int:
+    named = step_of(name)
+    return published if named is None else named
 
 
 def export_checkpoint(checkpoint: Checkpoint, out: str | Path) -> None:

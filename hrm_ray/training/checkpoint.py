@@ -9,15 +9,15 @@
                                               sums not yet reported
         manifest.json                         what it is; sizes and SHA-256 of the files and of itself; written last
 
-        ../saved                              that the run has had a whole checkpoint at all
+        ../saved                              that the run has had a whole checkpoint at all; its identity
 
 Weights alone (an imported model) make a checkpoint too: one to evaluate, not to resume. Every file is verified
 before it is used, and nothing is ever unpickled. What is damaged is passed over for the checkpoint before it; a run
 whose checkpoints are all damaged is not started over.
 
-A checkpoint belongs to the run if its folder is named after the step in its manifest. Anything else in that place (a
-copy under another name, notes) is a user's: the run does not go on from it, and does not delete it. A deletion takes
-single files that we wrote, never a folder with what is in it.
+A checkpoint belongs to the run if its folder is named after the step in its manifest, and the manifest has the run's
+identity. Anything else in that place (a copy under another name, another run's, notes) is a user's: the run does not go
+on from it, and does not delete it. A deletion takes single files that we wrote, never a folder with what is in it.
 """
 
 import hashlib
@@ -91,6 +91,7 @@ class Manifest(Settings):
     unreported_steps: int = 0  # steps whose metrics are in the carries' sums
     skipped_steps: list[int] = Field(default_factory=list)  # left out after a loss that was not finite
     num_rollbacks: int = 0
+    run_id: str | None = None  # of the run that wrote it, a random text; None: of any
     generation: int = 0  # of the process that wrote it, among those that held the run's lease; see `lock`
     files: dict[str, FileInfo]
 
@@ -193,8 +194,21 @@ class Checkpoint:
         return weights
 
 
-def _checkpoint(parent: Storage, name: str) -> Checkpoint | None:
+def run_id_of(folder: Storage) -> str | None:
+    """The identity of the run whose checkpoints `folder` holds; None if it has none yet."""
+    try:
+        return (folder.read(SAVED) or b"").decode() or None
+    except StorageError:  # it may answer later
+        raise
+    except (OSError, UnicodeDecodeError):  # somebody has put something else there
+        return None
+
+
+def _checkpoint(parent: Storage, name: str, run_id: str | None) -> Checkpoint | None:
     """The checkpoint of the step that a folder is named after; None if that is a copy or something else.
+
+    Args:
+        run_id: of the run; None: unknown.
 
     Raises:
         Damaged: there is none, or one that cannot be read.
@@ -205,15 +219,16 @@ def _checkpoint(parent: Storage, name: str) -> Checkpoint | None:
         checkpoint = Checkpoint(parent / name)
     except NoCheckpoint:
         return None
-    return checkpoint if step_name(checkpoint.step) == name else None
+    is_foreign = None not in (run_id, checkpoint.manifest.run_id) and checkpoint.manifest.run_id != run_id
+    return checkpoint if step_name(checkpoint.step) == name and not is_foreign else None
 
 
-def _copies(run: Storage) -> Iterator[Checkpoint]:
-    """The checkpoints beside those of `run` that are not named after their step."""
+def _copies(run: Storage, run_id: str | None) -> Iterator[Checkpoint]:
+    """The checkpoints beside those of `run`: under other names than that of their step, or of other runs."""
     for name in (run / FOLDER).folders():
         with suppress(UserError):
             copy = Checkpoint(run / FOLDER / name)
-            if step_name(copy.step) != name:
+            if _checkpoint(run / FOLDER, name, run_id) is None:
                 yield copy
 
 
@@ -222,10 +237,10 @@ def finished(run: Storage) -> list[Checkpoint]:
 
     The order is that of their steps, unless another process took the run over: what the one before wrote is older.
     """
-    readable = []
+    readable, run_id = [], run_id_of(run / FOLDER)
     for name in (run / FOLDER).folders():
         try:
-            if (checkpoint := _checkpoint(run / FOLDER, name)) is not None:
+            if (checkpoint := _checkpoint(run / FOLDER, name, run_id)) is not None:
                 readable.append(checkpoint)
         except Damaged:
             continue
@@ -241,12 +256,15 @@ def newest_whole(run: Storage, on_event: Callable[[str, str], object]) -> Checkp
     Raises:
         UserError: there were some, and all are damaged.
     """
-    folder = run / FOLDER
+    folder, run_id = run / FOLDER, run_id_of(run / FOLDER)
     problems = []
     mend = "restore one from a copy"
-    for copy in _copies(run):
-        on_event("copy_left_alone", f"{copy.folder} is a copy of step {copy.step}; it is left alone")
-        mend = f"rename {copy.name} to {step_name(copy.step)} to go on from that copy"
+    for copy in _copies(run, run_id):
+        if copy.name == step_name(copy.step):
+            on_event("copy_left_alone", f"{copy.folder} is of another run; it is left alone")
+        else:
+            on_event("copy_left_alone", f"{copy.folder} is a copy of step {copy.step}; it is left alone")
+            mend = f"rename {copy.name} to {step_name(copy.step)} to go on from that copy"
     was_saved = folder.entries().get(SAVED) == "file"
     generations = {checkpoint.name: checkpoint.manifest.generation for checkpoint in finished(run)}
     newest = max(generations.values(), default=0)  # of one that cannot be read nobody knows
@@ -256,7 +274,7 @@ def newest_whole(run: Storage, on_event: Callable[[str, str], object]) -> Checkp
 
     for name in sorted(folder.folders(), key=order, reverse=True):
         try:
-            checkpoint = _checkpoint(run / FOLDER, name)
+            checkpoint = _checkpoint(run / FOLDER, name, run_id)
             if checkpoint is not None:
                 checkpoint.verify()
                 return checkpoint
@@ -322,9 +340,10 @@ def _is_whole(checkpoint: Checkpoint) -> bool:
 
 
 def _is_ours(parent: Storage, name: str) -> bool:
-    """Whether a folder is named after a step, and no checkpoint of another step, and nothing else with a manifest."""
+    """Whether a folder is named after a step, and no checkpoint of another step or run, and nothing else with a
+    manifest."""
     try:
-        return _checkpoint(parent, name) is not None
+        return _checkpoint(parent, name, run_id_of(parent)) is not None
     except Damaged:  # what may be deleted of it, `discard` decides
         return True
 
@@ -364,7 +383,7 @@ def discard(parent: Storage, name: str) -> None:
     """Delete a checkpoint, or what there is of one whose writing was cut short. What is not ours stays.
 
     Ours are the files that its manifest names. Without one, a folder is surely ours if it holds nothing else than files
-    of the format; with one that cannot be read, never.
+    of the format, and a carry, which is written first and deleted last; with one that cannot be read, never.
 
     Args:
         parent: the folder that `name` is in.
@@ -381,10 +400,11 @@ def _discard(folder: Storage) -> None:
     try:
         written = {MANIFEST, *Checkpoint(folder).manifest.files}
     except (Damaged, NoCheckpoint):
-        is_cut_short = MANIFEST not in entries and len(ours) == len(entries)
+        is_begun = any(of.startswith("carry-") or n != of for n, of in ours.items())
+        is_cut_short = MANIFEST not in entries and len(ours) == len(entries) and is_begun
         written = set(ours.values()) if is_cut_short else set()
     # The manifest first: what is half deleted must not look whole.
-    for file in sorted(ours, key=lambda n: n != MANIFEST):
+    for file in sorted(ours, key=lambda n: (n != MANIFEST, ours[n].startswith("carry-"))):
         if ours[file] in written:
             folder.delete_file(file)
     if written or not entries:

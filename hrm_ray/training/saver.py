@@ -5,6 +5,7 @@ in `finish`, which the loop calls after the step at which every worker has writt
 before is the newest. One checkpoint is written at a time.
 """
 
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -19,8 +20,10 @@ from hrm_ray.training.checkpoint import (
     Manifest,
     Tensors,
     discard,
+    finished,
     make_place,
     prune,
+    run_id_of,
     step_name,
     write_manifest,
     write_tensors,
@@ -127,9 +130,12 @@ class Saver:
             raise problems[0]
         if self._world.is_first:
             before_valid()
-            write_manifest(folder, manifest.model_copy(update={"files": files}))
-            if SAVED not in (self._run / FOLDER).entries():
-                self._run.write(f"{FOLDER}/{SAVED}", b"")
+            noted = run_id_of(self._run / FOLDER)
+            earlier = [] if noted else [c.manifest.run_id for c in finished(self._run) if c.manifest.run_id]
+            run_id = noted or (earlier or [uuid.uuid4().hex])[-1]
+            write_manifest(folder, manifest.model_copy(update={"files": files, "run_id": run_id}))
+            if not noted and (self._run / FOLDER).entries().get(SAVED, "file") == "file":
+                self._run.write(f"{FOLDER}/{SAVED}", run_id.encode())
             self.prune(manifest.global_step)
         self._world.from_first(None)  # no worker continues before the checkpoint is valid
 

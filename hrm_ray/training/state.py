@@ -51,7 +51,6 @@ class TrainState:
     learner: QLearner | None = None  # if halting is learned by Q-learning, from `begin` on
     skipped_steps: frozenset[int] = frozenset()  # steps that are left out, after a loss that was not finite
     num_rollbacks: int = 0
-    generation: int = 0  # of the process that trains it now, see `lock`
 
     @classmethod
     def initial(cls, config: TrainConfig, dataset: Dataset, setup: Setup) -> "TrainState":
@@ -125,7 +124,6 @@ class TrainState:
             unreported_steps=unreported_steps,
             skipped_steps=sorted(self.skipped_steps),
             num_rollbacks=self.num_rollbacks,
-            generation=self.generation,
             files={},
         )
         return Snapshot(manifest, {name: _copied(tensors) for name, tensors in files.items()})

@@ -135,7 +135,7 @@ def _copied(source: Checkpoint, parent: Storage, name: str) -> Checkpoint:
         if FileInfo(bytes=len(content), sha256=hashlib.sha256(content).hexdigest()) != info:
             raise Damaged(f"{source.folder}/{file} is missing or damaged; use another checkpoint")
         folder.write(file, content)
-    write_manifest(folder, source.manifest)
+    write_manifest(folder, source.manifest.model_copy(update={"run_id": None}))  # another run goes on from it
     return Checkpoint(folder)
 
 

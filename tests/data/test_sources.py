@@ -163,9 +163,17 @@ def test_folder(tmp_path):
         open_source(str(tmp_path))
     csv(tmp_path, f"web,{SOLVED},,1", name="train.csv")
     assert set(open_source(str(tmp_path)).parts) == {"train"}
-    (tmp_path / "test.txt").write_text(OTHER)
+    (tmp_path / "test.txt").write_text(blanked(OTHER, 3))
     rows, _ = read(tmp_path, part="test")
-    assert (rows.questions == TASK.parse(OTHER)).all()
+    assert (rows.questions == TASK.parse(blanked(OTHER, 3))).all()
+
+
+def test_a_question_that_is_solved_already_is_none(tmp_path):
+    """It is the answer of another one, in a layout that nobody has thought of."""
+    (tmp_path / "a.json").write_text(f'[["{blanked(SOLVED, 1)}", "{SOLVED}"]]')
+    assert message(tmp_path / "a.json").startswith(f"a.json, entry 2: question '{SOLVED}' has no blank; ")
+    _, bad = read(tmp_path / "a.json", skip=True)
+    assert bad.count == 1
 
 
 def test_digest_is_of_content_not_of_place(tmp_path):

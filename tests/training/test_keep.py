@@ -620,6 +620,43 @@ def test_a_link_in_place_of_a_file_stays_and_is_followed(begun, tmp_path):
     assert max(report["global_step"] for _, report in reports(again.run)) == 8
 
 
+def test_a_checkpoint_of_another_run_is_left_alone(begun, tmp_path):
+    """Under the name that one of our own would have."""
+    config, folder = begun
+    other = trained({**config, "storage": str(tmp_path / "other"), "run_name": "other"}, 7)
+    theirs = other.run.local_path / FOLDER / step_name(7)
+    copied = Path(shutil.copytree(theirs, folder / FOLDER / step_name(7)))
+    before = contents(copied)
+    again = trained(config, 6)
+    assert contents(copied) == before
+    assert [checkpoint.step for checkpoint in finished(again.run)][-1] == 6
+    lines = (folder / "events.jsonl").read_text()
+    assert f"{copied} is of another run; it is left alone" in lines
+    trained(config, 7)  # what is in our place is renamed
+    assert contents(copied.with_name(f"{copied.name}-aside-1")) == before
+
+
+def test_a_run_whose_identity_is_lost_goes_on(begun):
+    config, folder = begun
+    newest = finished(Storage(folder))[-1]
+    (folder / FOLDER / SAVED).unlink()
+    again = trained(config, newest.step + 1)
+    assert [c.manifest.run_id for c in finished(again.run)] == [newest.manifest.run_id] * len(
+        finished(again.run)
+    )
+
+
+def test_weights_that_somebody_has_put_there_stay(begun):
+    """In a folder that is named as ours are, but that no manifest of ours names."""
+    config, folder = begun
+    mine = folder / FOLDER / step_name(99)
+    mine.mkdir()
+    shutil.copy(next(folder.glob(f"{FOLDER}/*/model.safetensors")), mine)
+    before = contents(mine)
+    trained(config, 8)
+    assert contents(mine) == before
+
+
 def test_saved_may_be_a_folder(begun):
     config, folder = begun
     (folder / FOLDER / SAVED).unlink()

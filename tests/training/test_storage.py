@@ -2,6 +2,7 @@
 
 import resource
 import signal
+from contextlib import contextmanager
 
 import pytest
 
@@ -68,21 +69,26 @@ def test_a_local_path_with_a_question_mark(tmp_path, monkeypatch):
     ]
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """No file of this process may have more than 100 bytes, as on a disk that is full then."""
+    """Inside, no file of this process may have more than 100 bytes, as on a disk that is full then.
+
+    No fixture: pytest writes its dots, to a file perhaps, before those end.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("how", ["write", "append"])
-def test_a_full_disk_names_the_file_and_leaves_no_part_of_a_whole_one(tmp_path, small_files, how):
+def test_a_full_disk_names_the_file_and_leaves_no_part_of_a_whole_one(tmp_path, how):
     run, content = Storage(tmp_path), "x" * 101
-    with pytest.raises(OSError, match="File too large") as info:
+    with small_files(), pytest.raises(OSError, match="File too large") as info:
         run.write("config.yaml", content.encode()) if how == "write" else run.append("config.yaml", content)
     assert info.value.filename == str(tmp_path / "config.yaml") and is_full(info.value)
     assert [p.name for p in tmp_path.iterdir()] == ([] if how == "write" else ["config.yaml"])
