@@ -170,9 +170,8 @@ class Trainer:
             num_steps=num_steps,
         )
         self.stepper = Stepper(config, self.plan, self.dataset, self.world, self.state)
-        self.state.generation = max(
-            self._lock.generation, checkpoint.manifest.generation if checkpoint else 0
-        )
+        before = checkpoint.manifest.generation if checkpoint else 0
+        self._saver.generation = max(self._lock.generation, before)
         self._saved_at = time.monotonic()
         # The last step whose evaluation is done; a checkpoint without metrics was not evaluated.
         self._evaluated_step = self.state.global_step if checkpoint and checkpoint.manifest.metrics else 0

@@ -55,6 +55,9 @@ class Saver:
         keep_last, keep_best: see `prune`.
         on_wait: called now and then while `finish` waits for the writing.
         on_event: called with the name of an event and a message for what was in the way of a checkpoint.
+
+    Attributes:
+        generation: to be written into the manifests.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Saver:
     ):
         self._run, self._world, self._on_wait, self._on_event = run, world, on_wait, on_event
         self._keep_last, self._keep_best = keep_last, keep_best
+        self.generation = 0
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._manifest: Manifest | None = None
         self._writing: Future[list[tuple[str, FileInfo]]] | None = None
@@ -133,7 +137,8 @@ class Saver:
             noted = run_id_of(self._run / FOLDER)
             earlier = [] if noted else [c.manifest.run_id for c in finished(self._run) if c.manifest.run_id]
             run_id = noted or (earlier or [uuid.uuid4().hex])[-1]
-            write_manifest(folder, manifest.model_copy(update={"files": files, "run_id": run_id}))
+            about = {"files": files, "run_id": run_id, "generation": self.generation}
+            write_manifest(folder, manifest.model_copy(update=about))
             if not noted and (self._run / FOLDER).entries().get(SAVED, "file") == "file":
                 self._run.write(f"{FOLDER}/{SAVED}", run_id.encode())
             self.prune(manifest.global_step)
