@@ -158,7 +158,8 @@ class Lease(Lock):
         while True:
             found = self._read()
             if found is None:
-                content, version = {}, None
+                content: dict[str, Any] = {}
+                version: UpdateVersion | None = None
             else:
                 content, version = found
             age = _now() - seen_at if seen is not None and version == seen else 0.0
@@ -280,7 +281,7 @@ class _Refused(Exception):
 
 
 def _version(result: Any) -> "UpdateVersion":
-    return {key: result[key] for key in ("e_tag", "version") if result.get(key)}  # type: ignore[return-value]
+    return {key: result[key] for key in ("e_tag", "version") if result.get(key)}
 
 
 def _holder(content: dict[str, Any]) -> str:
@@ -340,7 +341,7 @@ def store_of(uri: str, fs: pafs.FileSystem) -> "ObjectStore":
     if options.get("anonymous") in ("true", "1"):
         settings["skip_signature"] = True
     try:
-        return from_url(  # type: ignore[call-overload]
+        return from_url(
             place,
             config={key: value for key, value in settings.items() if value is not None},
             client_options={
