@@ -42,6 +42,9 @@ def filesystem_of(uri: str, what: str) -> tuple[pafs.FileSystem, str]:
             )
         if address.scheme in ("gs", "gcs") and "retry_limit_seconds=" not in address.query:
             uri += f"{'&' if address.query else '?'}retry_limit_seconds={GOOGLE_RETRY_S}"
+        if address.scheme == "s3" and "allow_delayed_open=" not in address.query:
+            # Then a small file is one request, and not the three of an upload in parts.
+            uri += f"{'&' if address.query else '?'}allow_delayed_open=true"
         return pafs.FileSystem.from_uri(uri)
 
 

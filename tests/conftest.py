@@ -35,12 +35,16 @@ def ray_cluster():
 
 
 @pytest.fixture
-def s3(request):
+def s3_proxy():
+    """What stands before the S3 server of a test."""
+    proxy = s3_server.Server()
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def s3(s3_proxy):
     """The URI of a new folder on a local S3 server, as a function of what lies in it: `s3("runs")`."""
-    server = s3_server.Server() if s3_server.ELSEWHERE is None else None
-    address = server.address if server else s3_server.ELSEWHERE
     bucket = f"bucket-{uuid.uuid4().hex[:8]}"
-    s3_server.make_bucket(address, bucket)
-    yield lambda name: f"s3://{bucket}/{name}?endpoint_override={address}&scheme=http"
-    if server:
-        server.close()
+    s3_server.make_bucket(s3_proxy.address, bucket)
+    return lambda name: f"s3://{bucket}/{name}?endpoint_override={s3_proxy.address}&scheme=http"

@@ -1,15 +1,12 @@
-"""A small S3 server for tests, in this process: what pyarrow's S3FileSystem asks for, kept in memory.
+"""An S3 server for tests: moto's, in this process, behind a proxy that can fail as networks and storages do."""
 
-Not moto: its botocore holds python-dateutil below 3, which the pinned environment is past. The tests that use this
-server pass with moto too: HRM_RAY_TEST_S3=HOST:PORT sends them to a server of that address.
-"""
-
-import os
+import http.client
+import re
 import threading
 import urllib.parse
+from collections.abc import Callable
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from xml.etree import ElementTree
-from xml.sax.saxutils import escape
 
 from pyarrow import fs
 
@@ -21,29 +18,46 @@ ENVIRONMENT = {
     "AWS_EC2_METADATA_DISABLED": "true",  # looking for credentials there takes seconds
 }
 PAGE = 100  # entries in one answer; S3 promises at most 1000
-ELSEWHERE = os.environ.get("HRM_RAY_TEST_S3")
-XMLNS = 'xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
+FAULTS = (
+    "error",  # an answer 503, and nothing is done
+    "drop",  # the connection is closed, and nothing is done
+    "lost",  # it is done, and the connection is closed without an answer
+    "twice",  # it is done twice, as by a network that repeats; the second answer is given
+    "unconditional",  # its conditions are ignored, as some storages do
+)
+CONDITIONS = ("if-match", "if-none-match")
+BETWEEN_HOPS = ("connection", "transfer-encoding", "content-length", "expect", "te", "keep-alive")
 
 
 def make_bucket(address: str, name: str) -> None:
     fs.S3FileSystem(endpoint_override=address, scheme="http", allow_bucket_creation=True).create_dir(name)
 
 
+@cache
+def moto() -> tuple[str, int]:
+    """Host and port of moto's server, for all tests."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    return server.get_host_and_port()
+
+
 class Server(ThreadingHTTPServer):
-    """Attributes:
-    buckets: name -> key -> content.
-    uploads: id -> part number -> content, of uploads in several parts.
-    requests: method and path of every request so far.
+    """The proxy.
+
+    Attributes:
+        requests: method and path of every request so far.
+        fault: what is wrong with a request, one of `FAULTS`, or None; given its method and path.
     """
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.buckets: dict[str, dict[str, bytes]] = {}
-        self.uploads: dict[str, dict[int, bytes]] = {}
         self.requests: list[str] = []
-        self.lock = threading.Lock()
+        self.fault: Callable[[str, str], str | None] = lambda method, path: None
+        self.behind = moto()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
@@ -71,39 +85,33 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def _handle(self) -> None:
-        url = urllib.parse.urlsplit(self.path)
-        self.query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
-        bucket, _, self.key = urllib.parse.unquote(url.path).lstrip("/").partition("/")
         content = self._body()
-        with self.server.lock:
-            self.server.requests.append(f"{self.command} {self.path}")
-            if f"Credential={KEY}/" not in self.headers.get("Authorization", ""):
-                return self._fail(403, "InvalidAccessKeyId", "The access key is not known.")
-            if self.command == "PUT" and not self.key:
-                self.server.buckets.setdefault(bucket, {})
-                return self._answer(200)
-            if bucket not in self.server.buckets:
-                return self._fail(404, "NoSuchBucket", "The bucket does not exist.")
-            self.objects = self.server.buckets[bucket]
-            return (self._of_key if self.key else self._of_bucket)(content)
+        path = urllib.parse.unquote(self.path)
+        self.server.requests.append(f"{self.command} {path}")
+        fault = self.server.fault(self.command, path)
+        if f"Credential={KEY}/" not in self.headers.get("Authorization", ""):
+            self._answer(403, _error("InvalidAccessKeyId", "The access key is not known."))
+            return
+        if fault == "error":
+            self._answer(503, _error("SlowDown", "Please reduce your request rate."))
+            return
+        if fault == "drop":
+            self.close_connection = True
+            return
+        status, headers, answer = self._forward(content, fault == "unconditional")
+        if fault == "twice":
+            status, headers, answer = self._forward(content)
+        if fault == "lost":
+            self.close_connection = True
+            return
+        self._answer(status, answer, headers)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
-            content = b"".join(iter(self._chunk, b""))
-        else:
-            content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if "aws-chunked" not in self.headers.get("Content-Encoding", ""):
-            return content
-        whole = b""
-        while content:  # SIZE;signature CRLF bytes CRLF ...
-            head, _, content = content.partition(b"\r\n")
-            size = int(head.split(b";")[0], 16)
-            if size == 0:
-                break
-            whole, content = whole + content[:size], content[size + 2 :]
-        return whole
+            return b"".join(iter(self._chunk, b""))
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
     def _chunk(self) -> bytes:
         """The next chunk of a body in chunks; the last one is empty."""
@@ -112,109 +120,29 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return content
 
-    def _answer(self, status: int, content: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        if "Content_Length" not in headers:
-            self.send_header("Content-Length", str(len(content)))
+    def _forward(self, content: bytes, unconditional: bool = False) -> tuple[int, list, bytes]:
+        left_out = BETWEEN_HOPS + CONDITIONS * unconditional
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in left_out}
+        path = re.sub("max-keys=[0-9]+", f"max-keys={PAGE}", self.path)
+        connection = http.client.HTTPConnection(*self.server.behind, timeout=30)
+        try:
+            connection.request(self.command, path, content, {**headers, "Content-Length": str(len(content))})
+            answer = connection.getresponse()
+            return answer.status, answer.getheaders(), answer.read()
+        finally:
+            connection.close()
+
+    def _answer(self, status: int, content: bytes, headers: list = ()) -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            if name.lower() not in BETWEEN_HOPS:
+                self.send_header(name, value)
+        length = dict((name.lower(), value) for name, value in headers).get("content-length")
+        self.send_header("Content-Length", length if self.command == "HEAD" and length else str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def _xml(self, status: int, text: str) -> None:
-        content = f'<?xml version="1.0" encoding="UTF-8"?>\n{text}'.encode()
-        self._answer(status, content, Content_Type="application/xml")
 
-    def _fail(self, status: int, code: str, message: str) -> None:
-        self._xml(status, f"<Error><Code>{code}</Code><Message>{message}</Message></Error>")
-
-    # Of a bucket
-
-    def _of_bucket(self, content: bytes) -> None:
-        if self.command == "HEAD":
-            self._answer(200, x_amz_bucket_region="us-east-1")
-        elif self.command == "GET":
-            self._list()
-        elif self.command == "POST" and "delete" in self.query:
-            keys = [
-                node.text or "" for node in ElementTree.fromstring(content).iter() if node.tag.endswith("Key")
-            ]
-            for key in keys:
-                self.objects.pop(key, None)
-            deleted = "".join(f"<Deleted><Key>{escape(key)}</Key></Deleted>" for key in keys)
-            self._xml(200, f"<DeleteResult {XMLNS}>{deleted}</DeleteResult>")
-        else:
-            self._fail(501, "NotImplemented", self.command)
-
-    def _list(self) -> None:
-        prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter", "")
-        page = min(PAGE, int(self.query.get("max-keys", PAGE)))
-        entries: dict[str, str] = {}  # what sorts a page -> its XML
-        for key in sorted(key for key in self.objects if key.startswith(prefix)):
-            folder = key[len(prefix) :].partition(delimiter) if delimiter else (key, "", "")
-            if folder[1]:
-                name = prefix + folder[0] + delimiter
-                entries[name] = f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>"
-            else:
-                entries[key] = (
-                    f"<Contents><Key>{escape(key)}</Key><Size>{len(self.objects[key])}</Size>"
-                    "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
-                )
-        after = self.query.get("continuation-token", "")
-        names = [name for name in sorted(entries) if name > after]
-        more = len(names) > page
-        token = f"<NextContinuationToken>{escape(names[page - 1])}</NextContinuationToken>" if more else ""
-        shown = "".join(entries[name] for name in names[:page])
-        about = f"<KeyCount>{len(names[:page])}</KeyCount><IsTruncated>{str(more).lower()}</IsTruncated>"
-        self._xml(200, f"<ListBucketResult {XMLNS}>{about}{token}{shown}</ListBucketResult>")
-
-    # Of an object
-
-    def _of_key(self, content: bytes) -> None:
-        if "uploadId" in self.query or "uploads" in self.query:
-            self._upload(content)
-        elif self.command in ("GET", "HEAD"):
-            self._read()
-        elif self.command == "PUT":
-            self.objects[self.key] = content
-            self._answer(200, ETag='"0"')
-        elif self.command == "DELETE":
-            self.objects.pop(self.key, None)
-            self._answer(204)
-        else:
-            self._fail(501, "NotImplemented", self.command)
-
-    def _read(self) -> None:
-        content = self.objects.get(self.key)
-        if content is None:
-            self._fail(404, "NoSuchKey", "The key does not exist.")
-            return
-        status, bounds = 200, {}
-        if self.command == "GET" and "Range" in self.headers:
-            first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
-            stop = min(len(content), int(last) + 1)
-            status, bounds = 206, {"Content_Range": f"bytes {first}-{stop - 1}/{len(content)}"}
-            content = content[int(first) : stop]
-        about = {"ETag": '"0"', "Last_Modified": "Thu, 01 Jan 2026 00:00:00 GMT", **bounds}
-        self._answer(status, content, Content_Length=str(len(content)), **about)
-
-    def _upload(self, content: bytes) -> None:
-        """An object in several parts: begin, each part, end."""
-        if "uploads" in self.query:
-            name = f"upload-{len(self.server.requests)}"
-            self.server.uploads[name] = {}
-            about = f"<Key>{escape(self.key)}</Key><UploadId>{name}</UploadId>"
-            self._xml(200, f"<InitiateMultipartUploadResult {XMLNS}>{about}</InitiateMultipartUploadResult>")
-        elif self.command == "PUT":
-            number = int(self.query["partNumber"])
-            self.server.uploads[self.query["uploadId"]][number] = content
-            self._answer(200, ETag=f'"{number}"')
-        elif self.command == "POST":
-            parts = self.server.uploads.pop(self.query["uploadId"])
-            self.objects[self.key] = b"".join(parts[number] for number in sorted(parts))
-            about = f'<Key>{escape(self.key)}</Key><ETag>"0"</ETag>'
-            self._xml(200, f"<CompleteMultipartUploadResult {XMLNS}>{about}</CompleteMultipartUploadResult>")
-        else:
-            self.server.uploads.pop(self.query["uploadId"], None)
-            self._answer(204)
+def _error(code: str, message: str) -> bytes:
+    return f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()

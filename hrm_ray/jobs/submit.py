@@ -10,6 +10,7 @@ import re
 import shlex
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 DASHBOARD = "http://127.0.0.1:8265"
 ANSWER_S = 5.0
+AGENT_S = 30.0  # for the part of a head that starts jobs, which comes up after its dashboard
+NO_AGENT = "No available agent"
 STOP_WAIT_S = 120  # how long a job that is stopped may take for its checkpoint; Ray's own time is 3 s
 STOPPED = 143  # the exit code of a job that was stopped
 LARGEST_MB = 100  # of a working directory; Ray itself refuses 500
@@ -98,10 +101,16 @@ class Jobs:
             if not submission.pip.is_file():
                 raise UserError(f"--pip {submission.pip}: no such file")
             environment["pip"] = str(submission.pip)
-        with _said(self.address):
-            return self._client.submit_job(
-                entrypoint=entrypoint, runtime_env=environment, submission_id=submission.name
-            )
+        deadline = time.monotonic() + AGENT_S
+        while True:
+            try:
+                return self._client.submit_job(
+                    entrypoint=entrypoint, runtime_env=environment, submission_id=submission.name
+                )
+            except Exception as error:  # of some ten kinds
+                if NO_AGENT not in str(error) or time.monotonic() > deadline:
+                    raise UserError(f"{self.address}: {first_line(error)}") from error
+                time.sleep(1)
 
     def follow(self, name: str, write: Any = sys.stdout.write) -> int:
         """Pass on what a job prints until it ends; returns its exit code (see `code_of`)."""
@@ -115,8 +124,6 @@ class Jobs:
 
     def _ended(self, name: str) -> "JobInfo":
         """What is known of a job when it has ended."""
-        import time
-
         while True:
             info = self._client.get_job_info(name)
             if info.status.is_terminal():

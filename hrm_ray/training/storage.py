@@ -80,14 +80,20 @@ class Storage:
         """The folder itself if it is on a local filesystem."""
         return Path(self._root) if isinstance(self._fs, pafs.LocalFileSystem) else None
 
+    @property
+    def _has_folders(self) -> bool:
+        """Whether a file needs a folder to be in; on an object store its name is all there is."""
+        return self._fs.type_name not in ("s3", "gcs", "abfs")
+
     def write(self, name: str, content: bytes) -> None:
         """Make the file `name`: readers see all of it or none, also after a power cut."""
         self._lock.check()
         path = f"{self._root}/{name}"
         if self.local_path is not None and Path(path).is_symlink():
             path = os.path.realpath(path)  # a user's link stays; what it points to is written
-        with self._reaching():
-            self._fs.create_dir(path.rpartition("/")[0], recursive=True)
+        if self._has_folders:
+            with self._reaching():
+                self._fs.create_dir(path.rpartition("/")[0], recursive=True)
         if self.local_path is None:  # object stores publish on close
             with self._reaching(), self._fs.open_output_stream(path) as stream:
                 stream.write(content)

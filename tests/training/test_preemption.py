@@ -38,6 +38,7 @@ def head(tmp_path: Path):
     words += [f"--dashboard-agent-listen-port={agent_port}", "--disable-usage-stats"]
     # How long a stopped job may take; Ray reads it where the head starts (3 s unless told).
     environment = {**os.environ, "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # jobs call `python`
     with (tmp_path / "head.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", *words], env=environment, stdout=log, stderr=log

@@ -1,0 +1,218 @@
+"""Commands as jobs of a cluster: what is said before they are sent, their output and their exit codes."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ray.job_submission import JobStatus
+
+from hrm_ray.cli import main
+from hrm_ray.errors import RunFailed, UserError
+from hrm_ray.jobs import submit
+from hrm_ray.jobs.submit import Jobs, Submission, check_paths, check_size, code_of
+from hrm_ray.training.checkpoint import finished
+from hrm_ray.training.storage import Storage
+from tests.toy import toy_config, toy_dataset
+from tests.training.test_preemption import head  # noqa: F401 - a fixture
+from tests.training.test_ray import command
+
+# Before anything is sent
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["train", "data=data/x", "storage=s3://b/runs"],
+            "data=data/x is a path on this machine; give a URI",
+        ),
+        (["train", "data=s3://b/d", "storage=runs"], "storage=runs is a path on this machine"),
+        (["train", "data=s3://b/d"], "give storage=URI or a folder that all machines"),
+        (["tune", "quickstart_lr"], "give storage=URI"),
+        (["data", "build", "recipe=sudoku_4x4", "out=data/x"], "out=data/x is a path on this machine"),
+    ],
+)
+def test_paths_that_only_this_machine_has(words, said):
+    with pytest.raises(UserError, match=said):
+        check_paths(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "data=s3://b/d", "storage=/shared/runs"],
+        ["data", "build", "recipe=sudoku_4x4", "out=s3://b/d"],
+        ["eval", "s3://b/runs/x", "data=/shared/d"],
+    ],
+)
+def test_paths_that_all_machines_have(words):
+    check_paths(words)
+
+
+def test_a_large_working_directory_is_named_with_what_is_large_in_it(tmp_path):
+    for name, megabytes in (
+        ("notes.bin", 80),
+        ("data/x", 900),
+        (".venv/x", 900),
+        ("more/y", 30),
+        ("a.py", 0),
+    ):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        with file.open("wb") as content:
+            content.truncate(megabytes * 10**6)
+    with pytest.raises(
+        UserError, match=r"has 110 MB to copy \(notes\.bin 80 MB, more 30 MB, a\.py 0 MB\); name"
+    ):
+        check_size(tmp_path)
+    (tmp_path / ".rayignore").write_text("notes.bin\n")
+    check_size(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (JobStatus.SUCCEEDED, 0, 0),
+        (JobStatus.FAILED, 2, 2),
+        (JobStatus.FAILED, 1, 1),
+        (JobStatus.FAILED, 143, 143),
+        (JobStatus.FAILED, -9, 137),
+        (JobStatus.STOPPED, None, 143),
+    ],
+)
+def test_codes(status, code, expected):
+    assert code_of(SimpleNamespace(status=status, driver_exit_code=code, message="")) == expected
+
+
+def test_a_job_that_ray_could_not_run():
+    info = SimpleNamespace(status=JobStatus.FAILED, driver_exit_code=None, message="failed:\n no room \n\n")
+    with pytest.raises(RunFailed, match="the job could not be run: no room$"):
+        code_of(info)
+
+
+class Web(BaseHTTPRequestHandler):
+    status, content = 200, b"<html>"
+
+    def do_GET(self) -> None:
+        self.send_response(self.status)
+        self.end_headers()
+        self.wfile.write(self.content)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "said"),
+    [
+        (200, b"<html>", "answers, but is no dashboard of Ray; give http://HOST:8265"),
+        (404, b"", "answers, but is no dashboard of Ray"),
+        (401, b"", "refuses us: set RAY_AUTH_MODE=token and the cluster's token"),
+        (200, b'{"ray_version": "2.9.3"}', r"runs ray 2\.9\.3, this is ray 2\.\d+\.\d+; install one version"),
+    ],
+)
+def test_what_is_no_dashboard_for_us(status, content, said):
+    server = HTTPServer(("127.0.0.1", 0), type("Answers", (Web,), {"status": status, "content": content}))
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        with pytest.raises(UserError, match=said) as info:
+            Jobs(f"127.0.0.1:{server.server_port}")
+        assert "\n" not in str(info.value)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--address", "http://127.0.0.1:9", "--", "train"], "does not answer .* reach it by a tunnel"),
+        (
+            ["--address", "ray://h:10001", "--", "train"],
+            "jobs are handed to the cluster's dashboard; give http://",
+        ),
+        (["--address", "auto", "--", "train"], "give http://HOST:8265"),
+        ([], "give a command behind --"),
+        (["--", "submit"], "give a command behind --"),
+        (["--working-dir", "/no/such", "--", "train"], "--working-dir /no/such: no such folder"),
+        (
+            ["--env", "X", "--address", "127.0.0.1:9", "--", "train"],
+            "--env 'X' is not of the form NAME=VALUE",
+        ),
+        (["--stop", "x", "--follow", "y"], "do not go together"),
+    ],
+)
+def test_mistakes_are_one_line(words, said, capsys):
+    import re
+
+    assert main(["submit", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(said, line)
+
+
+# Real jobs
+
+
+def test_the_life_of_a_job(tmp_path, head, monkeypatch):  # noqa: F811
+    """Its output, its exit codes, a stop with a checkpoint, and the same submission again."""
+    toy_dataset(tmp_path / "data")
+    config = toy_config(
+        tmp_path / "data", tmp_path / "runs", epochs=4000, max_steps=60_000, eval_interval=None
+    )
+    words = [*command(config)[3:], "scaling=local", "compile=false"]
+    run = Storage(config["storage"]) / "toy"
+    monkeypatch.chdir(tmp_path)
+
+    def submitted(*more: str) -> subprocess.CompletedProcess:
+        hrm_ray = [sys.executable, "-m", "hrm_ray", "submit", "--address", head]
+        return subprocess.run([*hrm_ray, *more], capture_output=True, text=True, timeout=240)
+
+    deadline = time.monotonic() + 60
+    while "does not answer" in (done := submitted("--", "train", "lr=x")).stderr:  # the head is starting
+        assert time.monotonic() < deadline
+    assert done.returncode == 2 and "error: configuration: lr='x': give a number above 0" in done.stdout
+
+    begun = submitted("--detach", "--name", "first", "--", *words)
+    assert begun.returncode == 0 and "--follow first, stop it with: " in begun.stderr, begun.stderr
+    while not run.read("metrics.jsonl"):
+        assert time.monotonic() < deadline + 60
+        time.sleep(0.2)
+    assert submitted("--stop", "first").returncode == 0
+    followed = submitted("--follow", "first")
+    assert followed.returncode == 143 and "; the same command continues" in followed.stdout
+    step = finished(run)[-1].step
+    assert step > 0
+
+    again = submitted("--", *words, f"max_steps={step + 5}")
+    assert again.returncode == 0 and f"step {step + 5}" in again.stdout, again.stdout
+    diverged = submitted("--", *words, f"max_steps={step + 9}", "max_loss=1e-9")
+    assert diverged.returncode == 1 and "error: " in diverged.stdout
+
+
+def test_a_job_in_a_copy_of_the_folder(tmp_path, head, monkeypatch):  # noqa: F811
+    """As on another machine: what the job needs is in the copy, or has a path that all machines share."""
+    toy_dataset(tmp_path / "data")
+    config = toy_config(tmp_path / "data", tmp_path / "runs", max_steps=3, eval_interval=None)
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("x")
+    monkeypatch.setattr(Jobs, "is_here", False)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            jobs = Jobs(head)
+            break
+        except UserError:
+            assert time.monotonic() < deadline
+    lines: list[str] = []
+    words = [*command(config)[3:], "scaling=local", "compile=false"]
+    name = jobs.submit(Submission(words, Path(folder), {"OMP_NUM_THREADS": "1"}))
+    assert jobs.follow(name, lines.append) == 0, "".join(lines)
+    assert json.loads((tmp_path / "runs/toy/summary.json").read_text())["finished"]
+    assert submit.EXCLUDES
