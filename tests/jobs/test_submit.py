@@ -92,7 +92,7 @@ def test_codes(status, code, expected):
 
 def test_a_job_that_ray_could_not_run():
     info = SimpleNamespace(status=JobStatus.FAILED, driver_exit_code=None, message="failed:\n no room \n\n")
-    with pytest.raises(RunFailed, match="the job could not be run: no room$"):
+    with pytest.raises(RunFailed, match=r"the job could not be run: no room$"):
         code_of(info)
 
 

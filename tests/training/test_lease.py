@@ -74,7 +74,7 @@ def test_a_holder_that_is_gone_is_followed_and_writes_no_more(s3):
     time.sleep(lock.TAKE_OVER_S)  # now its own clock says so too
     for write in (held.write, (held / "inside").write):
         with pytest.raises(
-            LeaseLost, match="process .* has taken over .*; this process ends without writing"
+            LeaseLost, match=r"process .* has taken over .*; this process ends without writing"
         ):
             write("x", b"2")
     with pytest.raises(LeaseLost):
