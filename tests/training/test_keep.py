@@ -647,7 +647,7 @@ def test_a_run_whose_identity_is_lost_goes_on(begun):
 
 
 def test_weights_that_somebody_has_put_there_stay(begun):
-    """In a folder that is named as ours are, but that no manifest of ours names."""
+    """In a folder that is named as those of the run are, but that no manifest names."""
     config, folder = begun
     mine = folder / FOLDER / step_name(99)
     mine.mkdir()
