@@ -2,12 +2,16 @@
 
 import logging
 import os
+import signal
 import uuid
 
 import pytest
 import torch
 
 from tests import s3 as s3_server
+
+# Where tests are started by nohup it is ignored, and what is tested ignores it too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The models here are small: more threads gain nothing, and lose much where other processes want the cores too.
 torch.set_num_threads(1)

@@ -77,7 +77,7 @@ ABSENT = {
     "arch.loss.name": Absent(
         ("losses@ACTLossHead", "models.losses@ACTLossHead"), "arch.loss.loss_type=NAME chooses the loss"
     ),
-    "arch.mlp_t": Absent((False,), "arch=trm has it"),
+    "arch.mlp_t": Absent((False,), "give arch=trm, which has it"),
     "arch.H_layers": Absent((0,), "trm has one module for both states, of arch.L_layers; leave it out"),
     "hydra": Absent((), "Hydra writes nothing here, and storage=DIR says where runs lie; leave it out"),
 }

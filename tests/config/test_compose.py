@@ -50,7 +50,7 @@ LEARN = ["data=d", "halting=q_learning"]
         (["data=d", "learning_rate=1"], "unknown key 'learning_rate'"),
         (["data=d", "arch.hiden_size=64"], "unknown key 'arch.hiden_size'; did you mean 'arch.hidden_size'?"),
         (["data=d", "lr=-1"], "configuration: lr=-1: input should be greater than 0"),
-        (["data=d", "lr=fast"], "configuration: lr='fast': input should be a valid number"),
+        (["data=d", "lr=fast"], "configuration: lr='fast': give a number above 0"),
         (["data=d", "arch.hidden_size=100"], "arch.hidden_size=100 is not a multiple of arch.num_heads=8"),
         (["data=d", "arch.hidden_size=72"], "heads of odd width 9"),
         (["data=d", "scaling.num_workers=769"], "global_batch_size=768 is too few puzzles for 769 workers"),

@@ -109,7 +109,7 @@ def test_every_published_key_is_understood_and_its_value_is_our_default(name, ow
         ("checkpoint_path=checkpoints/x", "give storage=checkpoints run_name=x"),
         (
             "load_checkpoint=checkpoints/x/step_9",
-            "hrm-ray import-checkpoint checkpoints/x out=runs/NAME/checkpoints",
+            "hrm-ray import-checkpoint checkpoints/x/step_9 out=runs/NAME/checkpoints",
         ),
         ("evaluators=[{name: arc@ARC}]", "evaluators=[{name: arc@ARC}]: every evaluation measures accuracy"),
         ("evaluators=[{name:arc@ARC}]", "every evaluation measures accuracy"),

@@ -621,7 +621,7 @@ def test_a_link_in_place_of_a_file_stays_and_is_followed(begun, tmp_path):
 
 
 def test_a_checkpoint_of_another_run_is_left_alone(begun, tmp_path):
-    """Under the name that one of our own would have."""
+    """Under the name that the next checkpoint of the run would have."""
     config, folder = begun
     other = trained({**config, "storage": str(tmp_path / "other"), "run_name": "other"}, 7)
     theirs = other.run.local_path / FOLDER / step_name(7)
@@ -647,7 +647,7 @@ def test_a_run_whose_identity_is_lost_goes_on(begun):
 
 
 def test_weights_that_somebody_has_put_there_stay(begun):
-    """In a folder that is named as ours are, but that no manifest of ours names."""
+    """In a folder that is named as those of the run are, but that no manifest names."""
     config, folder = begun
     mine = folder / FOLDER / step_name(99)
     mine.mkdir()

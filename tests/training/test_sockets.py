@@ -75,7 +75,7 @@ PROGRAM = """
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_private_run_listens_on_loopback_alone_and_to_its_token(tmp_path, num_workers):
     toy_dataset(tmp_path / "data", num_train=59, num_identifiers=5)
     scaling = {"mode": "ray", "num_workers": num_workers, "cpus_per_worker": 1}
