@@ -210,12 +210,8 @@ class Lease(Lock):
         with self._writing:
             try:
                 self._version = self._write(self._version)
-            except _Refused:
-                found = self._read()
-                if found is not None and found[0].get("holder") == self._holder:
-                    self._version = found[1]  # our own write, of which no answer came
-                else:
-                    self._lost_to = _holder(found[0]) if found else "somebody who deleted its lease"
+            except _Refused as refused:
+                self._lost_to = refused.holder
 
     def _write(self, version: "UpdateVersion | None", released: bool = False) -> "UpdateVersion":
         """Write it, if it is still the `version`; None: if there is none. Raises _Refused, StorageError."""
@@ -239,11 +235,16 @@ class Lease(Lock):
             result = obstore.put(
                 self._store, NAME, json.dumps(content, indent=1).encode(), mode=version or "create"
             )
-        except (exceptions.AlreadyExistsError, exceptions.PreconditionError, exceptions.NotFoundError):
-            raise _Refused from None
+        except (exceptions.AlreadyExistsError, exceptions.PreconditionError, *_missing()):
+            found = self._read()
+            mine = (self._holder, self._beat)
+            if found is None or (found[0].get("holder"), found[0].get("beat")) != mine:
+                raise _Refused(found) from None
+            self._renewed_at = started
+            return found[1]  # it was written before, and no answer came
         except exceptions.NotSupportedError as error:
             raise Unconditional(first_line(error)) from None
-        except exceptions.BaseError as error:
+        except (exceptions.BaseError, OSError) as error:
             raise self._unreachable(error) from None
         self._renewed_at = started
         return _version(result)
@@ -255,9 +256,9 @@ class Lease(Lock):
         try:
             result = obstore.get(self._store, NAME)
             text = bytes(result.bytes())
-        except exceptions.NotFoundError:
+        except _missing():
             return None
-        except exceptions.BaseError as error:
+        except (exceptions.BaseError, OSError) as error:
             raise self._unreachable(error) from None
         try:
             content = json.loads(text)
@@ -277,7 +278,18 @@ class Unconditional(Exception):
 
 
 class _Refused(Exception):
-    """The lease is not what it was when it was read."""
+    """The lease is not what it was when it was read; `holder` has it now."""
+
+    def __init__(self, found: "tuple[dict[str, Any], UpdateVersion] | None"):
+        super().__init__()
+        self.holder = _holder(found[0]) if found else "somebody who deleted its lease"
+
+
+def _missing() -> tuple[type[Exception], ...]:
+    """What obstore raises where there is no such object."""
+    from obstore import exceptions
+
+    return (exceptions.NotFoundError, FileNotFoundError)
 
 
 def _version(result: Any) -> "UpdateVersion":
