@@ -32,10 +32,9 @@ def submit(args: argparse.Namespace) -> int:
         )
     if not args.working_dir.is_dir():
         raise UserError(f"--working-dir {args.working_dir}: no such folder")
+    submission = Submission(words, args.working_dir, dict(map(_variable, args.env)), args.pip, args.name)
     jobs = Jobs(args.address)
-    name = jobs.submit(
-        Submission(words, args.working_dir, dict(map(_variable, args.env)), args.pip, args.name)
-    )
+    name = jobs.submit(submission)
     print(f"job {name} on {jobs.address}", file=sys.stderr)
     if args.detach:
         print(_how_to_go_on(jobs, name), file=sys.stderr)

@@ -5,6 +5,7 @@ cluster, or be lost there, is said before anything is sent.
 """
 
 import asyncio
+import logging
 import os
 import re
 import shlex
@@ -73,12 +74,17 @@ class Jobs:
     @property
     def is_here(self) -> bool:
         """Whether the cluster's head is this machine, so that its paths are ours. A tunnel's end is not."""
-        try:
-            nodes = self._client._do_request("GET", "/nodes?view=summary", timeout=ANSWER_S).json()
-            names = [node["hostname"] for node in nodes["data"]["summary"]]
-        except Exception:  # of the client, its HTTP library, or another answer: then nobody knows
-            return False
-        return set(names) == {socket.gethostname()}
+        deadline = time.monotonic() + AGENT_S
+        while time.monotonic() < deadline:
+            try:
+                nodes = self._client._do_request("GET", "/nodes?view=summary", timeout=ANSWER_S).json()
+                names = {node["raylet"]["nodeManagerHostname"] for node in nodes["data"]["summary"]}
+            except Exception:  # of the client, its HTTP library, or another answer: the head is starting
+                names = set()
+            if names:
+                return names == {socket.gethostname()}
+            time.sleep(1)
+        return False
 
     def submit(self, submission: Submission) -> str:
         """Start a job; returns its name.
@@ -215,6 +221,7 @@ def _token() -> dict[str, str]:
 def _client(address: str) -> "JobSubmissionClient":
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.ERROR)
     with _said(address):
         before = os.environ.pop("RAY_ADDRESS", None)  # Ray would take it in place of ours
         try:
@@ -245,7 +252,7 @@ def check_paths(words: Sequence[str]) -> None:
         path = values.get(key, "")
         if path and "://" not in path and path != "null" and not path.startswith("/"):
             raise UserError(
-                f"{key}={shown(path)[1:-1]} is a path on this machine; give a URI (s3://BUCKET/FOLDER) or an absolute "
+                f"{key}={shown(path)} is a path on this machine; give a URI (s3://BUCKET/FOLDER) or an absolute "
                 "path that all machines of the cluster share"
             )
     if words[:1] in (["train"], ["tune"]) and "storage" not in values and "--help" not in words:
@@ -264,7 +271,7 @@ def check_size(folder: Path) -> None:
     total = sum(sizes.values())
     if total > LARGEST_MB * 10**6:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
-        names = ", ".join(f"{shown(name)[1:-1]} {sizes[name] / 1e6:.0f} MB" for name in largest)
+        names = ", ".join(f"{shown(name)} {sizes[name] / 1e6:.0f} MB" for name in largest)
         raise UserError(
             f"the working directory {folder} has {total / 1e6:.0f} MB to copy ({names}); name what the job does not "
             "need in .rayignore, or give another --working-dir"

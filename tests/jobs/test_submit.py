@@ -1,6 +1,7 @@
 """Commands as jobs of a cluster: what is said before they are sent, their output and their exit codes."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -143,14 +144,12 @@ def test_what_is_no_dashboard_for_us(status, content, said):
         (["--working-dir", "/no/such", "--", "train"], "--working-dir /no/such: no such folder"),
         (
             ["--env", "X", "--address", "127.0.0.1:9", "--", "train"],
-            "--env 'X' is not of the form NAME=VALUE",
+            "--env X is not of the form NAME=VALUE",
         ),
         (["--stop", "x", "--follow", "y"], "do not go together"),
     ],
 )
 def test_mistakes_are_one_line(words, said, capsys):
-    import re
-
     assert main(["submit", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(said, line)
@@ -174,7 +173,9 @@ def test_the_life_of_a_job(tmp_path, head, monkeypatch):  # noqa: F811
         return subprocess.run([*hrm_ray, *more], capture_output=True, text=True, timeout=240)
 
     deadline = time.monotonic() + 60
-    while "does not answer" in (done := submitted("--", "train", "lr=x")).stderr:  # the head is starting
+    while (
+        "does not answer" in (done := submitted("--", "train", "data=d", "lr=x")).stderr
+    ):  # the head is starting
         assert time.monotonic() < deadline
     assert done.returncode == 2 and "error: configuration: lr='x': give a number above 0" in done.stdout
 

@@ -255,7 +255,7 @@ def test_a_google_bucket_out_of_reach(monkeypatch):
 
 def test_a_bucket_that_is_not_there(s3):
     uri = s3("runs").replace("s3://", "s3://no-")
-    assert "not found" in refusal(lambda: Storage(uri).write("x", b""))
+    assert "NO_SUCH_BUCKET" in refusal(lambda: Storage(uri).write("x", b""))
     assert "has no manifest.json" in refusal(lambda: open_dataset(uri))
 
 
