@@ -178,6 +178,10 @@ class Storage:
                 f"{self} cannot keep other processes off ({why}); see to it that only one trains here"
             )
 
+    def check_held(self) -> None:
+        """Ask the lock that this folder is held by; raises as it does."""
+        self._lock.check()
+
     def held_by(self, lock: Lock) -> "Storage":
         """The same folder, for who holds it: everything that is written through it asks the lock first."""
         held = copy(self)

@@ -28,7 +28,9 @@ from hrm_ray.config.validate import read_yaml, validated
 from hrm_ray.data.files import writing
 from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.every import Every
+from hrm_ray.remote import StorageError
 from hrm_ray.training.checkpoint import discard_all
+from hrm_ray.training.lock import LeaseLost
 from hrm_ray.training.logging import is_dumped, keep_changed
 from hrm_ray.training.storage import Storage, numbered
 from hrm_ray.training.trainer import StopRequest
@@ -270,6 +272,12 @@ class Driver:
 
     def why_stop(self) -> str | None:
         """Why the sweep is to end with what it has; None to go on."""
+        try:
+            self._book.folder.check_held()
+        except LeaseLost:
+            return "taken over"
+        except StorageError:  # it may answer again; until then nothing is written
+            pass
         if self._signals.reason() is not None:
             return "signal"
         if self._asked:
@@ -304,8 +312,8 @@ class Driver:
 
 
 @contextmanager
-def _held(folder: Storage) -> Iterator[None]:
-    """Inside, no other driver is at work on the sweep."""
+def _held(folder: Storage, say: Callable[[str], object]) -> Iterator[Storage]:
+    """Inside, no other driver is at work on the sweep; yields its folder, to be written by this process alone."""
     was_there = folder.exists()
     folder.check_places(files=FILES, folders=[report.PLOTS])
     if folder.local_path is not None:
@@ -314,9 +322,11 @@ def _held(folder: Storage) -> Iterator[None]:
     else:
         folder.create()
     taken = f"another process is at work on the sweep {folder}; stop it, or choose another run_name="
-    lock = folder.lock(LOCK_S, taken)
+    lock = folder.lock(LOCK_S, taken, say=say)
+    if lock.weakness:
+        say(lock.weakness)
     try:
-        yield
+        yield folder.held_by(lock)
     finally:
         lock.close()
         if not was_there and folder.local_path is not None and [*folder.entries()] == ["lock"]:
@@ -351,7 +361,7 @@ def run_sweep(
     signals = StopRequest()
     with signals.listening(), ExitStack() as stack:
         if not dry_run:
-            stack.enter_context(_held(folder))
+            folder = stack.enter_context(_held(folder, view.say))
             forget_stop(folder, config)
         is_private = stack.enter_context(session())
         slot = slot_of(config)
@@ -373,6 +383,7 @@ def run_sweep(
             if book.is_over() and executor.why_stop() is None and config.repeat is not None:
                 repeated, executor.stop_reason = _repeat(config.repeat, book, driver, slot, is_private)
         finally:
+            folder.check_held()
             driver.note()
             book.clear(wait_s=10)
             rows = report.write_table(folder, study)
