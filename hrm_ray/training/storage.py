@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, unquote
 
 from pyarrow import fs as pafs
@@ -20,6 +20,9 @@ from pyarrow import fs as pafs
 from hrm_ray.errors import UserError
 from hrm_ray.remote import filesystem_of, reaching
 from hrm_ray.training.lock import FileLock, Lease, Lock, Unconditional, Unlocked, store_of
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
 
 Kind = Literal["file", "folder", "other"]
 ASIDE = r"\.[0-9a-f]{8}\.tmp"  # what `write` adds to a name until the file is whole
@@ -166,7 +169,7 @@ class Storage:
             return FileLock(self.local_path / "lock", wait_s, taken)
         try:
             return Lease(
-                store_of(self._where, self._fs),
+                self.object_store(),
                 str(self),
                 owner=owner or uuid.uuid4().hex,
                 waits=wait_s > 0,
@@ -177,6 +180,10 @@ class Storage:
             return Unlocked(
                 f"{self} cannot keep other processes off ({why}); see to it that only one trains here"
             )
+
+    def object_store(self) -> "ObjectStore":
+        """This folder for obstore, which can write under a condition. Raises Unconditional if it does not know it."""
+        return store_of(self._where, self._fs)
 
     def check_held(self) -> None:
         """Ask the lock that this folder is held by; raises as it does."""

@@ -21,12 +21,16 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hrm_ray.config.validate import as_text
 from hrm_ray.errors import UserError, first_line
+from hrm_ray.training import lock
+from hrm_ray.training.lock import Unconditional
 from hrm_ray.training.storage import Storage
 from hrm_ray.tuning import samplers
 from hrm_ray.tuning.config import SETTABLE, SweepConfig, plain, with_settings
+from hrm_ray.tuning.journal import ObjectJournal
 from hrm_ray.tuning.space import Point, as_sampled, suggest
 
 LOG = "study.log"
+ENTRIES = "study"  # the folder that is in its place on an object storage
 # Attributes of the study.
 CONFIG = "config"  # the sweep as its last driver had it
 SETTINGS = "settings"  # what another process wants of the driver
@@ -78,10 +82,14 @@ def study_storage(folder: Storage, url: str | None) -> BaseStorage:
         except Exception as error:  # of any kind: SQLAlchemy and its drivers have their own
             raise UserError(f"study={url}: {first_line(error)}; check the address and its driver") from None
     if folder.local_path is None:
-        raise UserError(
-            f"{folder}: a study cannot be appended to on this storage; give study=URL of a database for it, such as "
-            "postgresql://..., or a local storage="
-        )
+        entries = folder / ENTRIES
+        try:
+            return JournalStorage(ObjectJournal(entries.object_store(), str(entries)))
+        except Unconditional as why:
+            raise UserError(
+                f"{folder}: a study cannot be kept on this storage ({why}); give study=URL of a database for it, such "
+                "as postgresql://..., or another storage="
+            ) from None
     file = folder.local_path / LOG
     folder.local_path.mkdir(parents=True, exist_ok=True)
     try:
@@ -99,6 +107,13 @@ def _where(file: Path) -> str:
         except ValueError:
             return f" in line {number}"
     return ""
+
+
+def is_there(folder: Storage) -> bool:
+    """Whether the folder of a sweep has a study."""
+    if folder.local_path is None:
+        return bool((folder / ENTRIES).entries())
+    return folder.read(LOG) is not None
 
 
 def mend(folder: Storage) -> None:
@@ -121,7 +136,7 @@ def load(folder: Storage, config: SweepConfig) -> optuna.Study:
 
 def earlier(folder: Storage, config: SweepConfig) -> dict[str, Any] | None:
     """The attributes of the study, if it is there already."""
-    if config.study is None and folder.read(LOG) is None:
+    if config.study is None and not is_there(folder):
         return None
     storage = study_storage(folder, config.study)
     try:
@@ -422,9 +437,11 @@ def want(
 
 
 def is_driven(folder: Storage) -> bool:
-    """Whether a driver is at work on a local sweep."""
+    """Whether a driver is at work on a sweep; of one at a URI, by its clock and ours."""
     path = folder.local_path
-    if path is None or not (path / "lock").exists():
+    if path is None:
+        return lock.is_fresh(folder.read(lock.NAME))
+    if not (path / "lock").exists():
         return False
     with (path / "lock").open("a") as file:
         try:
