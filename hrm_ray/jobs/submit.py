@@ -223,7 +223,7 @@ def _client(address: str) -> "JobSubmissionClient":
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     with _said(address):
-        before = os.environ.pop("RAY_ADDRESS", None)  # Ray would take it in place of ours
+        before = os.environ.pop("RAY_ADDRESS", None)  # Ray would take it instead
         try:
             return JobSubmissionClient(address)
         finally:

@@ -196,6 +196,7 @@ def test_the_life_of_a_job(tmp_path, head, monkeypatch):  # noqa: F811
     assert diverged.returncode == 1 and "error: " in diverged.stdout
 
 
+@pytest.mark.long
 def test_a_job_in_a_copy_of_the_folder(tmp_path, head, monkeypatch):  # noqa: F811
     """As on another machine: what the job needs is in the copy, or has a path that all machines share."""
     toy_dataset(tmp_path / "data")
