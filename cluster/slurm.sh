@@ -6,7 +6,7 @@
 #   sbatch cluster/slurm.sh train experiment=sudoku_extreme data=/shared/data/sudoku-extreme storage=/shared/runs
 #   sbatch --nodes=4 cluster/slurm.sh tune lr_wd_anneal storage=/shared/sweeps
 #   tail -f slurm-JOBID.out
-#   scancel --signal=TERM --batch JOBID      # stop with a checkpoint; the same sbatch continues
+#   scancel --signal=USR1 --batch JOBID      # stop with a checkpoint; the same sbatch continues
 #
 # Change before the first time: the lines with #SBATCH, and how hrm-ray comes into PATH (a module, an environment).
 # /shared stands for a folder that all nodes have.
@@ -31,6 +31,7 @@ set -u
 
 cpus=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+export SRUN_CPUS_PER_TASK=$cpus # srun does not take it from sbatch
 export RAY_TMPDIR=${RAY_TMPDIR:-/tmp} # TMPDIR of a job is often too long for Ray's sockets
 
 start_ray() { # on all nodes of the job, the first one being the head
@@ -57,15 +58,17 @@ start_ray() { # on all nodes of the job, the first one being the head
   done
 }
 
+told=
+driver=
+trap 'told=yes; [ -n "$driver" ] && kill -TERM "$driver" 2> /dev/null' TERM
+trap '[ -n "$driver" ] && kill -TERM "$driver" 2> /dev/null' USR1
 if [ "${SLURM_NNODES:-1}" -gt 1 ]; then
   start_ray
 fi
 
-told=
-driver=
-trap 'told=yes; [ -n "$driver" ] && kill -TERM "$driver" 2> /dev/null' TERM
 hrm-ray "$@" &
 driver=$!
+[ -n "$told" ] && kill -TERM "$driver"
 # bash runs a trap only between commands, and a signal ends `wait` early.
 while kill -0 "$driver" 2> /dev/null; do
   wait "$driver"
@@ -74,8 +77,7 @@ wait "$driver"
 code=$?
 
 if [ "$code" = 143 ] && [ -n "$told" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${HRM_RAY_REQUEUES:-100}" ]; then
-  echo "put into the queue again, for the ${SLURM_RESTART_COUNT:-0}. time so far"
-  scontrol requeue "$SLURM_JOB_ID"
-  sleep 600 # until Slurm ends this
+  echo "the job goes back into the queue; restarts so far: ${SLURM_RESTART_COUNT:-0}"
+  scontrol requeue "$SLURM_JOB_ID" && sleep 600 # until Slurm ends this
 fi
 exit "$code"

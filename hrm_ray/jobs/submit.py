@@ -12,7 +12,8 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,8 @@ EXCLUDES = [
 ]
 COMMANDS = ("train", "tune", "data", "eval", "solve", "import-checkpoint", "export-checkpoint")
 # Words whose value is a path that the job is to find on the cluster's machines.
-PATHS = ("data", "data_path", "data_paths", "storage", "source", "out")
+PATHS = ("data", "data_path", "data_paths", "storage", "out")
+_LEFT_OUT = [(name.removeprefix("/"),) for name in EXCLUDES if name.startswith("/")]
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,13 @@ class Jobs:
         while time.monotonic() < deadline:
             try:
                 nodes = self._client._do_request("GET", "/nodes?view=summary", timeout=ANSWER_S).json()
-                names = {node["raylet"]["nodeManagerHostname"] for node in nodes["data"]["summary"]}
+                raylets = [node["raylet"] for node in nodes["data"]["summary"]]
+                names = {raylet["nodeManagerHostname"] for raylet in raylets}
+                folders = [raylet["sessionDir"] for raylet in raylets]
             except Exception:  # of the client, its HTTP library, or another answer: the head is starting
-                names = set()
-            if names:
-                return names == {socket.gethostname()}
+                names, folders = set(), []
+            if names:  # a container may have its machine's name, but not its files
+                return names == {socket.gethostname()} and all(Path(folder).is_dir() for folder in folders)
             time.sleep(1)
         return False
 
@@ -118,13 +122,26 @@ class Jobs:
                     raise UserError(f"{self.address}: {first_line(error)}") from error
                 time.sleep(1)
 
-    def follow(self, name: str, write: Any = sys.stdout.write) -> int:
-        """Pass on what a job prints until it ends; returns its exit code (see `code_of`)."""
-        with _said(self.address):
-            asyncio.run(self._tail(name, write))
-            return code_of(self._ended(name))
+    def follow(self, name: str, write: Callable[[str], object] | None = None) -> int:
+        """Pass on what a job prints until it ends; returns its exit code (see `code_of`).
 
-    async def _tail(self, name: str, write: Any) -> None:
+        Raises:
+            UserError: there is no such job.
+            RunFailed: the connection was lost, while the job goes on; or Ray could not run it.
+        """
+        with _in_one_line(self.address):
+            self._client.get_job_info(name)
+        try:
+            asyncio.run(self._tail(name, write or _print))
+            info = self._ended(name)
+        except Exception as error:  # of the client, its HTTP library, or the network
+            raise RunFailed(
+                f"{self.address}: the connection was lost ({first_line(error)}); the job goes on, and --follow {name} "
+                "shows it again"
+            ) from error
+        return code_of(info)
+
+    async def _tail(self, name: str, write: Callable[[str], object]) -> None:
         async for text in self._client.tail_job_logs(name):
             write(text)
 
@@ -138,9 +155,13 @@ class Jobs:
 
     def stop(self, name: str) -> None:
         """Ask a job to end with a checkpoint; returns when it has ended."""
-        with _said(self.address):
+        with _in_one_line(self.address):
             self._client.stop_job(name)
             self._ended(name)
+
+
+def _print(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def code_of(info: "JobInfo") -> int:
@@ -222,7 +243,7 @@ def _client(address: str) -> "JobSubmissionClient":
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    with _said(address):
+    with _in_one_line(address):
         before = os.environ.pop("RAY_ADDRESS", None)  # Ray would take it instead
         try:
             return JobSubmissionClient(address)
@@ -231,35 +252,45 @@ def _client(address: str) -> "JobSubmissionClient":
                 os.environ["RAY_ADDRESS"] = before
 
 
-class _said:  # noqa: N801 - reads as a word
+@contextmanager
+def _in_one_line(address: str) -> Iterator[None]:
     """Inside, whatever Ray's client raises is one line."""
-
-    def __init__(self, address: str):
-        self._address = address
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, UserError):
-            raise UserError(f"{self._address}: {first_line(error)}") from error
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of some ten kinds
+        raise UserError(f"{address}: {first_line(error)}") from error
 
 
 def check_paths(words: Sequence[str]) -> None:
     """Raise UserError for a path that only this machine knows, or that would lie in the job's copy of the folder."""
-    values = {key: value for key, _, value in (word.partition("=") for word in words)}
-    for key in PATHS:
-        path = values.get(key, "")
-        if path and "://" not in path and path != "null" and not path.startswith("/"):
+    values = {key: value for key, equals, value in (word.partition("=") for word in words) if equals}
+    paths = {key: path for key in PATHS if (path := values.get(key))}
+    if (
+        "source" in values and Path(values["source"]).exists()
+    ):  # else it is a generator, or a data set of the hub
+        paths["source"] = values["source"]
+    # A checkpoint or a puzzle file; a YAML or a recipe of the folder is in the copy.
+    paths |= {word: word for word in words[1:] if "=" not in word and Path(word).parts[:1] in _LEFT_OUT}
+    for key, path in paths.items():
+        if "://" not in path and path != "null" and not path.startswith("/"):
+            named = key if key == path else f"{key}={shown(path)}"
             raise UserError(
-                f"{key}={shown(path)} is a path on this machine; give a URI (s3://BUCKET/FOLDER) or an absolute "
-                "path that all machines of the cluster share"
+                f"{named} is a path on this machine; give a URI (s3://BUCKET/FOLDER) or an absolute path that all "
+                "machines of the cluster share"
             )
-    if words[:1] in (["train"], ["tune"]) and "storage" not in values and "--help" not in words:
+    if words[:1] in (["train"], ["tune"]) and "storage" not in values and not _says_storage(words):
         raise UserError(
             "give storage=URI or a folder that all machines of the cluster share: the default runs/ would lie in the "
             "job's own copy of this folder, and be deleted with it"
         )
+
+
+def _says_storage(words: Sequence[str]) -> bool:
+    """Whether a sweep's own file says where it is to lie."""
+    files = [Path(word) for word in words[1:] if word.endswith((".yaml", ".yml")) and Path(word).is_file()]
+    return any(re.search(r"^storage:\s*\S", file.read_text(), re.MULTILINE) for file in files)
 
 
 def check_size(folder: Path) -> None:

@@ -325,7 +325,9 @@ def prune(run: Storage, global_step: int, *, keep_last: int, keep_best: int) -> 
     so_far = [c for c in checkpoints if c.step <= global_step]
     keep = {c.name for c in [*so_far[-keep_last:], *_by_metric(so_far)[-keep_best:]]}
     # A later one that is whole was put there by somebody, from a copy.
-    keep |= {c.name for c in checkpoints if c.step > global_step and _is_whole(c)}
+    newest = max((c.manifest.generation for c in so_far), default=0)
+    later = [c for c in checkpoints if c.step > global_step and c.manifest.generation >= newest]
+    keep |= {c.name for c in later if _is_whole(c)}
     for name in (run / FOLDER).folders():
         if name not in keep and _is_ours(run / FOLDER, name):
             discard(run / FOLDER, name)

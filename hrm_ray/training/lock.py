@@ -2,9 +2,10 @@
 
 A lease is a small file, `lease.json`, that is written only under a condition: "if there is none", or "if it is still
 the one that I read". Its holder writes it again every `RENEW_S`. Somebody else who sees it unchanged for
-`TAKE_OVER_S`, by their own clock, replaces it; whoever held it is refused at the next renewal, and before that writes
-nothing once its own clock says that the time is over. `generation` grows with every holder: checkpoints carry it, so
-that one of a process that slept through all this never counts as the newest.
+`TAKE_OVER_S`, by their own clock, replaces it; whoever held it is refused at the next renewal, and before that begins
+to write nothing once its own clock says that the time is over. `generation` grows with every holder: checkpoints carry
+it, so that one of a process that slept through all this never counts as the newest. What a lease cannot stop is a write
+that has begun, or that of another worker than the first, which holds nothing: it ends soon after the first.
 
 obstore writes it, since pyarrow's filesystems cannot write under a condition.
 """
@@ -134,6 +135,8 @@ class Lease(Lock):
         self._thread.start()
 
     def check(self) -> None:
+        if self._closed.is_set():
+            raise LeaseLost(f"{self._where} was let go of by this process, which writes no more")
         if self._lost_to is None and _now() - self._renewed_at > SAFE * TAKE_OVER_S:
             self._renew()
         if self._lost_to is not None:
@@ -147,8 +150,8 @@ class Lease(Lock):
         self._closed.set()
         self._thread.join()
         if self._lost_to is None:
-            with suppress(StorageError, _Refused):  # then it ends by itself
-                self._write(self._version, released=True)
+            with suppress(StorageError):  # then it ends by itself
+                self._renew(released=True)
 
     # Taking it
 
@@ -175,6 +178,7 @@ class Lease(Lock):
                 try:
                     return self._write(version)
                 except _Refused:  # somebody was faster
+                    time.sleep(LOOK_S)
                     continue
             if not waits or (seen is not None and version != seen):  # it was renewed: its holder lives
                 raise UserError(f"{taken} ({_holder(content)} has its {NAME})")
@@ -206,12 +210,21 @@ class Lease(Lock):
             except StorageError:  # it may answer the next time; `check` minds how long that takes
                 continue
 
-    def _renew(self) -> None:
+    def _renew(self, released: bool = False) -> None:
+        """Write it again, or learn that it is lost. Raises StorageError."""
         with self._writing:
-            try:
-                self._version = self._write(self._version)
-            except _Refused as refused:
-                self._lost_to = refused.holder
+            for _ in range(2):
+                try:
+                    self._version = self._write(self._version, released)
+                    return
+                except _Refused as refused:
+                    if refused.version is None or not refused.is_of(self._holder):
+                        self._lost_to = refused.holder
+                        return
+                    self._version = (
+                        refused.version
+                    )  # an earlier write of this process, of which no answer came
+            raise StorageError(f"{self._where}/{NAME} can be neither written nor read")
 
     def _write(self, version: "UpdateVersion | None", released: bool = False) -> "UpdateVersion":
         """Write it, if it is still the `version`; None: if there is none. Raises _Refused, StorageError."""
@@ -282,7 +295,12 @@ class _Refused(Exception):
 
     def __init__(self, found: "tuple[dict[str, Any], UpdateVersion] | None"):
         super().__init__()
+        self._content: dict[str, Any] = found[0] if found else {}
+        self.version: UpdateVersion | None = found[1] if found else None
         self.holder = _holder(found[0]) if found else "somebody who deleted its lease"
+
+    def is_of(self, holder: str) -> bool:
+        return self._content.get("holder") == holder
 
 
 def is_fresh(content: bytes | None) -> bool:

@@ -111,12 +111,13 @@ def take_over(run: Storage, number: int, wait_s: float) -> None:
 
 def _put(copy: Checkpoint, run: Storage) -> None:
     step = copy.step
+    generation = max((checkpoint.manifest.generation for checkpoint in finished(run)), default=0)
     for checkpoint in finished(run):
         if checkpoint.step >= step:
             discard(run / FOLDER, checkpoint.name)
     if (moved := make_place(run / FOLDER, step_name(step))) is not None:
         note_event(run, "set_aside", global_step=step, message=moved)
-    _copied(copy, run / FOLDER, step_name(step))
+    _copied(copy, run / FOLDER, step_name(step), generation)
     if SAVED not in (run / FOLDER).entries():
         run.write(f"{FOLDER}/{SAVED}", b"")
     lines = [line + "\n" for line, report in reports(run) if report["global_step"] <= step]
@@ -126,8 +127,12 @@ def _put(copy: Checkpoint, run: Storage) -> None:
     )
 
 
-def _copied(source: Checkpoint, parent: Storage, name: str) -> Checkpoint:
-    """A copy of a checkpoint, in a folder of its own, every byte of which is as its manifest says. Raises Damaged."""
+def _copied(source: Checkpoint, parent: Storage, name: str, generation: int = 0) -> Checkpoint:
+    """A copy of a checkpoint, in a folder of its own, every byte of which is as its manifest says. Raises Damaged.
+
+    Args:
+        generation: that the copy is to have, see `lock`.
+    """
     make_place(parent, name)
     folder = parent / name
     for file, info in source.manifest.files.items():
@@ -135,7 +140,8 @@ def _copied(source: Checkpoint, parent: Storage, name: str) -> Checkpoint:
         if FileInfo(bytes=len(content), sha256=hashlib.sha256(content).hexdigest()) != info:
             raise Damaged(f"{source.folder}/{file} is missing or damaged; use another checkpoint")
         folder.write(file, content)
-    write_manifest(folder, source.manifest.model_copy(update={"run_id": None}))  # another run goes on from it
+    about = {"run_id": None, "generation": generation}  # another run goes on from it
+    write_manifest(folder, source.manifest.model_copy(update=about))
     return Checkpoint(folder)
 
 

@@ -64,6 +64,7 @@ from hrm_ray.tuning.view import View
 CONFIG_FILE = "sweep.yaml"
 WRITTEN = (CONFIG_FILE, report.TABLE, report.BEST, report.SUMMARY, report.PAGE)
 FILES = (*WRITTEN, LOG, "lock")
+TAKEN_OVER = "taken over"  # why a sweep ends that another driver continues
 LOCK_S = 20.0  # workers of a killed driver live on for some seconds
 NOTE_S = 10.0  # how often what was spent is written down
 BY_HAND = "stopped by hand"
@@ -230,8 +231,6 @@ class SweepBook(Book):
             if not run.exists():
                 self._cleared.add(number)
                 continue
-            if run.local_path is None and not wait_s:
-                continue  # no lock would say that it is still writing
             try:
                 lock = run.lock(wait_s)
             except UserError:  # it is still writing its last one
@@ -275,7 +274,7 @@ class Driver:
         try:
             self._book.folder.check_held()
         except LeaseLost:
-            return "taken over"
+            return TAKEN_OVER
         except StorageError:  # it may answer again; until then nothing is written
             pass
         if self._signals.reason() is not None:
@@ -383,7 +382,8 @@ def run_sweep(
             if book.is_over() and executor.why_stop() is None and config.repeat is not None:
                 repeated, executor.stop_reason = _repeat(config.repeat, book, driver, slot, is_private)
         finally:
-            folder.check_held()
+            if executor.stop_reason == TAKEN_OVER:
+                folder.check_held()
             driver.note()
             book.clear(wait_s=10)
             rows = report.write_table(folder, study)

@@ -36,6 +36,11 @@ from tests.training.test_ray import command
         (["train", "data=s3://b/d", "storage=runs"], "storage=runs is a path on this machine"),
         (["train", "data=s3://b/d"], "give storage=URI or a folder that all machines"),
         (["tune", "quickstart_lr"], "give storage=URI"),
+        (["eval", "runs/x", "data=s3://b/d"], "runs/x is a path on this machine"),
+        (
+            ["data", "build", "recipe=sudoku_9x9", "source=tests", "out=s3://b/d"],
+            "source=tests is a path on this",
+        ),
         (["data", "build", "recipe=sudoku_4x4", "out=data/x"], "out=data/x is a path on this machine"),
     ],
 )
@@ -49,11 +54,14 @@ def test_paths_that_only_this_machine_has(words, said):
     [
         ["train", "data=s3://b/d", "storage=/shared/runs"],
         ["data", "build", "recipe=sudoku_4x4", "out=s3://b/d"],
+        ["data", "build", "recipe=sudoku_9x9", "source=sapientinc/sudoku-extreme", "out=s3://b/d"],
         ["eval", "s3://b/runs/x", "data=/shared/d"],
+        ["tune", "{tmp}/mine.yaml"],
     ],
 )
-def test_paths_that_all_machines_have(words):
-    check_paths(words)
+def test_paths_that_all_machines_have(words, tmp_path):
+    (tmp_path / "mine.yaml").write_text("train: experiment=quickstart\nstorage: s3://b/sweeps\n")
+    check_paths([word.format(tmp=tmp_path) for word in words])
 
 
 def test_a_large_working_directory_is_named_with_what_is_large_in_it(tmp_path):

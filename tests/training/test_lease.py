@@ -35,6 +35,7 @@ def go_silent(lease: Lease) -> None:
     """As if its process were killed: nothing is renewed, and nothing let go."""
     lease._closed.set()
     lease._thread.join()
+    lease._closed.clear()
 
 
 def written(folder: Storage) -> dict:
@@ -149,6 +150,21 @@ def test_a_network_that_fails_takes_no_lease_away(s3, s3_proxy, kind):
     lease.close()
 
 
+def test_a_write_that_was_never_answered_is_found_again(s3, s3_proxy):
+    """Not even after the client has asked again and again: the next renewal starts from what is there."""
+    folder = Storage(s3("run"))
+    lease = folder.lock(owner="a")
+    s3_proxy.fault = lambda method, path: "lost" if method == "PUT" else "drop"
+    with pytest.raises(StorageError):
+        lease._renew()
+    s3_proxy.fault = lambda method, path: None
+    lease._renew()
+    lease.check()
+    lease.close()
+    with pytest.raises(LeaseLost, match="was let go of by this process"):
+        lease.check()
+
+
 def test_a_storage_out_of_reach_stops_the_writing_until_it_is_back(s3, s3_proxy):
     folder = Storage(s3("run"))
     lease = folder.lock(owner="a")
@@ -210,7 +226,7 @@ def test_a_run_that_was_taken_over_ends_without_writing(config):
 
 def test_what_a_driver_wrote_that_slept_through_its_lease_is_not_the_newest(config):
     first = trained({**config, "max_steps": 8})
-    run = first.run
+    run = run_folder(first.config)
     late = finished(run)[-1]  # written by it after another had taken over at an earlier step
     for checkpoint in finished(run)[:-1]:
         write_manifest(checkpoint.folder, checkpoint.manifest.model_copy(update={"generation": 7}))
