@@ -451,7 +451,7 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
     config = TrainConfig.model_validate(parameters["config"])
     try:
-        hooks = worker_hooks(channel, world, parameters["owner"], parameters["reports"])
+        hooks = worker_hooks(channel, world, parameters.get("owner"), parameters.get("reports", False))
         summary = Trainer(config, Storage(parameters["storage"]), world, hooks).train()
         if world.is_first:
             channel.put("summary", summary)
