@@ -272,7 +272,7 @@ def check_paths(words: Sequence[str]) -> None:
     ):  # else it is a generator, or a data set of the hub
         paths["source"] = values["source"]
     # A checkpoint or a puzzle file; a YAML or a recipe of the folder is in the copy.
-    paths |= {word: word for word in words[1:] if "=" not in word and Path(word).parts[:1] in _LEFT_OUT}
+    paths |= {word: word for word in words[1:] if Path(word).parts[:1] in _LEFT_OUT and Path(word).exists()}
     for key, path in paths.items():
         if "://" not in path and path != "null" and not path.startswith("/"):
             named = key if key == path else f"{key}={shown(path)}"

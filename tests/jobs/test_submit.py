@@ -44,7 +44,10 @@ from tests.training.test_ray import command
         (["data", "build", "recipe=sudoku_4x4", "out=data/x"], "out=data/x is a path on this machine"),
     ],
 )
-def test_paths_that_only_this_machine_has(words, said):
+def test_paths_that_only_this_machine_has(words, said, tmp_path, monkeypatch):
+    (tmp_path / "runs/x").mkdir(parents=True)
+    (tmp_path / "tests").mkdir()
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=said):
         check_paths(words)
 
