@@ -25,9 +25,9 @@ from tests.toy import toy_config, toy_dataset
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    """Leases that change hands in a second."""
+    """Leases that change hands in seconds."""
     monkeypatch.setattr(lock, "RENEW_S", 0.3)
-    monkeypatch.setattr(lock, "TAKE_OVER_S", 1.5)
+    monkeypatch.setattr(lock, "TAKE_OVER_S", 3.0)
     monkeypatch.setattr(lock, "LOOK_S", 0.05)
 
 
@@ -71,7 +71,7 @@ def test_a_holder_that_is_gone_is_followed_and_writes_no_more(s3):
     second = folder.lock(owner="b", say=said.append)
     assert time.monotonic() - started >= lock.TAKE_OVER_S - 0.1
     (line,) = said
-    assert "waiting 1.5 s, in case it is still at work" in line
+    assert "waiting 3 s, in case it is still at work" in line
     time.sleep(lock.TAKE_OVER_S)  # now its own clock says so too
     for write in (held.write, (held / "inside").write):
         with pytest.raises(
