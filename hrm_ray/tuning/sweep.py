@@ -311,7 +311,7 @@ class Driver:
 
 
 @contextmanager
-def _held(folder: Storage, say: Callable[[str], object]) -> Iterator[Storage]:
+def _held(folder: Storage, say: Callable[[str], object] = lambda text: None) -> Iterator[Storage]:
     """Inside, no other driver is at work on the sweep; yields its folder, to be written by this process alone."""
     was_there = folder.exists()
     folder.check_places(files=FILES, folders=[report.PLOTS])

@@ -30,7 +30,7 @@ def test_entries_of_many_writers_are_read_by_all_in_one_order(s3, s3_proxy, monk
 
     def fault(method: str, path: str) -> str | None:
         writes.append(path)
-        return kind if method == "PUT" and len(writes) % 3 == 0 else None
+        return kind if method == "PUT" and len(writes) % 7 == 0 else None
 
     s3_proxy.fault = fault
 
