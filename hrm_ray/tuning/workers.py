@@ -26,7 +26,7 @@ class TrialDriver(Driver):
         progress: Callable[[Progress], None],
         report: Callable[[dict[str, Any]], None],
         reason: Callable[[], str | None],
-        owner: str,
+        owner: str | None = None,
     ):
         super().__init__(config, owner=owner)
         self._progress, self._report = progress, report
@@ -56,7 +56,7 @@ def train_in_reservation(
     progress: Callable[[Progress], None],
     report: Callable[[dict[str, Any]], None],
     reason: Callable[[], str | None],
-    owner: str,
+    owner: str | None = None,
 ) -> dict[str, Any]:
     """Train `config` in the folder `run`, by workers in the placement group of this actor.
 
