@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,17 +82,40 @@ def _cluster(address: str, options: dict[str, Any]) -> Iterator[None]:
     """Inside, the cluster at `address` is joined."""
     import ray
 
-    check_answers(address)
-    try:
+    with _talking_on_loopback() if _is_only_on_loopback(address) else nullcontext():
+        check_answers(address)
         try:
-            with _handlers_kept():
-                joined: Any = ray.init(address, **options)
-        except Exception as error:
-            raise UserError(f"RAY_ADDRESS={address} cannot be joined: {_last_line(error)}") from error
-        with _witnessed(joined.address_info, f"RAY_ADDRESS={address}"):
-            yield
-    finally:
-        ray.shutdown()
+            try:
+                with _handlers_kept():
+                    joined: Any = ray.init(address, **options)
+            except Exception as error:
+                raise UserError(f"RAY_ADDRESS={address} cannot be joined: {_last_line(error)}") from error
+            with _witnessed(joined.address_info, f"RAY_ADDRESS={address}"):
+                yield
+        finally:
+            ray.shutdown()
+
+
+def _is_only_on_loopback(address: str) -> bool:
+    """Whether that is a cluster within this machine, as `make cluster-up` starts one.
+
+    Ray takes 127.0.0.1 for the machine's own address, where nothing of such a cluster listens.
+    """
+    from ray._common.network_utils import get_localhost_ip
+    from ray._private.services import get_node_ip_address
+
+    host, _, port = address.rpartition(":")
+    if host not in ("localhost", get_localhost_ip()) or not port.isdecimal():
+        return False
+    return _listens(get_localhost_ip(), int(port)) and not _listens(get_node_ip_address(), int(port))
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=ANSWER_S).close()
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 WITNESS = """
@@ -337,10 +360,25 @@ def _on_loopback() -> Iterator[None]:
     from ray._private import parameter, ray_constants
 
     changes = [
-        (ray_constants, "ENABLE_RAY_CLUSTER", False),
         (ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", False),
         (parameter, "RayParams", partial(parameter.RayParams, dashboard_agent_listen_port=0)),
     ]
+    with _talking_on_loopback(), _changed(changes):
+        yield
+
+
+@contextmanager
+def _talking_on_loopback() -> Iterator[None]:
+    """Inside, Ray takes 127.0.0.1 for the address of this machine."""
+    from ray._private import ray_constants
+
+    with _changed([(ray_constants, "ENABLE_RAY_CLUSTER", False)]):
+        yield
+
+
+@contextmanager
+def _changed(changes: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Inside, these names of these modules have these values."""
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     for module, name, value in changes:
         setattr(module, name, value)

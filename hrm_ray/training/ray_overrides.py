@@ -48,7 +48,7 @@ from ray.train.v2._internal.execution.worker_group.placement_group_handle import
     DefaultPlacementGroupHandle,
     PlacementGroupHandle,
 )
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.training.channel import Channel
@@ -76,11 +76,21 @@ def group_of(group_id: str) -> PlacementGroup:
     return PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
 
 
+def is_reserved(group_id: str) -> bool:
+    """Whether that placement group has all of its resources."""
+    return placement_group_table(group_of(group_id)).get("state") == "CREATED"
+
+
 class NonblockingTrainer(TorchTrainer):
     """`TorchTrainer` that does not wait. To be kept while it trains: the controller fetches from it.
 
     Where `train_loop_config["group"]` names a placement group, the workers are started in that one (see `Workers`).
+
+    Attributes:
+        requester: by which name its controller asks the autoscaler for nodes.
     """
+
+    requester = ""
 
     @property
     def _is_lent_its_group(self) -> bool:
@@ -110,6 +120,7 @@ class NonblockingTrainer(TorchTrainer):
                 parameters["scaling_policy"].scaling_config
             )
         self._parameters = parameters
+        self.requester = f"train-{parameters['train_run_context'].run_id}"
         node = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         environment = {"env_vars": {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}}
         # By the default strategy it is in no placement group, and nor is what it starts for the whole cluster.

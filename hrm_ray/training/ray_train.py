@@ -21,6 +21,8 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import NonFiniteLoss, OutOfMemory, RayFailed, RunFailed, TransientError, UserError
 from hrm_ray.every import Every
 from hrm_ray.memory import ONE_ARENA
+from hrm_ray.nodes import Growth, amounts, cancel_request, fit, free, growth, living, most, room, waiting_for
+from hrm_ray.ray_session import cluster_address, ray_session
 from hrm_ray.training.channel import Channel
 from hrm_ray.training.loop import Hooks, Progress, Trainer
 from hrm_ray.training.storage import Storage
@@ -41,7 +43,8 @@ RESIZE_INTERVAL_S = 30.0  # how often Ray looks for room for more workers
 START_TIMEOUT_S = 15.0  # how long it waits for lost ones to come back before it starts fewer
 BEAT_S = 5.0  # how often the first worker says that it is there
 COMING_S = 60.0  # beyond `watchdog_s`, how long there may be none
-LINGER_S = 3.0  # how long to wait for Ray to end a run, in a session that the caller started
+LINGER_S = 3.0  # how long to wait for Ray to end a run, in a session that the caller started, or on a cluster
+WAIT_S = 5.0  # after so long without workers it is said what they wait for
 SHUTDOWN_TIMEOUT_S = "5"  # and for workers that hang to leave their process group, before it kills them
 STOP_TIMEOUT_S = 8.0  # how long to wait, in a borrowed group, for a worker that can act on a request to stop
 KINDS = {
@@ -62,8 +65,6 @@ def train_on_ray(
         group: a placement group that has a bundle for each worker, and stays when the run has ended, with nothing in
             it; None: one is made.
     """
-    from hrm_ray.ray_session import ray_session
-
     with _environment(_ray_settings(config)):
         while True:
             with ray_session() as is_ours:
@@ -82,7 +83,9 @@ def _fit(
     import ray
 
     channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
-    cpus, use_gpu = _resources(config)
+    is_private = cluster_address() is None
+    grows = growth() if group is None else Growth()
+    cpus, use_gpu = _resources(config, grows)
     trainer = _ray_trainer(config, run, channel, cpus, use_gpu, driver, group)
     with _ray_errors_as_ray_failed():
         controller = trainer.start()
@@ -90,9 +93,9 @@ def _fit(
     limits = TimeLimits(
         none_s=config.watchdog_s + COMING_S if is_ours and config.watchdog_s is not None else None,
         stop_s=None if group is None else STOP_TIMEOUT_S,
-        end_s=0.0 if is_ours or group is not None else LINGER_S,
+        end_s=0.0 if (is_ours and is_private) or group is not None else LINGER_S,
     )
-    look_ahead = LookAhead(config, cpus, use_gpu)
+    look_ahead = LookAhead(config, cpus, use_gpu, grows, is_private)
     try:
         summary = _watch_run(training, channel, driver, look_ahead, limits)
         if summary is not None:
@@ -111,6 +114,10 @@ def _fit(
     finally:
         if group is not None:
             ray.kill(controller)  # and with it the workers, of which the next run's would wait to be gone
+        elif not is_private:
+            if is_ours:
+                ray.kill(controller)  # else it might ask for nodes once more
+            cancel_request(trainer.requester)  # Ray would keep it, and the nodes, for 180 s more
 
 
 def _release_reservation(channel: Channel) -> None:
@@ -203,6 +210,8 @@ def _watch_run(
         now, last_beat, beat = time.monotonic(), beat, channel.get("beat")
         if beat != last_beat:
             heard_at = now
+        if beat is None and driver.num_workers == 0 and not told_to_stop:
+            driver.waits(look_ahead.waiting_for(channel))
         if told_to_stop and (driver.num_workers == 0 or not look_ahead.has_room_for_least()):
             return driver.summary_without_workers(str(reason))  # no worker is there, or can be, to act on it
         if told_to_stop and limits.stop_s is not None and now - heard_at > limits.stop_s:
@@ -250,12 +259,17 @@ class LookAhead:
     Args:
         config: the run.
         cpus, use_gpu: what each worker takes.
+        grows: how far the cluster can grow.
+        is_private: whether nobody else uses it.
     """
 
-    def __init__(self, config: TrainConfig, cpus: int, use_gpu: bool):
+    def __init__(self, config: TrainConfig, cpus: int, use_gpu: bool, grows: Growth | None, is_private: bool):
         self._scaling = config.scaling
-        self._needs = {"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
+        self._needs: dict[str, float] = {"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
+        self._grows, self._is_private = grows, is_private
         self._due_look, self._due_save = Every(LOOK_AHEAD_S), Every(SAVE_AHEAD_S)
+        self._due_wait = Every(WAIT_S)
+        self._due_wait()
         self._room_since: float | None = None
         self._asked_last: set[str] = set()  # nodes for which the last possible checkpoint was asked for
 
@@ -275,27 +289,31 @@ class LookAhead:
         return bool(last) or ((bool(draining) or has_room) and self._due_save())
 
     def has_room_for_least(self) -> bool:
-        """Whether the living nodes could hold the fewest workers that the run may have."""
-        import ray
+        """Whether there is room for the fewest workers that the run may have: on a private Ray by what the nodes have,
+        since all of it is for this run, on a cluster by what nobody has taken."""
+        return fit(living() if self._is_private else free(), self._needs) >= self._scaling.min_workers
 
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return sum(map(self._workers_in, nodes)) >= self._scaling.min_workers
+    def waiting_for(self, channel: Channel) -> str | None:
+        """What the first workers wait for; None if that is known already, or they have it."""
+        from hrm_ray.training.ray_overrides import is_reserved
+
+        if self._is_private or not self._due_wait():
+            return None
+        reservation = channel.get("reservation")
+        if reservation is not None and is_reserved(reservation):
+            return None
+        return waiting_for(self._needs, self._scaling.min_workers, self._grows)
 
     def _has_room_for_more(self, num_workers: int) -> bool:
         """Whether there is, and Ray has not left it unused for so long that it will not take it."""
         if not self._scaling.is_elastic or not 0 < num_workers < self._scaling.max_workers:
             return False
-        from ray._private.state import available_resources_per_node
-
         now = time.monotonic()
-        if not any(map(self._workers_in, available_resources_per_node().values())):
+        if not fit(free(), self._needs):
             self._room_since = None
         elif self._room_since is None:
             self._room_since = now
         return self._room_since is not None and now - self._room_since < 3 * RESIZE_INTERVAL_S
-
-    def _workers_in(self, resources: dict[str, float]) -> int:
-        return int(min(resources.get(kind, 0) // needed for kind, needed in self._needs.items()))
 
 
 def _draining_nodes() -> dict[str, float]:
@@ -353,42 +371,51 @@ def _ray_trainer(
     )
 
 
-def _resources(config: TrainConfig) -> tuple[int, bool]:
-    """CPUs of each worker, and whether each has a GPU.
+def _resources(config: TrainConfig, grows: Growth | None) -> tuple[int, bool]:
+    """CPUs of each worker, and whether each has a GPU: by what the cluster can have when it has grown.
+
+    Args:
+        grows: how far it can; None if that is not known.
 
     Raises:
-        UserError: a private cluster, which does not grow, has too little.
+        UserError: it can never have enough.
     """
-    import ray
-
-    from hrm_ray.ray_session import cluster_address
-
     scaling = config.scaling
-    least, most = scaling.min_workers, scaling.max_workers
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    total_cpus, total_gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
+    least, at_most = scaling.min_workers, scaling.max_workers
+    grows_to = grows or Growth()
+    total_cpus, total_gpus = most({"CPU": 1}, grows_to), most({"GPU": 1}, grows_to)
     use_gpu = total_gpus >= least if scaling.use_gpu == "auto" else scaling.use_gpu
     if config.device != "auto":
         use_gpu = config.device == "cuda"
     if scaling.cpus_per_worker != "auto":
         cpus = scaling.cpus_per_worker
     else:
+        nodes = [*living(), *(kind.resources for kind in grows_to.types if kind.most)]
         on_largest_node = int(max(node.get("CPU", 0) for node in nodes))
-        cpus = 1 if use_gpu else max(1, min(total_cpus // most, on_largest_node))
-    if cluster_address() is None:
-        if least * use_gpu > total_gpus:
-            wanted, instead = "scaling.use_gpu=true", "scaling.use_gpu=false (or auto)"
-            if config.device == "cuda":
-                wanted, instead = "device=cuda", "device=auto"
-            raise UserError(
-                f"{wanted} needs a GPU for each of scaling.num_workers={least}, this machine has {total_gpus}; give "
-                f"{instead}{f', or scaling.num_workers={total_gpus}' if total_gpus else ''}"
-            )
-        if least * cpus > total_cpus:
-            fewer = "fewer" if least > 1 else f"scaling.cpus_per_worker={total_cpus}"
-            raise UserError(
-                f"scaling.num_workers={least} needs {least * cpus} CPUs, this machine has {total_cpus}; use {fewer}"
-            )
+        cpus = 1 if use_gpu else max(1, min(total_cpus // at_most, on_largest_node))
+    if grows is None:
+        return cpus, use_gpu
+    is_private = cluster_address() is None
+    has = "this machine has" if is_private else "the cluster can have" if grows.types else "the cluster has"
+    if least * use_gpu > total_gpus:
+        wanted, instead = "scaling.use_gpu=true", "scaling.use_gpu=false (or auto)"
+        if config.device == "cuda":
+            wanted, instead = "device=cuda", "device=auto"
+        raise UserError(
+            f"{wanted} needs a GPU for each of scaling.num_workers={least}, {has} {total_gpus}; give "
+            f"{instead}{f', or scaling.num_workers={total_gpus}' if total_gpus else ''}"
+        )
+    if is_private and least * cpus > total_cpus:
+        fewer = "fewer" if least > 1 else f"scaling.cpus_per_worker={total_cpus}"
+        raise UserError(
+            f"scaling.num_workers={least} needs {least * cpus} CPUs, {has} {total_cpus}; use {fewer}"
+        )
+    bundle = {"CPU": cpus, "GPU": int(use_gpu)}
+    if (can := most(bundle, grows)) < least:
+        raise UserError(
+            f"scaling.num_workers={least} needs {least} x ({amounts(bundle)}), each on one node, {has} room for {can}: "
+            f"{room(grows)}; lower scaling.num_workers or scaling.cpus_per_worker"
+        )
     return cpus, use_gpu
 
 

@@ -127,6 +127,7 @@ class Driver:
         self._bar = bar
         self.num_workers = 0  # at the last start
         self._warned: str | None = None
+        self._waits = ""
         self._starts = 0
 
     def progress(self, progress: Progress) -> None:
@@ -151,6 +152,12 @@ class Driver:
     def say(self, text: str) -> None:
         if self._bar:
             self._bar.say(text)
+
+    def waits(self, for_what: str | None) -> None:
+        """Say what the first workers wait for, if that has changed."""
+        if for_what and for_what != self._waits:
+            self.say(f"{for_what}; Ctrl-C gives up")
+            self._waits = for_what
 
     def summary_without_workers(self, reason: str) -> dict[str, Any]:
         """The summary of a run that is stopped while it has no workers."""

@@ -1,0 +1,229 @@
+"""What the nodes of a Ray cluster have, and what an autoscaler can add. To be asked in a session (`ray_session`).
+
+Ray itself tells which nodes are there, but not which could come: that stands in the configuration of its autoscaler,
+which lies on the head. So it is read there.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hrm_ray.ray_session import cluster_address
+
+Resources = Mapping[str, float]  # amounts by name: "CPU", "GPU", "memory", ...
+
+ON_HEAD = "node:__internal_head__"  # a resource that the head alone has
+ANSWER_S = 30.0  # how long the head may take to start a process that reads its files
+REQUEST_S = 180.0  # after which a request that is not renewed is forgotten
+RENEW_S = 20.0
+
+
+@dataclass(frozen=True)
+class NodeType:
+    """Nodes of one kind, of which the autoscaler may start some.
+
+    Attributes:
+        name: in the configuration of the cluster.
+        resources: of each.
+        most: how many there may be at once.
+    """
+
+    name: str
+    resources: Resources
+    most: int
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How far a cluster can grow.
+
+    Attributes:
+        types: of nodes; empty if the cluster stays as it is.
+        most: nodes of all types together, the head not counted.
+    """
+
+    types: Sequence[NodeType] = ()
+    most: int = 0
+
+    def bundles(self, bundle: Resources) -> int:
+        """How many such bundles the nodes could hold at most, if no other were there."""
+        left, found = self.most, 0
+        for kind in sorted(self.types, key=lambda kind: -bundles_in(kind.resources, bundle)):
+            count = min(kind.most, left)
+            left -= count
+            found += count * bundles_in(kind.resources, bundle)
+        return found
+
+    def total(self, name: str) -> int:
+        """How much of one resource the nodes have at most."""
+        return self.bundles({name: 1})
+
+    def describe(self) -> str:
+        """For a person: "2 x cpu (1 CPU), 4 x gpu (4 CPU, 1 GPU)"."""
+        return ", ".join(f"{k.most} x {k.name} ({amounts(k.resources)})" for k in self.types if k.most)
+
+
+def amounts(resources: Resources) -> str:
+    """For a person: "4 CPU, 1 GPU"; nothing else that a node may have."""
+    return (
+        ", ".join(f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)) or "no CPU"
+    )
+
+
+def bundles_in(resources: Resources, bundle: Resources) -> int:
+    """How many such bundles fit in so much."""
+    parts = (resources.get(name, 0) / needed for name, needed in bundle.items() if needed)
+    return int(min(parts) + 1e-6)  # 1 / 0.1 is a little less than 10
+
+
+def fit(nodes: Iterable[Resources], bundle: Resources) -> int:
+    """How many such bundles fit on `nodes`, each of them on one node."""
+    return sum(bundles_in(node, bundle) for node in nodes)
+
+
+def living() -> list[Resources]:
+    """Of each node that is alive all that it has."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def free() -> list[Resources]:
+    """Of each node what nobody has taken."""
+    from ray._private.state import available_resources_per_node
+
+    return list(available_resources_per_node().values())
+
+
+def growth() -> Growth | None:
+    """How far the cluster can grow; None if that cannot be found out. A private Ray does not.
+
+    On another node than the head this takes some seconds.
+    """
+    import ray
+
+    if cluster_address() is None:
+        return Growth()
+    here = ray.get_runtime_context().get_node_id()
+    if any(node["NodeID"] == here and ON_HEAD in node["Resources"] for node in ray.nodes()):
+        return _read_configuration()
+    task: Any = ray.remote(num_cpus=0, resources={ON_HEAD: 0.001}, max_retries=0)(_read_configuration)
+    try:
+        return ray.get(task.remote(), timeout=ANSWER_S)
+    except Exception:  # of a head that is busy, or has another hrm_ray: what is not known is no mistake
+        return None
+
+
+def most(bundle: Resources, growth: Growth) -> int:
+    """How many such bundles the cluster can hold when it has grown."""
+    import ray
+
+    heads = [node["Resources"] for node in ray.nodes() if node["Alive"] and ON_HEAD in node["Resources"]]
+    return max(fit(living(), bundle), fit(heads, bundle) + growth.bundles(bundle))
+
+
+def room(growth: Growth | None) -> str:
+    """What is there and what may come, for a person: "it has 2 nodes (4 CPU) and may start 2 x gpu (4 CPU, 1 GPU)"."""
+    nodes = living()
+    total = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
+    there = f"it has {len(nodes)} node{'s' * (len(nodes) > 1)} ({amounts(total)})"
+    more = growth.describe() if growth else ""
+    return f"{there} and may start {more}" if more else there
+
+
+def waiting_for(bundle: Resources, count: int, growth: Growth | None) -> str:
+    """Why so many bundles are not there yet, for a person."""
+    wanted = f"waiting for {count} x ({amounts(bundle)})"
+    there = fit(living(), bundle)
+    if there >= count:
+        taken = there - fit(free(), bundle)
+        return f"{wanted}: the cluster has room for {there}, others have taken {taken}"
+    return f"{wanted}: the cluster has room for {there} now; {room(growth)}"
+
+
+def _read_configuration() -> Growth | None:
+    """On the head: what the file says that its autoscaler was given; None if no autoscaler runs here."""
+    import psutil
+    import yaml
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    logs = f"--logs-dir={node.get_logs_dir_path()}"
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if logs in words and any(word.endswith("monitor.py") for word in words):
+            option = "--autoscaling-config="
+            paths = [word.removeprefix(option) for word in words if word.startswith(option)]
+            if not paths:
+                return Growth()
+            return parsed(yaml.safe_load(Path(os.path.expanduser(paths[0])).read_text()))  # noqa: PTH111
+    return None
+
+
+def parsed(configuration: dict[str, Any]) -> Growth:
+    """What a cluster's YAML says of its workers."""
+    head = configuration.get("head_node_type")
+    most = int(configuration.get("max_workers", 2))  # Ray's default
+    types = [
+        NodeType(name, kind.get("resources") or {}, min(int(kind.get("max_workers", most)), most))
+        for name, kind in (configuration.get("available_node_types") or {}).items()
+        if name != head
+    ]
+    return Growth(types, most)
+
+
+@dataclass
+class Request:
+    """Asks the autoscaler for nodes, beside what others ask for, until it is cancelled or not renewed.
+
+    Args:
+        name: who asks.
+    """
+
+    name: str
+    _asked: tuple[float, list[Resources]] = field(default=(0.0, []), init=False)
+
+    def ask(self, bundles: list[Resources], now: float) -> None:
+        """For nodes that hold `bundles` in all, those in use counted; `now` in seconds of a steady clock.
+
+        To be called often: it is passed on if something has changed, or as a renewal.
+        """
+        asked_at, asked = self._asked
+        if bundles == asked and (now - asked_at < RENEW_S or not bundles):
+            return
+        self._asked = (now, bundles)
+        if not bundles:
+            self.cancel()
+            return
+        coordinator = _coordinator(create=True)
+        coordinator.request_resources.remote(
+            requester_id=self.name, resources=[dict(b) for b in bundles], expire_after_s=REQUEST_S
+        )
+
+    def cancel(self) -> None:
+        """What was asked for is not wanted any more. Harmless where nothing was."""
+        cancel_request(self.name)
+
+
+def cancel_request(name: str) -> None:
+    """Cancel what `name` has asked for; Ray Train's controllers ask too, and are not always there to do it."""
+    import ray
+
+    coordinator = _coordinator(create=False)
+    if coordinator is not None:
+        ray.wait([coordinator.cancel_request.remote(name)], timeout=5.0)
+
+
+def _coordinator(create: bool) -> Any:
+    """Ray's actor that merges the requests of Ray Train, Ray Data and others."""
+    import ray
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as module
+
+    if create:
+        return module.get_or_create_autoscaling_coordinator()
+    try:
+        return ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+    except ValueError:
+        return None
