@@ -31,8 +31,12 @@ def report() -> str:
         ("free disk here", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB"),
         *uses,
     ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+    return "\n".join(line(*row) for row in rows)
+
+
+def line(name: str, value: str) -> str:
+    """Of a table."""
+    return f"{name:20}  {value}"
 
 
 def _uses(device: str) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ which lies on the head. So it is read there.
 """
 
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,28 +184,31 @@ class Request:
     """
 
     name: str
-    _asked: tuple[float, list[Resources]] = field(default=(0.0, []), init=False)
+    _bundles: list[Resources] = field(default_factory=list, init=False)
+    _asked_at: float = field(default=0.0, init=False)
 
-    def ask(self, bundles: list[Resources], now: float) -> None:
-        """For nodes that hold `bundles` in all, those in use counted; `now` in seconds of a steady clock.
+    def ask(self, bundles: list[Resources]) -> None:
+        """For nodes that hold `bundles` in all, those in use counted.
 
         To be called often: it is passed on if something has changed, or as a renewal.
         """
-        asked_at, asked = self._asked
-        if bundles == asked and (now - asked_at < RENEW_S or not bundles):
+        now = time.monotonic()
+        if bundles == self._bundles and (not bundles or now - self._asked_at < RENEW_S):
             return
-        self._asked = (now, bundles)
         if not bundles:
-            self.cancel()
+            self.close()
             return
+        self._bundles, self._asked_at = bundles, now
         coordinator = _coordinator(create=True)
         coordinator.request_resources.remote(
             requester_id=self.name, resources=[dict(b) for b in bundles], expire_after_s=REQUEST_S
         )
 
-    def cancel(self) -> None:
-        """What was asked for is not wanted any more. Harmless where nothing was."""
-        cancel_request(self.name)
+    def close(self) -> None:
+        """What was asked for is not wanted any more."""
+        if self._bundles:
+            cancel_request(self.name)
+        self._bundles = []
 
 
 def cancel_request(name: str) -> None:

@@ -21,7 +21,19 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import NonFiniteLoss, OutOfMemory, RayFailed, RunFailed, TransientError, UserError
 from hrm_ray.every import Every
 from hrm_ray.memory import ONE_ARENA
-from hrm_ray.nodes import Growth, amounts, cancel_request, fit, free, growth, living, most, room, waiting_for
+from hrm_ray.nodes import (
+    Growth,
+    Resources,
+    amounts,
+    cancel_request,
+    fit,
+    free,
+    growth,
+    living,
+    most,
+    room,
+    waiting_for,
+)
 from hrm_ray.ray_session import cluster_address, ray_session
 from hrm_ray.training.channel import Channel
 from hrm_ray.training.loop import Hooks, Progress, Trainer
@@ -44,7 +56,7 @@ START_TIMEOUT_S = 15.0  # how long it waits for lost ones to come back before it
 BEAT_S = 5.0  # how often the first worker says that it is there
 COMING_S = 60.0  # beyond `watchdog_s`, how long there may be none
 LINGER_S = 3.0  # how long to wait for Ray to end a run, in a session that the caller started, or on a cluster
-WAIT_S = 5.0  # after so long without workers it is said what they wait for
+WAIT_S = 5.0  # after so long without a first worker it is said what it waits for
 SHUTDOWN_TIMEOUT_S = "5"  # and for workers that hang to leave their process group, before it kills them
 STOP_TIMEOUT_S = 8.0  # how long to wait, in a borrowed group, for a worker that can act on a request to stop
 KINDS = {
@@ -85,7 +97,7 @@ def _fit(
     channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
     is_private = cluster_address() is None
     grows = growth() if group is None else Growth()
-    cpus, use_gpu = _resources(config, grows)
+    cpus, use_gpu = resources_of(config, grows)
     trainer = _ray_trainer(config, run, channel, cpus, use_gpu, driver, group)
     with _ray_errors_as_ray_failed():
         controller = trainer.start()
@@ -210,7 +222,7 @@ def _watch_run(
         now, last_beat, beat = time.monotonic(), beat, channel.get("beat")
         if beat != last_beat:
             heard_at = now
-        if beat is None and driver.num_workers == 0 and not told_to_stop:
+        if now - heard_at > (WAIT_S if beat is None else 3 * BEAT_S) and not told_to_stop:
             driver.waits(look_ahead.waiting_for(channel))
         if told_to_stop and (driver.num_workers == 0 or not look_ahead.has_room_for_least()):
             return driver.summary_without_workers(str(reason))  # no worker is there, or can be, to act on it
@@ -265,7 +277,7 @@ class LookAhead:
 
     def __init__(self, config: TrainConfig, cpus: int, use_gpu: bool, grows: Growth | None, is_private: bool):
         self._scaling = config.scaling
-        self._needs: dict[str, float] = {"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
+        self._needs: Resources = {"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
         self._grows, self._is_private = grows, is_private
         self._due_look, self._due_save = Every(LOOK_AHEAD_S), Every(SAVE_AHEAD_S)
         self._due_wait = Every(WAIT_S)
@@ -294,7 +306,7 @@ class LookAhead:
         return fit(living() if self._is_private else free(), self._needs) >= self._scaling.min_workers
 
     def waiting_for(self, channel: Channel) -> str | None:
-        """What the first workers wait for; None if that is known already, or they have it."""
+        """What the workers wait for; None if they have it, or it was asked a moment ago."""
         from hrm_ray.training.ray_overrides import is_reserved
 
         if self._is_private or not self._due_wait():
@@ -371,7 +383,7 @@ def _ray_trainer(
     )
 
 
-def _resources(config: TrainConfig, grows: Growth | None) -> tuple[int, bool]:
+def resources_of(config: TrainConfig, grows: Growth | None) -> tuple[int, bool]:
     """CPUs of each worker, and whether each has a GPU: by what the cluster can have when it has grown.
 
     Args:

@@ -154,7 +154,7 @@ class Driver:
             self._bar.say(text)
 
     def waits(self, for_what: str | None) -> None:
-        """Say what the first workers wait for, if that has changed."""
+        """Say what the workers wait for, if that has changed."""
         if for_what and for_what != self._waits:
             self.say(f"{for_what}; Ctrl-C gives up")
             self._waits = for_what

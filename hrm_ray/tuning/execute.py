@@ -12,11 +12,10 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -26,7 +25,8 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
 from hrm_ray.every import Every
 from hrm_ray.memory import ONE_ARENA
-from hrm_ray.ray_session import cluster_address, ray_session
+from hrm_ray.nodes import Growth, Request, fit, growth, living, most, room
+from hrm_ray.ray_session import ray_session
 from hrm_ray.training.ray_train import absolute, where_not_set
 from hrm_ray.tuning.trial import Trial
 
@@ -69,41 +69,26 @@ class Slot:
             return tune.PlacementGroupFactory([self.bundle])
         return tune.PlacementGroupFactory([{}, *[self.bundle] * self.num_workers])
 
-    def workers_in(self, resources: dict[str, float]) -> int:
-        """How many workers fit in so much."""
-        parts = (resources.get(kind, 0) / needed for kind, needed in self.bundle.items())
-        return int(min(parts) + 1e-6)  # 1 / 0.1 is a little less than 10
+    def at_once(self) -> int:
+        """How many trials fit on the nodes that are there."""
+        return fit(living(), self.bundle) // self.num_workers
 
-    def trials_in(self, nodes: list[dict[str, float]]) -> int:
-        """How many trials fit on nodes with such resources."""
-        return sum(map(self.workers_in, nodes)) // self.num_workers
+    def at_most(self, grows: Growth) -> int:
+        """How many fit when the cluster has grown."""
+        return most(self.bundle, grows) // self.num_workers
 
     def describe(self) -> str:
         what = " and ".join(f"{n:g} {kind}" for kind, n in self.bundle.items())
         return f"{self.num_workers} x ({what})" if self.num_workers > 1 else what
 
 
-def living_nodes() -> list[dict[str, float]]:
-    """Resources of the nodes that are alive."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def check_fits(slot: Slot, is_private: bool) -> None:
-    """Raise UserError if the cluster can never hold a trial."""
-    from ray._private.state import state
-
-    nodes = living_nodes()
-    if slot.trials_in(nodes):
+def check_fits(slot: Slot, grows: Growth | None) -> None:
+    """Raise UserError if the cluster can never hold a trial; `grows` says how far it can, None if nobody knows."""
+    if grows is None or slot.at_most(grows):
         return
-    there = {kind: sum(node.get(kind, 0) for node in nodes) for kind in slot.bundle}
-    most = None if is_private else state.get_max_resources_from_cluster_config()
-    if most and all(most.get(kind, 0) >= n * slot.num_workers for kind, n in slot.bundle.items()):
-        return  # it will grow
-    has = " and ".join(f"{n:g} {kind}" for kind, n in (most or there).items() if kind in slot.bundle)
-    where = "this machine has" if is_private else "the cluster can have" if most else "the cluster has"
     raise UserError(
-        f"a trial needs {slot.describe()}, {where} {has or 'none of it'}; lower resources.num_workers, "
-        "resources.cpus or resources.gpus"
+        f"a trial needs {slot.describe()}, the cluster has no room for that: {room(grows)}; lower "
+        "resources.num_workers, resources.cpus or resources.gpus"
     )
 
 
@@ -136,7 +121,7 @@ class Executor:
     Args:
         book: knows the trials; see `Book`.
         slot: what each takes.
-        is_private: whether the cluster is ours and will not grow.
+        grows: how far the cluster can; None if that is not known.
         stop: why to stop; None to go on. Asked several times a second.
         on_tick: called every second, with the live trials.
     """
@@ -146,12 +131,13 @@ class Executor:
         book: "Book",
         slot: Slot,
         *,
-        is_private: bool,
+        grows: Growth | None,
         stop: Callable[[], str | None],
         on_tick: Callable[[list[Live]], None],
     ):
-        self.book, self.slot, self.is_private = book, slot, is_private
+        self.book, self.slot, self.grows = book, slot, grows
         self.owner = uuid.uuid4().hex  # of the runs
+        self._request = Request(f"sweep-{self.owner}")
         self.stop, self.on_tick = stop, on_tick
         self.live: dict[str, Live] = {}  # by Tune's name of the trial
         self.again: list[Live] = []  # to be handed out to Tune once more
@@ -163,7 +149,11 @@ class Executor:
 
     def run(self) -> None:
         """Until the end, or the stop; then `stop_reason` says why. Raises UserError if failures are alike."""
-        with _environment(), tempfile.TemporaryDirectory(prefix="hrm_ray-tune-") as aside:
+        with (
+            _environment(),
+            tempfile.TemporaryDirectory(prefix="hrm_ray-tune-") as aside,
+            closing(self._request),
+        ):
             tune.run(
                 Trial,
                 name="sweep",
@@ -189,12 +179,21 @@ class Executor:
         return self.stop_reason
 
     def has_room(self) -> bool:
-        """Whether one more trial may be asked for. With none at work always: what waits makes a cluster grow."""
+        """Whether one more trial may be asked for: a sampler chooses the better the later it is asked."""
         if not self.live or self.book.takes_turns:
             return True
-        most = self.book.max_concurrent
-        fit = self.slot.trials_in(living_nodes()) + (0 if self.is_private else 1)
-        return len(self.live) < min(fit, most or fit)
+        at_once = self.slot.at_once()
+        return len(self.live) < min(at_once, self.book.max_concurrent or at_once)
+
+    def ask_for_nodes(self) -> None:
+        """For those of all trials that can be at work together, and no longer than there are so many left."""
+        if self.grows == Growth():
+            return
+        useful = len(self.live) + len(self.again) + self.book.num_to_come
+        useful = min(useful, self.book.max_concurrent or useful)
+        if self.grows is not None:
+            useful = min(useful, self.slot.at_most(self.grows))
+        self._request.ask([self.slot.bundle] * (useful * self.slot.num_workers))
 
     def config_of(self, live: Live) -> dict[str, Any]:
         """The configuration that its actor gets."""
@@ -235,6 +234,11 @@ class Book:
 
     def next(self) -> Live | None:
         """The trial to run next; None if there is none (more)."""
+        raise NotImplementedError
+
+    @property
+    def num_to_come(self) -> int:
+        """How many `next` has not handed out yet."""
         raise NotImplementedError
 
     def is_over(self) -> bool:
@@ -355,6 +359,7 @@ class Watches(Stateless, tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         if self._due():
+            self._executor.ask_for_nodes()
             self._executor.on_tick(list(self._executor.live.values()))
 
     def on_trial_start(self, iteration: int, trials: list, trial: TuneTrial, **info: Any) -> None:
@@ -411,7 +416,7 @@ def _environment() -> Iterator[None]:
 
 
 @contextmanager
-def session() -> Iterator[bool]:
-    """A Ray to work on; yields whether it is a private one, which does not grow."""
+def session() -> Iterator[Growth | None]:
+    """A Ray to work on; yields how far it can grow, None if that is not known."""
     with ray_session(env_vars=where_not_set(ONE_ARENA)):
-        yield cluster_address() is None
+        yield growth()

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
+from hrm_ray.nodes import Growth, most
 from hrm_ray.training.plan import Plan
 from hrm_ray.tuning import samplers
 from hrm_ray.tuning.config import SweepConfig
 from hrm_ray.tuning.estimate import Estimate, Probe, Spent, estimate, probe
-from hrm_ray.tuning.execute import Slot, living_nodes
+from hrm_ray.tuning.execute import Slot
 from hrm_ray.tuning.points import Points, checked
 from hrm_ray.tuning.study import num_trials_of, rehearse
 
@@ -52,10 +53,12 @@ class Outline:
     def rungs(self) -> list[tuple[int, float]]:
         return samplers.rungs(self.points.config.prunes, first_step=self.first_step, last_step=self.last_step)
 
-    def estimate(self, slot: Slot, stop: Callable[[], str | None], found: Probe | None = None) -> Estimate:
-        """From a probe of one of them, on the cluster; `found` if that was done before."""
+    def estimate(
+        self, slot: Slot, grows: Growth | None, stop: Callable[[], str | None], found: Probe | None = None
+    ) -> Estimate:
+        """From a probe of one of them, on the cluster when it has grown; `found` if that was done before."""
         config = self.points.config
-        at_once = min(slot.trials_in(living_nodes()), config.max_concurrent or self.last_step)
+        at_once = min(slot.at_most(grows or Growth()), config.max_concurrent or self.last_step)
         plan = self.points.plan(self.runs[0])
         found = found or probe(self.runs, slot, stop)
         trials = estimate(found, plan, self.rungs, num_trials_of(config), slot, at_once)
@@ -72,13 +75,13 @@ def _first_step(plan: Plan, metric: str) -> int:
     return next(step for step in range(1, plan.last_step + 1) if happens(step))
 
 
-def slot_of(config: SweepConfig) -> Slot:
-    """What a trial takes on the present cluster."""
+def slot_of(config: SweepConfig, grows: Growth | None) -> Slot:
+    """What a trial takes on the present cluster, which may still grow."""
     resources = config.resources
     gpus = resources.gpus
     if gpus == "auto":
         on_cpu = any(word == "device=cpu" for word in config.train)
-        gpus = 0.0 if on_cpu or not any(node.get("GPU") for node in living_nodes()) else 1.0
+        gpus = 0.0 if on_cpu or not most({"GPU": 1}, grows or Growth()) else 1.0
     return Slot(resources.num_workers, resources.cpus, gpus)
 
 

@@ -68,6 +68,10 @@ class RunsBook(Book):
     def run(self, plan: Planned) -> TrainConfig:
         return train_config([*plan.words, f"storage={self.folder}", f"run_name={plan.name}"])
 
+    @property
+    def num_to_come(self) -> int:
+        return len(self._left)
+
     def is_over(self) -> bool:
         return not self._left
 

@@ -265,9 +265,14 @@ class SweepStudy(ReadStudy):
         return trial.number, suggest(trial, self.config.space)
 
     @property
+    def num_to_come(self) -> int:
+        """How many trials `next_trial` has still to hand out."""
+        return len(self._to_resume) + max(0, self.num_trials - self._num_begun)
+
+    @property
     def is_over(self) -> bool:
         """Whether no trial is at work or to come."""
-        return not (self._asked or self._to_resume) and self._num_begun >= self.num_trials
+        return not self._asked and not self.num_to_come
 
     @property
     def _num_begun(self) -> int:

@@ -28,6 +28,7 @@ from hrm_ray.config.validate import read_yaml, validated
 from hrm_ray.data.files import writing
 from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.every import Every
+from hrm_ray.nodes import Growth, fit, free, waiting_for
 from hrm_ray.remote import StorageError
 from hrm_ray.training.checkpoint import discard_all
 from hrm_ray.training.lock import LeaseLost
@@ -185,6 +186,10 @@ class SweepBook(Book):
         from hrm_ray.tuning.population import Evolves
 
         return Evolves(executor, self)
+
+    @property
+    def num_to_come(self) -> int:
+        return self.study.num_to_come
 
     def is_over(self) -> bool:
         return self.study.is_over
@@ -362,25 +367,27 @@ def run_sweep(
         if not dry_run:
             folder = stack.enter_context(_held(folder, view.say))
             forget_stop(folder, config)
-        is_private = stack.enter_context(session())
-        slot = slot_of(config)
-        check_fits(slot, is_private)
+        grows = stack.enter_context(session())
+        slot = slot_of(config, grows)
+        check_fits(slot, grows)
+        if fit(free(), slot.bundle) < slot.num_workers:
+            view.say(waiting_for(slot.bundle, slot.num_workers, grows))
         if dry_run:
-            found = outline.estimate(slot, signals.reason)
+            found = outline.estimate(slot, grows, signals.reason)
             view.outline(config, outline, slot, found)
             check_budget(found, config, yes)
             return None
-        study = _opened(folder, config, given, yes, outline, slot, view, signals)
+        study = _opened(folder, config, given, yes, outline, slot, grows, view, signals)
         book = SweepBook(study, Points(config, slot.gpus), folder, view, changes)
         driver = Driver(book, signals, slot, view)
-        executor = Executor(book, slot, is_private=is_private, stop=driver.why_stop, on_tick=driver.tick)
+        executor = Executor(book, slot, grows=grows, stop=driver.why_stop, on_tick=driver.tick)
         repeated = None
         try:
             if not book.is_over():
                 with view.live():
                     executor.run()
             if book.is_over() and executor.why_stop() is None and config.repeat is not None:
-                repeated, executor.stop_reason = _repeat(config.repeat, book, driver, slot, is_private)
+                repeated, executor.stop_reason = _repeat(config.repeat, book, driver, slot, grows)
         finally:
             if executor.stop_reason == TAKEN_OVER:
                 folder.check_held()
@@ -408,6 +415,7 @@ def _opened(
     yes: bool,
     outline: Outline,
     slot: Slot,
+    grows: Growth | None,
     view: View,
     signals: StopRequest,
 ) -> SweepStudy:
@@ -419,7 +427,7 @@ def _opened(
         before = {}
     estimated = before.get(ESTIMATE)
     if estimated is None or estimated.get("num_trials", 0) < num_trials_of(config):
-        found = outline.estimate(slot, signals.reason, estimated and Probe.of(estimated))
+        found = outline.estimate(slot, grows, signals.reason, estimated and Probe.of(estimated))
         view.outline(config, outline, slot, found)
         check_budget(found, config, yes)
         estimated = found.plain()
@@ -452,7 +460,7 @@ def _check_empty(folder: Storage) -> None:
 
 
 def _repeat(
-    repeat: Repeat, book: SweepBook, driver: Driver, slot: Slot, is_private: bool
+    repeat: Repeat, book: SweepBook, driver: Driver, slot: Slot, grows: Growth | None
 ) -> tuple[list[dict[str, Any]], str | None]:
     """Train the finalists with other seeds.
 
@@ -468,7 +476,7 @@ def _repeat(
         for seed in other_seeds(own, repeat.seeds)
     ]
     runs = RunsBook(planned, book.folder, book.points, metric, book.view)
-    stopped = run_all(runs, slot, is_private, driver.why_stop, driver.tick)
+    stopped = run_all(runs, slot, grows, driver.why_stop, driver.tick)
     sign = 1 if direction == "maximize" else -1
     found = []
     for trial in finalists:
@@ -484,7 +492,7 @@ def _repeat(
 def run_all(
     runs: RunsBook,
     slot: Slot,
-    is_private: bool,
+    grows: Growth | None,
     stop: Callable[[], str | None],
     on_tick: Callable[[list[Live]], None] = lambda live: None,
 ) -> str | None:
@@ -494,7 +502,7 @@ def run_all(
         RunFailed: runs fail alike.
         UserError: the data are gone, or the like.
     """
-    executor = Executor(runs, slot, is_private=is_private, stop=stop, on_tick=on_tick)
+    executor = Executor(runs, slot, grows=grows, stop=stop, on_tick=on_tick)
     if not runs.is_over():
         executor.run()
     if executor.error is not None:
@@ -536,13 +544,13 @@ def promote(
         Planned(best["number"], f"{name}-seed-{seed}", [*base, f"seed={seed}"]) for seed in range(seeds)
     ]
     signals = StopRequest()
-    with signals.listening(), session() as is_private:
-        slot = slot_of(config)
-        check_fits(slot, is_private)
+    with signals.listening(), session() as grows:
+        slot = slot_of(config, grows)
+        check_fits(slot, grows)
         runs = RunsBook(planned, folder, Points(config, slot.gpus), metric, view)
         for plan in planned:
             runs.run(plan)  # what does not fit is said now
-        run_all(runs, slot, is_private, signals.reason)
+        run_all(runs, slot, grows, signals.reason)
     if signals.signal is None and any(runs.value(plan) is None for plan in planned):
         raise RunFailed(
             f"{folder}: a promoted run has failed (see above); fix it, and the same command continues"

@@ -287,8 +287,7 @@ def test_parts_of_a_gpu_are_shared_by_trials(tmp_path):
     code = (
         "import ray, sys; from hrm_ray.tuning.execute import Slot, check_fits\n"
         "ray.init(address='local', num_cpus=2, num_gpus=1, include_dashboard=False, logging_level='ERROR')\n"
-        "from hrm_ray.tuning.execute import living_nodes\n"
-        "print(Slot(1, 1, 0.5).trials_in(living_nodes()), Slot(1, 1, 1.0).trials_in(living_nodes()))\n"
+        "print(Slot(1, 1, 0.5).at_once(), Slot(1, 1, 1.0).at_once())\n"
         "from hrm_ray.errors import UserError\n"
         "try: check_fits(Slot(2, 1, 1.0), True)\n"
         "except UserError as error: print(error)\n"
