@@ -53,7 +53,7 @@ class _Training:
         workers = (
             f"{scaling.min_workers} to {scaling.max_workers}" if scaling.is_elastic else scaling.max_workers
         )
-        yield "training takes", f"{workers} workers of {amounts(bundle)} each"
+        yield "training takes", f"{workers} x ({amounts(bundle)})"
         yield "fits", _room(bundle, scaling.min_workers, "workers", grows)
 
 

@@ -108,6 +108,7 @@ def _fit(
         end_s=0.0 if (is_ours and is_private) or group is not None else LINGER_S,
     )
     look_ahead = LookAhead(config, cpus, use_gpu, grows, is_private)
+    driver.waits(look_ahead.lacks())
     try:
         summary = _watch_run(training, channel, driver, look_ahead, limits)
         if summary is not None:
@@ -304,6 +305,12 @@ class LookAhead:
         """Whether there is room for the fewest workers that the run may have: on a private Ray by what the nodes have,
         since all of it is for this run, on a cluster by what nobody has taken."""
         return fit(living() if self._is_private else free(), self._needs) >= self._scaling.min_workers
+
+    def lacks(self) -> str | None:
+        """What the fewest workers wait for if the cluster has to grow first, else None."""
+        if fit(living(), self._needs) >= self._scaling.min_workers:
+            return None
+        return waiting_for(self._needs, self._scaling.min_workers, self._grows)
 
     def waiting_for(self, channel: Channel) -> str | None:
         """What the workers wait for; None if they have it, or it was asked a moment ago."""
