@@ -26,7 +26,7 @@ from hrm_ray.errors import UserError
 from hrm_ray.every import Every
 from hrm_ray.memory import ONE_ARENA
 from hrm_ray.nodes import Growth, Request, fit, growth, living, most, room
-from hrm_ray.ray_session import ray_session
+from hrm_ray.ray_session import cluster_address, ray_session
 from hrm_ray.training.ray_train import absolute, where_not_set
 from hrm_ray.tuning.trial import Trial
 
@@ -86,8 +86,9 @@ def check_fits(slot: Slot, grows: Growth | None) -> None:
     """Raise UserError if the cluster can never hold a trial; `grows` says how far it can, None if nobody knows."""
     if grows is None or slot.at_most(grows):
         return
+    where = "this machine" if cluster_address() is None else "the cluster"
     raise UserError(
-        f"a trial needs {slot.describe()}, the cluster has no room for that: {room(grows)}; lower "
+        f"a trial needs {slot.describe()}, {where} has no room for that: {room(grows)}; lower "
         "resources.num_workers, resources.cpus or resources.gpus"
     )
 

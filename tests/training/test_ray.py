@@ -25,9 +25,10 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, Wor
 from ray.train.v2._internal.execution.worker_group import ExecutionGroup, WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from hrm_ray import ray_session
+from hrm_ray import nodes, ray_session
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import RunFailed, TransientError, UserError
+from hrm_ray.nodes import parsed
 from hrm_ray.training import ray_overrides, ray_train, trainer
 from hrm_ray.training.checkpoint import finished
 from tests.toy import toy_config, toy_dataset
@@ -466,11 +467,62 @@ def test_what_the_machine_has_not_is_said_with_what_mends_it(config, ray_cluster
 
 
 def test_time_is_up_although_no_worker_could_be_had(config, ray_cluster, monkeypatch):
-    """A joined cluster without room: the run waits for nodes, and can be stopped meanwhile."""
+    """A joined cluster that others have taken: the run waits, says so, and can be stopped meanwhile."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    monkeypatch.setattr(ray_train, "WAIT_S", 1.0)
+    said = []
+    monkeypatch.setattr(trainer.Driver, "say", lambda self, text: said.append(text))
+    others = placement_group([{"CPU": 1}])
+    ray.get(others.ready())
+    try:
+        both = TrainConfig(**config | {"scaling": on_ray(2), "max_time_s": 6.0})
+        summary, stopped_by = trainer.train(both, show_progress=False)
+    finally:
+        remove_placement_group(others)
+    assert stopped_by is None and summary["stop_reason"] == "max_time_s"
+    assert not summary["finished"] and summary["global_step"] == 0
+    assert said == [
+        "waiting for 2 x (1 CPU): the cluster has room for 2, others have taken 1; Ctrl-C gives up"
+    ]
+
+
+def test_a_cluster_that_does_not_grow_is_not_waited_for(config, ray_cluster, monkeypatch):
     import ray
 
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-    many = TrainConfig(**config | {"scaling": on_ray(4), "max_time_s": 4.0})
-    summary, stopped_by = trainer.train(many, show_progress=False)
-    assert stopped_by is None and summary["stop_reason"] == "max_time_s"
-    assert not summary["finished"] and summary["global_step"] == 0
+    for wish, said in (
+        (
+            {"scaling": on_ray(4)},
+            r"needs 4 x \(1 CPU\), each on one node, the cluster has room for 2: it has 1 node",
+        ),
+        (
+            {"scaling": on_ray(1) | {"use_gpu": True}, "device": "auto"},
+            "use_gpu=true needs .*, the cluster has 0",
+        ),
+    ):
+        with pytest.raises(UserError, match=said):
+            trainer.train(TrainConfig(**config | wish), show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("wish", "expected"),
+    [
+        ({"num_workers": 4}, (1, True)),
+        ({"num_workers": 12}, (1, True)),
+        ({"num_workers": 13}, (12, False)),  # it has no GPU for each
+        ({"num_workers": 2, "use_gpu": False}, (16, False)),
+        ({"num_workers": [1, 32], "use_gpu": False}, (5, False)),
+        ({"num_workers": 4, "cpus_per_worker": 3}, (3, True)),
+    ],
+)
+def test_what_a_worker_takes_follows_from_what_a_cluster_without_workers_can_have(
+    config, monkeypatch, wish, expected
+):
+    grows = parsed(yaml.safe_load((Path(__file__).parents[2] / "cluster/aws.yaml").read_text()))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {nodes.ON_HEAD: 1.0}}])
+    wanted = TrainConfig(**config | {"scaling": {"mode": "ray", **wish}, "device": "auto"})
+    assert ray_train.resources_of(wanted, grows) == expected

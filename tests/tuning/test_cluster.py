@@ -91,7 +91,9 @@ def test_a_sweep_that_the_cluster_can_never_hold_is_refused_at_once(tmp_path, no
         timeout=120,
     )
     assert done.returncode == 2 and not folder.exists()
-    assert done.stderr.splitlines()[-1].startswith("error: a trial needs 3 CPU, the cluster has 1 CPU; lower")
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: a trial needs 3 CPU, the cluster has no room for that: it has 2 nodes (1 CPU); lower"
+    )
 
 
 def test_ray_job_stop_and_the_same_job_again(tmp_path, head):  # noqa: F811

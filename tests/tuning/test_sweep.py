@@ -285,16 +285,19 @@ def test_finalists_are_repeated_with_other_seeds(tmp_path, ray_cluster):
 def test_parts_of_a_gpu_are_shared_by_trials(tmp_path):
     """By what Ray is told: there is none here."""
     code = (
-        "import ray, sys; from hrm_ray.tuning.execute import Slot, check_fits\n"
+        "import ray, sys; from hrm_ray.tuning.execute import Growth, Slot, check_fits\n"
         "ray.init(address='local', num_cpus=2, num_gpus=1, include_dashboard=False, logging_level='ERROR')\n"
         "print(Slot(1, 1, 0.5).at_once(), Slot(1, 1, 1.0).at_once())\n"
         "from hrm_ray.errors import UserError\n"
-        "try: check_fits(Slot(2, 1, 1.0), True)\n"
+        "try: check_fits(Slot(2, 1, 1.0), Growth())\n"
         "except UserError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250)
     assert done.stdout.splitlines()[0] == "2 1", done.stderr
-    assert "a trial needs 2 x (1 CPU and 1 GPU), this machine has 2 CPU and 1 GPU" in done.stdout
+    assert (
+        "a trial needs 2 x (1 CPU and 1 GPU), this machine has no room for that: it has 1 node (2 CPU, 1 GPU)"
+        in done.stdout
+    )
 
 
 # From another process, as a person does
