@@ -3,6 +3,8 @@
 # make test-all     all tests, the long ones too
 # make test-triton  those of the Triton kernel, without a GPU (fetches 200 MB)
 # make fuzz         50,000 random words and damaged files for all commands; FUZZ="--seed 1 --count 5000" for others
+# make cluster-up   start a cluster on this machine whose nodes come and go (cluster/local.yaml; CLUSTER=FILE for another)
+# make cluster-down end it
 # make chaos        inject 100 faults into real runs and report what happened; CHAOS="--faults 10 --seed 1" for others
 # Options: PYTHON=python3.12, PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" (torch without CUDA)
 
@@ -13,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-triton fuzz chaos lint format clean
+.PHONY: help quickstart test test-all test-triton fuzz chaos cluster-up cluster-down lint format clean
 
 help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
@@ -57,6 +59,12 @@ test-triton: $(VENV)/triton/.ready
 
 fuzz: $(READY)
 	@$(BIN)/python -m tests.fuzz $(FUZZ)
+
+cluster-up: $(READY)
+	@PATH="$(abspath $(BIN)):$$PATH" cluster/local.sh up $(CLUSTER)
+
+cluster-down:
+	@cluster/local.sh down
 
 chaos: $(READY)
 	@nice $(BIN)/python -m tests.faults.chaos $(CHAOS)

@@ -409,9 +409,9 @@ def resources_of(config: TrainConfig, grows: Growth | None) -> tuple[int, bool]:
     if scaling.cpus_per_worker != "auto":
         cpus = scaling.cpus_per_worker
     else:
-        nodes = [*living(), *(kind.resources for kind in grows_to.types if kind.most)]
-        on_largest_node = int(max(node.get("CPU", 0) for node in nodes))
-        cpus = 1 if use_gpu else max(1, min(total_cpus // at_most, on_largest_node))
+        cpus = 1 if use_gpu else max(1, total_cpus // at_most)
+        while cpus > 1 and most({"CPU": cpus}, grows_to) < at_most:  # each on one node
+            cpus -= 1
     if grows is None:
         return cpus, use_gpu
     is_private = cluster_address() is None

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-CLOUDS = sorted(path.name for path in (ROOT / "cluster").glob("*.yaml"))
+CLOUDS = sorted(path.name for path in (ROOT / "cluster").glob("*.yaml") if path.name != "local.yaml")
 MANIFESTS = sorted(path.name for path in (ROOT / "cluster/kubernetes").glob("*.yaml"))
 SCHEMAS = ROOT.parent / "shared/data/kuberay"
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -119,3 +119,18 @@ def test_the_image_installs_the_pins_and_is_not_root():
     text = (ROOT / "cluster/Dockerfile").read_text()
     assert "-c constraints.txt" in text and re.search(r"^USER 1000$", text, re.MULTILINE)
     assert set(re.findall(r"hrm-ray:([\d.]+)", text)) == {VERSION}
+
+
+def test_machines_that_one_has_all_join():
+    """Ray does not know what they have before they do, so it would never start one for a bundle."""
+    from ray.autoscaler._private.util import prepare_config
+
+    config = loaded("onprem.yaml")
+    kind = prepare_config(config)["available_node_types"]["local.cluster.node"]
+    assert kind["resources"] == {} and kind["min_workers"] == len(config["provider"]["worker_ips"])
+
+
+def test_the_local_cluster_has_the_node_types_of_the_clouds():
+    local, aws = (loaded(name)["available_node_types"] for name in ("local.yaml", "aws.yaml"))
+    assert list(local)[1:] == list(aws)[1:]
+    assert all(local[kind]["resources"].keys() == aws[kind]["resources"].keys() for kind in list(aws)[1:])

@@ -512,9 +512,9 @@ def test_a_cluster_that_does_not_grow_is_not_waited_for(config, ray_cluster, mon
     [
         ({"num_workers": 4}, (1, True)),
         ({"num_workers": 12}, (1, True)),
-        ({"num_workers": 13}, (12, False)),  # it has no GPU for each
+        ({"num_workers": 13}, (8, False)),  # it has no GPU for each; two workers on each of 8 nodes
         ({"num_workers": 2, "use_gpu": False}, (16, False)),
-        ({"num_workers": [1, 32], "use_gpu": False}, (5, False)),
+        ({"num_workers": [1, 32], "use_gpu": False}, (4, False)),
         ({"num_workers": 4, "cpus_per_worker": 3}, (3, True)),
     ],
 )
