@@ -134,13 +134,14 @@ def room(growth: Growth | None) -> str:
     return f"{there} and may start {more}" if more else there
 
 
-def waiting_for(bundle: Resources, count: int, growth: Growth | None) -> str:
-    """Why so many bundles are not there yet, for a person."""
+def waiting_for(bundle: Resources, count: int, growth: Growth | None) -> str | None:
+    """Why so many bundles cannot be had yet, for a person; None if they can."""
     wanted = f"waiting for {count} x ({amounts(bundle)})"
-    there = fit(living(), bundle)
+    there, left = fit(living(), bundle), fit(free(), bundle)
+    if left >= count:
+        return None
     if there >= count:
-        taken = there - fit(free(), bundle)
-        return f"{wanted}: the cluster has room for {there}, others have taken {taken}"
+        return f"{wanted}: the cluster has room for {there}, others have taken {there - left}"
     return f"{wanted}: the cluster has room for {there} now; {room(growth)}"
 
 

@@ -87,6 +87,7 @@ def test_what_one_waits_for(there, left, said, monkeypatch):
     monkeypatch.setattr(nodes, "living", lambda: there)
     monkeypatch.setattr(nodes, "free", lambda: left)
     assert waiting_for(CPU, 2, growth_of("local.yaml")) == f"waiting for 2 x (1 CPU): {said}"
+    assert waiting_for(CPU, fit(left, CPU), growth_of("local.yaml")) is None
 
 
 class Coordinator:

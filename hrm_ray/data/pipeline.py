@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from hrm_ray import nodes
 from hrm_ray.data.format import Manifest, SplitInfo, from_tokens, to_tokens
 from hrm_ray.data.keyed_random import row_keys
 from hrm_ray.data.recipe import GENERATOR, Recipe
@@ -323,7 +324,8 @@ class _Job:
 
     def _start_ray(self) -> None:
         """Started only when needed, so that mistakes in the source are reported without waiting for Ray."""
-        self.stack.enter_context(ray_session(_OBJECT_STORE_BYTES))
+        if self.stack.enter_context(ray_session(_OBJECT_STORE_BYTES)):
+            _check_for_cpus()
 
     def _map(
         self, function: Callable[[pa.Table], pa.Table], blocks: list[pa.Table], total: int, label: str
@@ -379,6 +381,17 @@ def _generate_block(task: Sudoku, seed: int, num_clues: int, max_tries: int, blo
     first = block["index"][0].as_py()
     questions, answers = task.generate(seed, first, block.num_rows, num_clues, max_tries)
     return pa.table({"inputs": from_tokens(questions), "labels": from_tokens(answers)})
+
+
+def _check_for_cpus() -> None:
+    """Say if the work has to wait for a CPU. Raises UserError if the cluster can never have one."""
+    grows, cpu = nodes.growth(), {"CPU": 1}
+    if grows is not None and not nodes.most(cpu, grows):
+        raise UserError(
+            f"building data needs a CPU, the cluster has none: {nodes.room(grows)}; add a node with CPUs"
+        )
+    if (waits := nodes.waiting_for(cpu, 1, grows)) is not None:
+        print(waits, file=sys.stderr)
 
 
 def _augment_block(task: Sudoku, num_aug: int, seed: int, in_test: Any, block: pa.Table) -> pa.Table:

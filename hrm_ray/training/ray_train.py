@@ -108,7 +108,7 @@ def _fit(
         end_s=0.0 if (is_ours and is_private) or group is not None else LINGER_S,
     )
     look_ahead = LookAhead(config, cpus, use_gpu, grows, is_private)
-    driver.waits(look_ahead.lacks())
+    driver.waits(look_ahead.waits())
     try:
         summary = _watch_run(training, channel, driver, look_ahead, limits)
         if summary is not None:
@@ -224,7 +224,7 @@ def _watch_run(
         if beat != last_beat:
             heard_at = now
         if now - heard_at > (WAIT_S if beat is None else 3 * BEAT_S) and not told_to_stop:
-            driver.waits(look_ahead.waiting_for(channel))
+            driver.waits(look_ahead.still_waits(channel))
         if told_to_stop and (driver.num_workers == 0 or not look_ahead.has_room_for_least()):
             return driver.summary_without_workers(str(reason))  # no worker is there, or can be, to act on it
         if told_to_stop and limits.stop_s is not None and now - heard_at > limits.stop_s:
@@ -282,7 +282,6 @@ class LookAhead:
         self._grows, self._is_private = grows, is_private
         self._due_look, self._due_save = Every(LOOK_AHEAD_S), Every(SAVE_AHEAD_S)
         self._due_wait = Every(WAIT_S)
-        self._due_wait()
         self._room_since: float | None = None
         self._asked_last: set[str] = set()  # nodes for which the last possible checkpoint was asked for
 
@@ -306,22 +305,20 @@ class LookAhead:
         since all of it is for this run, on a cluster by what nobody has taken."""
         return fit(living() if self._is_private else free(), self._needs) >= self._scaling.min_workers
 
-    def lacks(self) -> str | None:
-        """What the fewest workers wait for if the cluster has to grow first, else None."""
-        if fit(living(), self._needs) >= self._scaling.min_workers:
+    def waits(self) -> str | None:
+        """What the fewest workers wait for; None if there is room for them, or it is for this run alone."""
+        if self._is_private:
             return None
         return waiting_for(self._needs, self._scaling.min_workers, self._grows)
 
-    def waiting_for(self, channel: Channel) -> str | None:
-        """What the workers wait for; None if they have it, or it was asked a moment ago."""
+    def still_waits(self, channel: Channel) -> str | None:
+        """The same while they are started, at most every `WAIT_S`."""
         from hrm_ray.training.ray_overrides import is_reserved
 
-        if self._is_private or not self._due_wait():
+        if not self._due_wait():
             return None
         reservation = channel.get("reservation")
-        if reservation is not None and is_reserved(reservation):
-            return None
-        return waiting_for(self._needs, self._scaling.min_workers, self._grows)
+        return None if reservation is not None and is_reserved(reservation) else self.waits()
 
     def _has_room_for_more(self, num_workers: int) -> bool:
         """Whether there is, and Ray has not left it unused for so long that it will not take it."""

@@ -28,7 +28,7 @@ from hrm_ray.config.validate import read_yaml, validated
 from hrm_ray.data.files import writing
 from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.every import Every
-from hrm_ray.nodes import Growth, fit, free, waiting_for
+from hrm_ray.nodes import Growth, waiting_for
 from hrm_ray.remote import StorageError
 from hrm_ray.training.checkpoint import discard_all
 from hrm_ray.training.lock import LeaseLost
@@ -370,8 +370,8 @@ def run_sweep(
         grows = stack.enter_context(session())
         slot = slot_of(config, grows)
         check_fits(slot, grows)
-        if fit(free(), slot.bundle) < slot.num_workers:
-            view.say(waiting_for(slot.bundle, slot.num_workers, grows))
+        if (waits := waiting_for(slot.bundle, slot.num_workers, grows)) is not None:
+            view.say(waits)
         if dry_run:
             found = outline.estimate(slot, grows, signals.reason)
             view.outline(config, outline, slot, found)

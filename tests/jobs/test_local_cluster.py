@@ -19,7 +19,7 @@ from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.storage import Storage
 from tests.toy import toy_config, toy_dataset
 from tests.training.test_ray import command
-from tests.tuning.test_cluster import file_of
+from tests.tuning.test_cluster import file_of, running_steps
 
 pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(600)]
 SCRIPT = Path(__file__).parents[2] / "cluster/local.sh"
@@ -186,16 +186,23 @@ def test_doctor_says_what_there_is_and_what_fits(cluster, tmp_path):
 
 
 def test_two_jobs_share_the_cluster(cluster, tmp_path):
-    """There is room for one of them: the second says that it waits, and then runs."""
-    words, first_run = training(tmp_path / "a", max_steps=80)
-    first = cluster.start("submit", "--", *words)
+    """There is room for one of them: the second says that it waits, and runs when the first is stopped."""
+    words, first_run = training(tmp_path / "a", max_steps=50000, epochs=10000)
+    first = cluster.start("submit", "--name", "first", "--", *words)
     wait_until(lambda: finished(first_run), "a checkpoint", 200)
     words, second_run = training(tmp_path / "b", max_steps=20)
-    code, said = cluster.run("submit", "--", *words)
-    assert code == 0 and "others have taken 2" in said, said
-    said = first.communicate(timeout=200)[0]
-    assert first.returncode == 0, said
-    assert [finished(run)[-1].manifest.global_step for run in (first_run, second_run)] == [80, 20]
+    second = cluster.start("submit", "--", *words)
+    lines = []
+    for line in second.stdout:
+        lines.append(line)
+        if "the cluster has room for 2, others have taken 2" in line:
+            code, said = cluster.run("submit", "--stop", "first")
+            assert code == 0, said
+            break
+    assert first.wait(60) == 143, first.stdout.read()
+    said = "".join(lines) + second.communicate(timeout=300)[0]
+    assert second.returncode == 0, said
+    assert finished(second_run)[-1].manifest.global_step == 20 < finished(first_run)[-1].manifest.global_step
 
 
 @pytest.fixture
@@ -222,9 +229,9 @@ def test_a_lost_node_is_replaced(larger_cluster, tmp_path):
     assert process.returncode == 0 and "workers were lost or added" in said, said
     assert finished(run)[-1].manifest.global_step == SLOW["max_steps"]
 
-    file, _ = file_of(tmp_path / "sweep", num_trials=3, train={**SLOW, "failure.max_failures": 0})
+    file, folder = file_of(tmp_path / "sweep", num_trials=3, train={**SLOW, "failure.max_failures": 0})
     process = cluster.start("tune", str(file))
-    wait_until(lambda: list((tmp_path / "sweep").rglob("checkpoint-*")), "a checkpoint of a trial", 300)
+    wait_until(lambda: max(running_steps(folder), default=0) > 20, "a trial at work", 300)
     cluster.workers()[-1].kill()
     said = process.communicate(timeout=400)[0]
     assert process.returncode == 0 and "3 of 3 trials: 3 complete" in said, said
