@@ -56,10 +56,15 @@ def reaching(uri: str, what: str) -> Iterator[None]:
     except (UserError, FileNotFoundError):
         raise
     except (pa.ArrowException, ValueError, OSError, ImportError) as error:
-        raise StorageError(
-            f"{what}: {first_line(error)}; check the address, the network and the credentials "
-            f"({credentials_of(uri)})"
-        ) from None
+        raise unreachable(what, error, uri) from None
+
+
+def unreachable(what: str, error: BaseException, uri: str | None = None) -> StorageError:
+    """What a storage said, with what to look at; `what` begins the message, and is the address where none is given."""
+    return StorageError(
+        f"{what}: {first_line(error)}; check the address, the network and the credentials "
+        f"({credentials_of(uri or what)})"
+    )
 
 
 def credentials_of(uri: str) -> str:

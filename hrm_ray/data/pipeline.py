@@ -27,15 +27,16 @@ from tqdm import tqdm
 from hrm_ray import nodes
 from hrm_ray.data.format import Manifest, SplitInfo, from_tokens, to_tokens
 from hrm_ray.data.keyed_random import row_keys
+from hrm_ray.data.placing import is_remote, manifest_at, placed
 from hrm_ray.data.recipe import GENERATOR, Recipe
 from hrm_ray.data.row_set import RowSet
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.data.sources import BadRows, Rows, Source, open_source
 from hrm_ray.data.tasks.base import get_task
 from hrm_ray.data.tasks.sudoku import Sudoku
+from hrm_ray.data.verify import verify
 from hrm_ray.data.writer import DatasetWriter, balanced_cuts, writable_folder
 from hrm_ray.errors import UserError
-from hrm_ray.manifest import MANIFEST
 from hrm_ray.ray_session import ray_session
 
 # Purposes of random keys: the choice of test rows and that of training rows are independent.
@@ -53,7 +54,7 @@ _OBJECT_STORE_BYTES = 96 << 20  # of a private cluster; more spills to disk
 def build(
     recipe: Recipe, out: str | Path, *, overwrite: bool = False, show_progress: bool = True
 ) -> Manifest:
-    """Build the dataset of `recipe` in the local folder `out`, verified; nothing is there before it is whole.
+    """Build the dataset of `recipe` in `out`, a local folder or a URI, verified; nothing is there before it is whole.
 
     Uses the Ray that is initialised, else that of RAY_ADDRESS, else a private one that ends with the build.
     A dataset of the same recipe and source is left as it is.
@@ -68,11 +69,30 @@ def build(
     assert recipe.source is not None  # Recipe makes sure
     source = None if recipe.source == GENERATOR else open_source(recipe.source)
     digest = source.digest() if source else _GENERATOR_DIGEST
-    if not overwrite and (finished := _finished(Path(out), recipe, digest)):
+    if not overwrite and (found := manifest_at(out)) is not None and _is_of(found, recipe, digest):
+        if not is_remote(out):
+            open_dataset(out)  # says what is missing or damaged
         if show_progress:
             print(f"{out} is up to date", file=sys.stderr)
-        return finished
+        return found
+    with placed(out, overwrite=overwrite, show_progress=show_progress) as folder:
+        if is_remote(out):
+            staged = manifest_at(folder)
+            if staged is not None and _is_of(staged, recipe, digest) and not verify(folder):
+                return staged  # of an earlier try
+            overwrite = True
+        return _build(recipe, source, digest, folder, overwrite=overwrite, show_progress=show_progress)
 
+
+def _build(
+    recipe: Recipe,
+    source: Source | None,
+    digest: str,
+    out: Path,
+    *,
+    overwrite: bool,
+    show_progress: bool,
+) -> Manifest:
     writable_folder(out, overwrite=overwrite)
     task = get_task(recipe.task, size=recipe.size)
     assert isinstance(task, Sudoku)
@@ -104,14 +124,11 @@ def build(
     return manifest
 
 
-def _finished(out: Path, recipe: Recipe, digest: str) -> Manifest | None:
-    """The manifest in `out` if it was built from this recipe and source, wherever the source lay."""
-    if not (out / MANIFEST).is_file():
-        return None
-    manifest = open_dataset(out).manifest
+def _is_of(manifest: Manifest, recipe: Recipe, digest: str) -> bool:
+    """Whether a dataset was built from this recipe and source, wherever the source lay."""
     wanted = recipe.model_dump(mode="json")
     same = {**manifest.recipe, "source": None} == {**wanted, "source": None}
-    return manifest if same and manifest.source_digest == digest else None
+    return same and manifest.source_digest == digest
 
 
 class _Sample:

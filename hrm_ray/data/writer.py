@@ -225,7 +225,7 @@ def writable_folder(out: str | Path, *, overwrite: bool) -> Path:
         UserError: it is a URI, a file, a dataset without overwrite, or a folder with something else in it.
     """
     if "://" in str(out):
-        raise UserError(f"out={out}: datasets are built in a local folder; build there and copy the folder")
+        raise UserError(f"out={out}: a dataset is written in a local folder; give its path")
     path = Path(out).resolve()
     if path.is_dir() and any(path.iterdir()):
         if not (path / MANIFEST).is_file():

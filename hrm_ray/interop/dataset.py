@@ -26,6 +26,7 @@ from pydantic import Field
 from hrm_ray.config.validate import Settings, validated
 from hrm_ray.data.files import sha256
 from hrm_ray.data.format import Manifest, SplitInfo
+from hrm_ray.data.placing import is_remote, placed
 from hrm_ray.data.tasks.base import Task, Tokens
 from hrm_ray.data.tasks.sudoku import BOX_SHAPES, Sudoku
 from hrm_ray.data.writer import DatasetWriter, balanced_cuts
@@ -125,14 +126,18 @@ ARRAYS = tuple(field.name for field in fields(_Set) if field.type is np.ndarray)
 
 
 def import_npy(source_dir: str | Path, out: str | Path, *, overwrite: bool = False) -> Manifest:
-    """Convert a folder of the published layout into a dataset, verified.
+    """Convert a folder of the published layout into a dataset in `out`, a folder or URI, verified.
 
     The task is recognised where it is Sudoku; any other data becomes task "tokens".
 
     Raises:
         UserError: a file is missing or does not fit the others, or `out` cannot be used.
     """
-    folder = Path(source_dir)
+    with placed(out, overwrite=overwrite) as folder:
+        return _import(Path(source_dir), folder, overwrite=overwrite or is_remote(out))
+
+
+def _import(folder: Path, out: Path, *, overwrite: bool) -> Manifest:
     if not any(os.path.lexists(folder / name / DATASET_FILE) for name in SPLITS):
         raise UserError(_not_published(folder))
     names = [
@@ -145,7 +150,7 @@ def import_npy(source_dir: str | Path, out: str | Path, *, overwrite: bool = Fal
             raise UserError(f"{folder}: the {DATASET_FILE} of {names[0]} and {name} describe different data")
     extra = [folder / IDENTIFIERS] if (folder / IDENTIFIERS).exists() else []
     contents = {file.name: read_bytes(file, _MAX_IDENTIFIERS_BYTES) for file in extra}
-    _check_room(Path(out), about, [part for _, sets in read.values() for part in sets.values()])
+    _check_room(out, about, [part for _, sets in read.values() for part in sets.values()])
 
     task = _recognise(about, next(iter(read[names[0]][1].values())))
     with DatasetWriter(out, overwrite=overwrite) as writer:

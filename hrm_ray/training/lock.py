@@ -28,7 +28,7 @@ from urllib.parse import parse_qs, urlsplit
 from pyarrow import fs as pafs
 
 from hrm_ray.errors import RunFailed, UserError, first_line
-from hrm_ray.remote import StorageError, credentials_of
+from hrm_ray.remote import StorageError, unreachable
 
 if TYPE_CHECKING:
     from obstore import UpdateVersion
@@ -248,7 +248,9 @@ class Lease(Lock):
             result = obstore.put(
                 self._store, NAME, json.dumps(content, indent=1).encode(), mode=version or "create"
             )
-        except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileNotFoundError):
+        except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileNotFoundError) as error:
+            if version is None and isinstance(error, FileNotFoundError):  # there is no such bucket
+                raise unreachable(f"{self._where}/{NAME}", error) from None
             found = self._read()
             mine = (self._holder, self._beat)
             if found is None or (found[0].get("holder"), found[0].get("beat")) != mine:
@@ -258,7 +260,7 @@ class Lease(Lock):
         except exceptions.NotSupportedError as error:
             raise Unconditional(first_line(error)) from None
         except (exceptions.BaseError, OSError) as error:
-            raise self._unreachable(error) from None
+            raise unreachable(f"{self._where}/{NAME}", error) from None
         self._renewed_at = started
         return _version(result)
 
@@ -272,18 +274,12 @@ class Lease(Lock):
         except FileNotFoundError:
             return None
         except (exceptions.BaseError, OSError) as error:
-            raise self._unreachable(error) from None
+            raise unreachable(f"{self._where}/{NAME}", error) from None
         try:
             content = json.loads(text)
         except ValueError:
             content = {}
         return (content if isinstance(content, dict) else {}), _version(result.meta)
-
-    def _unreachable(self, error: Exception) -> StorageError:
-        return StorageError(
-            f"{self._where}/{NAME}: {first_line(error)}; check the address, the network and the credentials "
-            f"({credentials_of(self._where)})"
-        )
 
 
 class Unconditional(Exception):

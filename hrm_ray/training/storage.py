@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote
 from pyarrow import fs as pafs
 
 from hrm_ray.errors import UserError
-from hrm_ray.remote import filesystem_of, reaching
+from hrm_ray.remote import filesystem_of, reaching, unreachable
 from hrm_ray.training.lock import FileLock, Lease, Lock, Unconditional, Unlocked, store_of
 
 if TYPE_CHECKING:
@@ -223,6 +223,37 @@ class Storage:
         with self._reaching():
             entries = self._fs.get_file_info(selector)
         return {entry.base_name: entry.size for entry in entries if entry.type == pafs.FileType.File}
+
+    def files(self) -> dict[str, int]:
+        """Bytes of all files inside, however deep, by their names in this folder."""
+        selector = pafs.FileSelector(self._root, allow_not_found=True, recursive=True)
+        with self._reaching():
+            entries = self._fs.get_file_info(selector)
+        inside = len(self._root.rstrip("/")) + 1
+        return {entry.path[inside:]: entry.size for entry in entries if entry.type == pafs.FileType.File}
+
+    def create_file(self, name: str, content: bytes) -> bool:
+        """Make the file `name` of a remote storage if there is none; returns whether it has this content now.
+
+        Where the storage knows no conditions, another process may do the same between a look and the write.
+        """
+        import obstore
+        from obstore import exceptions
+
+        self._lock.check()
+        try:
+            store = self.object_store()
+        except Unconditional:
+            if (found := self.read(name)) is None:
+                self.write(name, content)
+            return found in (None, content)
+        try:
+            obstore.put(store, name, content, mode="create")
+        except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
+            return self.read(name) == content  # written by an earlier try, of which no answer came
+        except (exceptions.BaseError, OSError) as error:
+            raise unreachable(f"{self}/{name}", error) from None
+        return True
 
     def exists(self) -> bool:
         with self._reaching():

@@ -391,7 +391,7 @@ def test_what_may_be_replaced(small, tmp_path):
         write(tmp_path / "home", {"train": groups}, overwrite=True)
     with pytest.raises(UserError, match="is a file"):
         write(tmp_path / "home" / "thesis.tex", {"train": groups}, overwrite=True)
-    with pytest.raises(UserError, match="built in a local folder"):
+    with pytest.raises(UserError, match="written in a local folder"):
         DatasetWriter("s3://bucket/data")
 
 
