@@ -40,13 +40,14 @@ END
     source "$folder/env"
     unset RAY_ADDRESS RAY_API_SERVER_ADDRESS
     export RAY_FAKE_CLUSTER=1 AUTOSCALER_UPDATE_INTERVAL_S=1 RAY_USAGE_STATS_ENABLED=0 RAY_JOB_STOP_WAIT_TIME_S=120
+    : >"$folder/log"
     setsid ray start --head --block --num-cpus=0 --temp-dir="$folder/ray" --autoscaling-config="$folder/cluster.yaml" \
         --port="$port" --ray-client-server-port=$((port + 1)) \
         --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" --dashboard-agent-listen-port=$((port + 45986)) \
         </dev/null >"$folder/log" 2>&1 &
     echo $! >"$folder/pid"
     until grep -q "will now block forever" "$folder/log"; do
-        is_up || fail "it did not start: $(grep -v '^ *$' "$folder/log" | tail -n 1); all it said: $folder/log"
+        kill -0 "$(cat "$folder/pid")" 2>/dev/null || fail "it did not start: $(grep -v '^ *$' "$folder/log" | tail -n 1); all it said: $folder/log"
         sleep 0.2
     done
     echo "a cluster of $(grep -c 'resources:' "$folder/cluster.yaml") node types is up, without workers yet; now: source $folder/env"

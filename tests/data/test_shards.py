@@ -1,6 +1,7 @@
 import errno
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 from itertools import pairwise
@@ -452,6 +453,39 @@ def test_damaged_remote_is_refused(small, remote, tmp_path):
     assert not [path for path in (tmp_path / "cache" / "datasets").iterdir() if path.suffix == ""]
     with pytest.raises(UserError, match=r"has no manifest\.json"):
         open_dataset("mem://elsewhere")
+
+
+def entries(tmp_path) -> set[str]:
+    """Fingerprints of the datasets in the cache."""
+    folders = [path for path in (tmp_path / "cache/datasets").iterdir() if path.is_dir()]
+    return {open_dataset(folder).fingerprint for folder in folders}
+
+
+def test_the_cache_is_bounded_and_the_longest_unused_goes(small, remote, tmp_path, monkeypatch):
+    others = [
+        write(tmp_path / name, {"train": random_groups(np.random.default_rng(i), 3)})
+        for i, name in enumerate("ab")
+    ]
+    monkeypatch.setattr(fetch, "_used", {})
+    small_root = open_dataset("mem://small").root
+    first = open_dataset("mem://a").root
+    os.utime(fetch._lock_of(small_root), (1, 1))  # used long ago
+    total = sum(entry.bytes for set_ in (small, *others) for entry in set_.manifest.files)
+    monkeypatch.setenv("HRM_RAY_CACHE_GB", str((total - 1) / 1e9))
+    with pytest.raises(UserError, match=r"would take .* GB, more than HRM_RAY_CACHE_GB=.*; raise it"):
+        open_dataset("mem://b")  # this process uses the two others
+    fetch._used.clear()  # as if it had ended
+    opened = open_dataset("mem://b").root
+    assert entries(tmp_path) == {other.fingerprint for other in others}
+    assert first.is_dir() and opened.is_dir() and not small_root.exists()
+    assert open_dataset("mem://b").root == opened
+
+
+def test_a_cache_without_a_sensible_bound(small, remote, monkeypatch):
+    for wrong in ("much", "-1", "0", "nan"):
+        monkeypatch.setenv("HRM_RAY_CACHE_GB", wrong)
+        with pytest.raises(UserError, match=f"HRM_RAY_CACHE_GB={wrong} is no number of GB above 0"):
+            open_dataset("mem://small")
 
 
 def test_file_uri_is_read_in_place(small):
