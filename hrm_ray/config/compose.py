@@ -20,13 +20,13 @@ from hrm_ray.config.arch import arch_class, architectures
 from hrm_ray.config.halting import OLD_STEP_COUNTS, HaltingConfig
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import (
+    abbreviated,
     in_one_line,
     is_folder_name,
     is_text,
     known_keys,
     nearest,
     read_value,
-    shown,
     split_word,
     validated,
     value_of,
@@ -98,7 +98,7 @@ def _sorted(words: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
         key, text = published_words.in_our_words(key.lstrip("+"), text)
         if key in GROUPS:
             if text not in choices(key):
-                raise UserError(f"unknown {key} {shown(text)}; {nearest(text, choices(key))}")
+                raise UserError(f"unknown {key} {abbreviated(text)}; {nearest(text, choices(key))}")
             chosen[key] = text
         else:
             given[ALIASES.get(key, key)] = text
@@ -115,7 +115,7 @@ def _with_words(values: dict[str, Any], given: Mapping[str, str]) -> dict[str, A
         if key not in known:
             if published_words.is_let_pass(key, text):
                 continue
-            raise UserError(f"unknown key {shown(key)}; {_hint(key, known)}")
+            raise UserError(f"unknown key {abbreviated(key)}; {_hint(key, known)}")
         value = value_of(TrainConfig, key, text)
         if is_text(TrainConfig, key):
             texts[key] = value

@@ -11,7 +11,7 @@ from hrm_ray.config import published_words
 from hrm_ray.config.arch import architectures
 from hrm_ray.config.compose import ALIASES, GROUPS, train_config
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.config.validate import as_text, known_keys, nearest, shown, split_word
+from hrm_ray.config.validate import abbreviated, as_text, known_keys, nearest, split_word
 from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.errors import UserError
 from hrm_ray.training.plan import Plan
@@ -133,7 +133,7 @@ class Points:
                 raise UserError(f"{where}: {key} is set by the sweep; give {OF_THE_SWEEP[name]} to it")
             if name not in known:
                 hint = nearest(key, known - published_words.ABSENT.keys(), TrainConfig.listed_by)
-                raise UserError(f"{where}: unknown key {shown(key)}; {hint}")
+                raise UserError(f"{where}: unknown key {abbreviated(key)}; {hint}")
 
 
 def _key(word: str) -> str:
