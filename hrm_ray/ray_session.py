@@ -407,9 +407,8 @@ def _handlers_kept() -> Iterator[None]:
     finally:
         utils.set_sigterm_handler = install
         signal.signal(signal.SIGTERM, ours)  # above what the core has set
-        signal.setitimer(
-            signal.ITIMER_REAL, *alarm
-        )  # not the one by which it aborts, if a signal has come already
+        # Not the alarm by which it aborts, if a signal has come already.
+        signal.setitimer(signal.ITIMER_REAL, *alarm)
 
 
 def _last_line(error: BaseException) -> str:

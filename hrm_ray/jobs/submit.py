@@ -267,9 +267,8 @@ def check_paths(words: Sequence[str]) -> None:
     """Raise UserError for a path that only this machine knows, or that would lie in the job's copy of the folder."""
     values = {key: value for key, equals, value in (word.partition("=") for word in words) if equals}
     paths = {key: path for key in PATHS if (path := values.get(key))}
-    if (
-        "source" in values and Path(values["source"]).exists()
-    ):  # else it is a generator, or a data set of the hub
+    # What is no path here is the name of a generator, or of a data set of the hub.
+    if "source" in values and Path(values["source"]).exists():
         paths["source"] = values["source"]
     # A checkpoint or a puzzle file; a YAML or a recipe of the folder is in the copy.
     paths |= {word: word for word in words[1:] if Path(word).parts[:1] in _LEFT_OUT and Path(word).exists()}

@@ -184,9 +184,8 @@ def test_the_life_of_a_job(tmp_path, head, monkeypatch):  # noqa: F811
         return subprocess.run([*hrm_ray, *more], capture_output=True, text=True, timeout=240)
 
     deadline = time.monotonic() + 60
-    while (
-        "does not answer" in (done := submitted("--", "train", "data=d", "lr=x")).stderr
-    ):  # the head is starting
+    # Until the head has started.
+    while "does not answer" in (done := submitted("--", "train", "data=d", "lr=x")).stderr:
         assert time.monotonic() < deadline
     assert done.returncode == 2 and "error: configuration: lr='x': give a number above 0" in done.stdout
 
