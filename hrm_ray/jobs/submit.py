@@ -13,12 +13,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from hrm_ray.config.validate import in_one_line
 from hrm_ray.errors import RunFailed, UserError, first_line, shown
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Jobs:
             UserError: there is no such job.
             RunFailed: the connection was lost, while the job goes on; or Ray could not run it.
         """
-        with _in_one_line(self.address):
+        with in_one_line(self.address):
             self._client.get_job_info(name)
         try:
             asyncio.run(self._tail(name, write or _print))
@@ -155,7 +155,7 @@ class Jobs:
 
     def stop(self, name: str) -> None:
         """Ask a job to end with a checkpoint; returns when it has ended."""
-        with _in_one_line(self.address):
+        with in_one_line(self.address):
             self._client.stop_job(name)
             self._ended(name)
 
@@ -243,24 +243,13 @@ def _client(address: str) -> "JobSubmissionClient":
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    with _in_one_line(address):
+    with in_one_line(address):
         before = os.environ.pop("RAY_ADDRESS", None)  # Ray would take it instead
         try:
             return JobSubmissionClient(address)
         finally:
             if before is not None:
                 os.environ["RAY_ADDRESS"] = before
-
-
-@contextmanager
-def _in_one_line(address: str) -> Iterator[None]:
-    """Inside, whatever Ray's client raises is one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # of some ten kinds
-        raise UserError(f"{address}: {first_line(error)}") from error
 
 
 def check_paths(words: Sequence[str]) -> None:
