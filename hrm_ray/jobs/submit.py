@@ -243,13 +243,13 @@ def _client(address: str) -> "JobSubmissionClient":
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.ERROR)
+    instead = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # of which Ray would take one in place of `address`
+    before = {name: os.environ.pop(name) for name in instead if name in os.environ}
     with in_one_line(address):
-        before = os.environ.pop("RAY_ADDRESS", None)  # Ray would take it instead
         try:
             return JobSubmissionClient(address)
         finally:
-            if before is not None:
-                os.environ["RAY_ADDRESS"] = before
+            os.environ.update(before)
 
 
 def check_paths(words: Sequence[str]) -> None:

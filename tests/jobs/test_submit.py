@@ -1,6 +1,7 @@
 """Commands as jobs of a cluster: what is said before they are sent, their output and their exit codes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray
 from ray.job_submission import JobStatus
 
 from hrm_ray.cli import main
@@ -120,6 +122,23 @@ class Web(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.fixture
+def answering():
+    """The address of a server, as a function of what it answers to every question."""
+    servers = []
+
+    def start(status: int, content: bytes) -> str:
+        server = HTTPServer(("127.0.0.1", 0), type("Answers", (Web,), {"status": status, "content": content}))
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.mark.parametrize(
     ("status", "content", "said"),
     [
@@ -129,16 +148,20 @@ class Web(BaseHTTPRequestHandler):
         (200, b'{"ray_version": "2.9.3"}', r"runs ray 2\.9\.3, this is ray 2\.\d+\.\d+; install one version"),
     ],
 )
-def test_what_is_no_dashboard_for_us(status, content, said):
-    server = HTTPServer(("127.0.0.1", 0), type("Answers", (Web,), {"status": status, "content": content}))
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
-        with pytest.raises(UserError, match=said) as info:
-            Jobs(f"127.0.0.1:{server.server_port}")
-        assert "\n" not in str(info.value)
-    finally:
-        server.shutdown()
-        server.server_close()
+def test_what_is_no_dashboard_for_us(status, content, said, answering):
+    with pytest.raises(UserError, match=said) as info:
+        Jobs(answering(status, content).removeprefix("http://"))
+    assert "\n" not in str(info.value)
+
+
+def test_the_address_that_is_given_is_the_one_that_is_asked(answering, monkeypatch):
+    """Ray's own client would ask the one in the environment."""
+    given = answering(200, json.dumps({"ray_version": ray.__version__}).encode())
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    assert Jobs(given)._client._address == given
+    assert os.environ["RAY_API_SERVER_ADDRESS"] == "http://127.0.0.1:9"
+    assert os.environ["RAY_ADDRESS"] == "127.0.0.1:9"
 
 
 @pytest.mark.parametrize(
