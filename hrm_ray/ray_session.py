@@ -153,6 +153,11 @@ def _resolved(address: str, named: str) -> tuple[str, int]:
 
     if address == "auto":  # then Ray takes a token of the user's by itself
         authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    elif address.startswith(("http://", "https://")):
+        raise UserError(
+            f"{named} is no address of a cluster, but of a dashboard; give HOST:PORT (HOST:6379), or hand the command "
+            "to the dashboard (hrm-ray submit --address URL -- COMMAND), or unset it"
+        )
     elif "://" in address:
         raise UserError(f"{named} is no address of a cluster; give HOST:PORT (HOST:6379), or unset it")
     elif not HOST_PORT.fullmatch(address):
@@ -169,6 +174,7 @@ def _metadata(place: str, named: str) -> bytes:
     import grpc
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+    from ray.exceptions import AuthenticationError
 
     messages: Any = gcs_service_pb2  # made when it is imported
     request = messages.InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster")
@@ -176,16 +182,39 @@ def _metadata(place: str, named: str) -> bytes:
         with init_grpc_channel(place, [("grpc.enable_http_proxy", 0)]) as channel:
             service = gcs_service_pb2_grpc.InternalKVGcsServiceStub(channel)
             return service.InternalKVGet(request, timeout=ANSWER_S).value
+    except AuthenticationError as error:
+        raise no_token(named, error) from None
     except grpc.RpcError as error:
         if error.code() is grpc.StatusCode.UNAUTHENTICATED:
-            raise UserError(
-                f"{named} refuses us: set RAY_AUTH_MODE=token and the cluster's token (RAY_AUTH_TOKEN or "
-                "RAY_AUTH_TOKEN_PATH), or RAY_AUTH_MODE=disabled if it has none"
-            ) from None
+            raise refused(named) from None
         raise UserError(
             f"{named} answers, but not as Ray does ({error.code().name}); give the port of `ray start --head` "
             "(6379 if it was given none), or unset RAY_ADDRESS"
         ) from None
+
+
+def no_token(named: str, error: BaseException) -> UserError:
+    """What to say where Ray is to send a token, and finds none here; `error` is its own."""
+    reason = str(error).partition(". ")[0]
+    return UserError(
+        f"{named}: {reason}; set RAY_AUTH_TOKEN to the cluster's token, or RAY_AUTH_TOKEN_PATH to a file that holds "
+        "it, or RAY_AUTH_MODE=disabled if it has none"
+    )
+
+
+def refused(named: str) -> UserError:
+    """What to say where a cluster does not take our token, or asks for one and we sent none."""
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    if is_token_auth_enabled():
+        return UserError(
+            f"{named} refuses our token: set the cluster's token (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH), or "
+            "RAY_AUTH_MODE=disabled if it has none"
+        )
+    return UserError(
+        f"{named} asks for a token: set RAY_AUTH_MODE=token and the cluster's token (RAY_AUTH_TOKEN or "
+        "RAY_AUTH_TOKEN_PATH)"
+    )
 
 
 def _check_version(metadata: dict[str, str], named: str) -> None:

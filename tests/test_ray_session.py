@@ -1,5 +1,6 @@
 """Joining a cluster that is not one, and what a private Ray is given before it starts. No Ray is started here."""
 
+import contextlib
 import http.server
 import json
 import os
@@ -156,9 +157,41 @@ def test_a_head_of_another_version(head, other):
     assert "\n" not in str(info.value)
 
 
+@contextlib.contextmanager
+def token(**variables: str):
+    """Inside, Ray is to send a token, which it finds by these variables."""
+    with ray_session._environment({"RAY_AUTH_MODE": "token", **variables}, ray_session._reload_token):
+        yield
+
+
 def test_a_head_that_wants_a_token(head):
-    with pytest.raises(UserError, match="refuses us: set RAY_AUTH_MODE=token and the cluster's token"):
+    with pytest.raises(UserError, match="asks for a token: set RAY_AUTH_MODE=token and the cluster's token"):
         check_answers(head(None))
+
+
+def test_a_head_that_wants_another_token(head):
+    with (
+        token(RAY_AUTH_TOKEN="wrong"),
+        pytest.raises(UserError, match="refuses our token: set the cluster's token"),
+    ):
+        check_answers(head(None))
+
+
+def test_no_token_where_one_is_to_be_sent(head):
+    said = r"RAY_ADDRESS=\S+: RAY_AUTH_TOKEN_PATH is set but .* /no/such; set RAY_AUTH_TOKEN to the cluster's token"
+    with (
+        token(RAY_AUTH_TOKEN="", RAY_AUTH_TOKEN_PATH="/no/such"),
+        pytest.raises(UserError, match=said) as info,
+    ):
+        check_answers(head(OURS))
+    assert "\n" not in str(info.value)
+
+
+def test_the_address_of_a_dashboard():
+    with pytest.raises(
+        UserError, match=r"but of a dashboard; give HOST:PORT .* \(hrm-ray submit --address URL"
+    ):
+        check_answers("http://127.0.0.1:8265")
 
 
 # What a private Ray is given

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from hrm_ray.config.validate import in_one_line
 from hrm_ray.errors import RunFailed, UserError, first_line, shown
+from hrm_ray.ray_session import no_token, refused
 
 if TYPE_CHECKING:
     from ray.job_submission import JobInfo, JobSubmissionClient
@@ -190,10 +191,14 @@ def _line_of(message: str | None) -> str:
 
 
 def _checked_address(address: str) -> str:
-    if re.fullmatch(r"[\w.-]+:\d+", address):
+    if re.fullmatch(r"(\[[\w:.%]+\]|[\w.-]+):\d+", address):
         address = f"http://{address}"
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(address)
+        is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of the port, or of brackets
+        is_one = False
+    if not is_one:
         raise UserError(
             f"--address {shown(address)}: jobs are handed to the cluster's dashboard; give http://HOST:8265"
         )
@@ -202,41 +207,51 @@ def _checked_address(address: str) -> str:
 
 def _check_answers(address: str) -> None:
     """Raises UserError if there is no dashboard of Ray, or it does not let us in."""
+    import ray
     import requests
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
     from ray.exceptions import AuthenticationError
 
-    tunnel = "ssh -L 8265:127.0.0.1:8265 HEAD, kubectl port-forward, or ray dashboard CLUSTER.yaml"
+    named = f"--address {address}"
     try:
-        answer = requests.get(f"{address}/api/version", timeout=ANSWER_S, headers=_token())
+        headers = get_auth_headers_if_auth_enabled({})
+    except AuthenticationError as error:
+        raise no_token(named, error) from None
+    try:
+        answer = requests.get(f"{address}/api/version", timeout=ANSWER_S, headers=headers)
     except requests.RequestException as error:
-        raise UserError(
-            f"--address {address} does not answer ({type(error).__name__}); start the cluster, or reach it by a "
-            f"tunnel: {tunnel}"
-        ) from None
+        raise UserError(f"{named} {_no_answer(error)}") from None
     if answer.status_code in (401, 403):
-        raise UserError(
-            f"--address {address} refuses us: set RAY_AUTH_MODE=token and the cluster's token (RAY_AUTH_TOKEN or "
-            "RAY_AUTH_TOKEN_PATH)"
-        )
+        raise refused(named)
     try:
         version = answer.json()["ray_version"]
-    except (ValueError, KeyError, TypeError, AuthenticationError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"--address {address} answers, but is no dashboard of Ray; give http://HOST:8265, the port of the "
-            "dashboard and not that of the cluster (6379)"
+            f"{named} answers, but is no dashboard of Ray; give http://HOST:8265, the port of the dashboard and not "
+            "that of the cluster (6379)"
         ) from None
-    import ray
-
     if version.split(".")[:2] != ray.__version__.split(".")[:2]:
         raise UserError(
-            f"--address {address} runs ray {version}, this is ray {ray.__version__}; install one version on both"
+            f"{named} runs ray {version}, this is ray {ray.__version__}; install one version on both"
         )
 
 
-def _token() -> dict[str, str]:
-    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+def _no_answer(error: Exception) -> str:
+    """What is wrong where a request has no answer, and how to mend it."""
+    import requests
+    from urllib3.exceptions import ProtocolError
 
-    return get_auth_headers_if_auth_enabled({})
+    if isinstance(error, requests.exceptions.SSLError):
+        return "uses no TLS (then give http://), or has a certificate that is not trusted here"
+    if isinstance(error, requests.ReadTimeout) or any(isinstance(arg, ProtocolError) for arg in error.args):
+        return (
+            "answers, but not as a dashboard does; if it is the cluster's own port (6379), give that of the dashboard, "
+            "which is usually 8265: http://HOST:8265"
+        )
+    return (
+        f"does not answer ({type(error).__name__}); start the cluster, or reach it by a tunnel: "
+        "ssh -L 8265:127.0.0.1:8265 HEAD, kubectl port-forward, or ray dashboard CLUSTER.yaml"
+    )
 
 
 def _client(address: str) -> "JobSubmissionClient":
