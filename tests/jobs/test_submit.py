@@ -294,8 +294,10 @@ def test_a_job_in_a_copy_of_the_folder(tmp_path, head, monkeypatch):  # noqa: F8
     toy_dataset(tmp_path / "data")
     config = toy_config(tmp_path / "data", tmp_path / "runs", max_steps=3, eval_interval=None)
     folder = tmp_path / "project"
-    folder.mkdir()
-    (folder / "mine.txt").write_text("x")
+    for name in ("mine.yaml", "data/hidden.yaml", ".venv/hidden.yaml"):
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("train: [experiment=quickstart]\nspace: {lr: [1e-3, 1e-4]}\n")
     monkeypatch.setattr(Jobs, "is_here", False)
     deadline = time.monotonic() + 60
     while True:
@@ -304,12 +306,26 @@ def test_a_job_in_a_copy_of_the_folder(tmp_path, head, monkeypatch):  # noqa: F8
             break
         except UserError:
             assert time.monotonic() < deadline
-    lines: list[str] = []
+
+    def ran(*words: str) -> tuple[int, str]:
+        lines: list[str] = []
+        name = jobs.submit(Submission(words, folder, {"OMP_NUM_THREADS": "1"}))
+        return jobs.follow(name, lines.append), "".join(lines)
+
     words = [*command(config)[3:], "scaling=local", "compile=false"]
-    name = jobs.submit(Submission(words, Path(folder), {"OMP_NUM_THREADS": "1"}))
-    assert jobs.follow(name, lines.append) == 0, "".join(lines)
+    code, output = ran(*words)
+    assert code == 0, output
     assert json.loads((tmp_path / "runs/toy/summary.json").read_text())["finished"]
-    assert submit.EXCLUDES
+
+    assert ran("config", "validate", "mine.yaml")[0] == 0
+    for hidden in ("data/hidden.yaml", ".venv/hidden.yaml"):
+        code, output = ran("config", "validate", hidden)
+        assert code == 2 and f"{hidden} does not exist" in output
+
+    # As `ray job submit` sends it, without a look at the paths.
+    monkeypatch.setattr(submit, "check_paths", lambda words: None)
+    code, output = ran(*words, "storage=runs")
+    assert code == 2 and "storage=runs lies in the job's own copy of the working directory" in output
 
 
 @pytest.fixture
