@@ -128,7 +128,7 @@ class Jobs:
 
         Raises:
             UserError: there is no such job.
-            RunFailed: the connection was lost, while the job goes on; or Ray could not run it.
+            RunFailed: the connection was lost, which by itself does not harm the job; or Ray could not run it.
         """
         with in_one_line(self.address):
             self._client.get_job_info(name)
@@ -138,7 +138,7 @@ class Jobs:
         except Exception as error:  # of the client, its HTTP library, or the network
             raise RunFailed(
                 f"{self.address}: the connection was lost ({first_line(error)}); the job goes on, and --follow {name} "
-                "shows it again"
+                "shows it again; if the cluster's head was lost, the same submission to a new one continues"
             ) from error
         return code_of(info)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import grpc
+import psutil
 import pytest
 import ray
 from ray.job_submission import JobStatus
@@ -350,3 +351,28 @@ def test_tokens_of_a_real_head(token, head, tmp_path):  # noqa: F811
             assert done.returncode == 2 and done.stdout == "", done
             (line,) = done.stderr.splitlines()
             assert re.search(said, line), line
+
+
+@pytest.mark.long
+def test_a_head_that_is_lost_while_a_job_is_followed(head):  # noqa: F811
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            jobs = Jobs(head)
+            job = jobs._client.submit_job(entrypoint="echo at work; sleep 1000")
+            break
+        except (UserError, RuntimeError):  # it is starting
+            assert time.monotonic() < deadline
+    follow = [sys.executable, "-m", "hrm_ray", "submit", "--address", head, "--follow", job]
+    with subprocess.Popen(follow, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as follower:
+        while "at work" not in follower.stdout.readline():
+            assert follower.poll() is None
+        port = head.rpartition(":")[2]
+        (process,) = (p for p in psutil.Process().children() if f"--dashboard-port={port}" in p.cmdline())
+        for member in [process, *process.children(recursive=True)]:
+            member.kill()
+        _, err = follower.communicate(timeout=60)
+    assert follower.returncode == 1
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: {head}: the connection was lost (")
+    assert line.endswith("if the cluster's head was lost, the same submission to a new one continues")
