@@ -125,6 +125,18 @@ def _witnessed(joined: dict[str, str], named: str) -> Iterator[None]:
         witness.communicate(b"done")
 
 
+def check_cluster() -> None:
+    """`check_answers` of the cluster that is to be joined, if one is.
+
+    For a command whose own handlers of signals begin a stop: called before they are set, Ctrl-C ends the wait at once.
+    """
+    import ray
+
+    address = cluster_address()
+    if address is not None and not ray.is_initialized():
+        check_answers(address)
+
+
 def check_answers(address: str) -> None:
     """Ask whether there is a cluster that can be joined. Takes milliseconds, or seconds where nothing answers.
 

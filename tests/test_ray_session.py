@@ -22,6 +22,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from hrm_ray import ray_session
 from hrm_ray.errors import RayFailed, UserError
 from hrm_ray.ray_session import check_answers, cluster_address
+from tests.toy import toy_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -192,6 +193,33 @@ def test_the_address_of_a_dashboard():
         UserError, match=r"but of a dashboard; give HOST:PORT .* \(hrm-ray submit --address URL"
     ):
         check_answers("http://127.0.0.1:8265")
+
+
+@pytest.mark.parametrize("command", ["train", "tune"])
+def test_an_interrupt_ends_the_wait_for_a_cluster_at_once(command, tmp_path):
+    """Without a word, and without a folder."""
+    toy_dataset(tmp_path / "data")
+    with socket.create_server(("", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        words = [*WORDS[command], f"data={tmp_path / 'data'}", f"storage={tmp_path / 'runs'}"]
+        with subprocess.Popen(
+            [sys.executable, "-m", "hrm_ray", *words],
+            env={**os.environ, "RAY_ADDRESS": address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:
+            kept = [server.accept() for _ in range(2)]  # the first only asks whether somebody listens
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=60)
+        for connection, _ in kept:
+            connection.close()
+    assert process.returncode == -signal.SIGINT, output
+    assert "Traceback" not in output and "stopping" not in output
+    assert not (tmp_path / "runs").exists()
+
+
+WORDS = {"train": ["train", "experiment=quickstart"], "tune": ["tune", "quickstart_lr"]}
 
 
 # What a private Ray is given
