@@ -29,6 +29,7 @@ import psutil
 from hrm_ray.errors import RayFailed, UserError, first_line
 
 ANSWER_S = 3.0  # how long a cluster may take for each answer
+WATCH_S = 3.0  # how often it is asked whether a cluster's head is there
 STARTS = 3  # of a private Ray, where it is not ready in time
 REMOVE_S = 10.0  # how long processes that are ending may keep a private Ray's folder
 HOST_PORT = re.compile(r"(\[[\w:.%]+\]|[\w.-]+):(\d{1,4}|[1-5]\d{4}|6[0-5]\d{3})", re.ASCII)
@@ -96,26 +97,45 @@ def _cluster(address: str, options: dict[str, Any]) -> Iterator[None]:
 
 
 WITNESS = """
-import socket, sys
-gcs, raylet, message = sys.argv[1:]
-if sys.stdin.read() != "done":
-    host, _, port = gcs.rpartition(":")
+import select, socket, sys
+gcs, raylet, every_s, silent, lost = sys.argv[1:]
+host, _, port = gcs.rpartition(":")
+def head_answers():
     try:
         socket.create_connection((host.strip("[]"), int(port)), 3).close()
-        socket.socket(socket.AF_UNIX).connect(raylet)
+        return True
     except OSError:
-        print(message, file=sys.stderr)
+        return False
+was_there = True
+while not select.select([sys.stdin], [], [], float(every_s))[0]:
+    is_there = head_answers()
+    if was_there and not is_there:
+        print(silent, file=sys.stderr, flush=True)
+    was_there = is_there
+if sys.stdin.read() != "done":
+    try:
+        socket.socket(socket.AF_UNIX).connect(raylet)
+        is_lost = not head_answers()
+    except OSError:
+        is_lost = True
+    if is_lost:
+        print(lost, file=sys.stderr)
 """
 
 
 @contextmanager
 def _witnessed(joined: dict[str, str], named: str) -> Iterator[None]:
-    """Inside, another process waits to say that the cluster was lost, since Ray's core ends this one silently then."""
-    message = (
-        f"error: {named}: the cluster, or its node on this machine, was lost; give the same command again"
-    )
+    """Inside, another process watches the cluster, since Ray's core ends this one silently when that was lost.
+
+    It says at once that the head does not answer, for whose return Ray waits for a minute.
+    """
+    messages = [
+        f"\n{named}: the cluster's head does not answer; if it does not come back within a minute, this command ends",
+        f"error: {named}: the cluster, or its node on this machine, was lost; give the same command again",
+    ]
+    places = [joined["gcs_address"], joined["raylet_socket_name"]]
     witness = subprocess.Popen(
-        [sys.executable, "-ISc", WITNESS, joined["gcs_address"], joined["raylet_socket_name"], message],
+        [sys.executable, "-ISc", WITNESS, *places, str(WATCH_S), *messages],
         stdin=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C is not for it
     )

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -220,6 +221,22 @@ def test_an_interrupt_ends_the_wait_for_a_cluster_at_once(command, tmp_path):
 
 
 WORDS = {"train": ["train", "experiment=quickstart"], "tune": ["tune", "quickstart_lr"]}
+
+
+def test_a_head_that_does_not_answer_any_more_is_told_of_at_once(monkeypatch, capfd):
+    monkeypatch.setattr(ray_session, "WATCH_S", 0.05)
+    server = socket.create_server(("127.0.0.1", 0))
+    joined = {"gcs_address": f"127.0.0.1:{server.getsockname()[1]}", "raylet_socket_name": "/no/such"}
+    with ray_session._witnessed(joined, "RAY_ADDRESS=h:1"):
+        server.accept()  # it is asked, and answers
+        server.close()
+        said, deadline = "", time.monotonic() + 60
+        while "RAY_ADDRESS=h:1: the cluster's head does not answer; if it does not come back" not in said:
+            assert time.monotonic() < deadline
+            said += capfd.readouterr().err
+    assert (
+        said.count("\n") == 2 and capfd.readouterr().err == ""
+    )  # said once; and nothing was lost in the end
 
 
 # What a private Ray is given
