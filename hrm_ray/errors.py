@@ -37,6 +37,10 @@ class OutOfMemory(UserError):
     """These settings need more memory than there is."""
 
 
+class Unseen(UserError):
+    """A folder of the driver's machine that another machine of the cluster does not have."""
+
+
 class TransientError(UserError):
     """An error that may not occur if tried again, such as a storage that does not answer.
 

@@ -29,6 +29,7 @@ import psutil
 from hrm_ray.errors import RayFailed, UserError, first_line
 
 ANSWER_S = 3.0  # how long a cluster may take for each answer
+WATCH_S = 3.0  # how often it is asked whether a cluster's head is there
 STARTS = 3  # of a private Ray, where it is not ready in time
 REMOVE_S = 10.0  # how long processes that are ending may keep a private Ray's folder
 HOST_PORT = re.compile(r"(\[[\w:.%]+\]|[\w.-]+):(\d{1,4}|[1-5]\d{4}|6[0-5]\d{3})", re.ASCII)
@@ -119,26 +120,45 @@ def _listens(host: str, port: int) -> bool:
 
 
 WITNESS = """
-import socket, sys
-gcs, raylet, message = sys.argv[1:]
-if sys.stdin.read() != "done":
-    host, _, port = gcs.rpartition(":")
+import select, socket, sys
+gcs, raylet, every_s, silent, lost = sys.argv[1:]
+host, _, port = gcs.rpartition(":")
+def head_answers():
     try:
         socket.create_connection((host.strip("[]"), int(port)), 3).close()
-        socket.socket(socket.AF_UNIX).connect(raylet)
+        return True
     except OSError:
-        print(message, file=sys.stderr)
+        return False
+was_there = True
+while not select.select([sys.stdin], [], [], float(every_s))[0]:
+    is_there = head_answers()
+    if was_there and not is_there:
+        print(silent, file=sys.stderr, flush=True)
+    was_there = is_there
+if sys.stdin.read() != "done":
+    try:
+        socket.socket(socket.AF_UNIX).connect(raylet)
+        is_lost = not head_answers()
+    except OSError:
+        is_lost = True
+    if is_lost:
+        print(lost, file=sys.stderr)
 """
 
 
 @contextmanager
 def _witnessed(joined: dict[str, str], named: str) -> Iterator[None]:
-    """Inside, another process waits to say that the cluster was lost, since Ray's core ends this one silently then."""
-    message = (
-        f"error: {named}: the cluster, or its node on this machine, was lost; give the same command again"
-    )
+    """Inside, another process watches the cluster, since Ray's core ends this one silently when that was lost.
+
+    It says at once that the head does not answer, for whose return Ray waits for a minute.
+    """
+    messages = [
+        f"\n{named}: the cluster's head does not answer; if it does not come back within a minute, this command ends",
+        f"error: {named}: the cluster, or its node on this machine, was lost; give the same command again",
+    ]
+    places = [joined["gcs_address"], joined["raylet_socket_name"]]
     witness = subprocess.Popen(
-        [sys.executable, "-ISc", WITNESS, joined["gcs_address"], joined["raylet_socket_name"], message],
+        [sys.executable, "-ISc", WITNESS, *places, str(WATCH_S), *messages],
         stdin=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C is not for it
     )
@@ -146,6 +166,18 @@ def _witnessed(joined: dict[str, str], named: str) -> Iterator[None]:
         yield
     finally:
         witness.communicate(b"done")
+
+
+def check_cluster() -> None:
+    """`check_answers` of the cluster that is to be joined, if one is.
+
+    For a command whose own handlers of signals begin a stop: called before they are set, Ctrl-C ends the wait at once.
+    """
+    import ray
+
+    address = cluster_address()
+    if address is not None and not ray.is_initialized():
+        check_answers(address)
 
 
 def check_answers(address: str) -> None:
@@ -176,6 +208,11 @@ def _resolved(address: str, named: str) -> tuple[str, int]:
 
     if address == "auto":  # then Ray takes a token of the user's by itself
         authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    elif address.startswith(("http://", "https://")):
+        raise UserError(
+            f"{named} is no address of a cluster, but of a dashboard; give HOST:PORT (HOST:6379), or hand the command "
+            "to the dashboard (hrm-ray submit --address URL -- COMMAND), or unset it"
+        )
     elif "://" in address:
         raise UserError(f"{named} is no address of a cluster; give HOST:PORT (HOST:6379), or unset it")
     elif not HOST_PORT.fullmatch(address):
@@ -192,6 +229,7 @@ def _metadata(place: str, named: str) -> bytes:
     import grpc
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+    from ray.exceptions import AuthenticationError
 
     messages: Any = gcs_service_pb2  # made when it is imported
     request = messages.InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster")
@@ -199,16 +237,39 @@ def _metadata(place: str, named: str) -> bytes:
         with init_grpc_channel(place, [("grpc.enable_http_proxy", 0)]) as channel:
             service = gcs_service_pb2_grpc.InternalKVGcsServiceStub(channel)
             return service.InternalKVGet(request, timeout=ANSWER_S).value
+    except AuthenticationError as error:
+        raise no_token(named, error) from None
     except grpc.RpcError as error:
         if error.code() is grpc.StatusCode.UNAUTHENTICATED:
-            raise UserError(
-                f"{named} refuses us: set RAY_AUTH_MODE=token and the cluster's token (RAY_AUTH_TOKEN or "
-                "RAY_AUTH_TOKEN_PATH), or RAY_AUTH_MODE=disabled if it has none"
-            ) from None
+            raise refused(named) from None
         raise UserError(
             f"{named} answers, but not as Ray does ({error.code().name}); give the port of `ray start --head` "
             "(6379 if it was given none), or unset RAY_ADDRESS"
         ) from None
+
+
+def no_token(named: str, error: BaseException) -> UserError:
+    """What to say where Ray is to send a token, and finds none here; `error` is its own."""
+    reason = str(error).partition(". ")[0]
+    return UserError(
+        f"{named}: {reason}; set RAY_AUTH_TOKEN to the cluster's token, or RAY_AUTH_TOKEN_PATH to a file that holds "
+        "it, or RAY_AUTH_MODE=disabled if it has none"
+    )
+
+
+def refused(named: str) -> UserError:
+    """What to say where a cluster does not take our token, or asks for one and we sent none."""
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    if is_token_auth_enabled():
+        return UserError(
+            f"{named} refuses our token: set the cluster's token (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH), or "
+            "RAY_AUTH_MODE=disabled if it has none"
+        )
+    return UserError(
+        f"{named} asks for a token: set RAY_AUTH_MODE=token and the cluster's token (RAY_AUTH_TOKEN or "
+        "RAY_AUTH_TOKEN_PATH)"
+    )
 
 
 def _check_version(metadata: dict[str, str], named: str) -> None:
@@ -445,9 +506,8 @@ def _handlers_kept() -> Iterator[None]:
     finally:
         utils.set_sigterm_handler = install
         signal.signal(signal.SIGTERM, ours)  # above what the core has set
-        signal.setitimer(
-            signal.ITIMER_REAL, *alarm
-        )  # not the one by which it aborts, if a signal has come already
+        # Not the alarm by which it aborts, if a signal has come already.
+        signal.setitimer(signal.ITIMER_REAL, *alarm)
 
 
 def _last_line(error: BaseException) -> str:

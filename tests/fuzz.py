@@ -23,7 +23,7 @@ from unittest import mock
 from hrm_ray import cli
 from hrm_ray.config.compose import ALIASES, GROUPS
 from hrm_ray.config.inference import Inference
-from hrm_ray.config.published import ABSENT, KEYS
+from hrm_ray.config.published_words import ABSENT, KEYS
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import known_keys
 from hrm_ray.data.recipe import Recipe, recipe_folders, recipe_names

@@ -1,5 +1,6 @@
 """Joining a cluster that is not one, and what a private Ray is given before it starts. No Ray is started here."""
 
+import contextlib
 import http.server
 import json
 import os
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from hrm_ray import ray_session
 from hrm_ray.errors import RayFailed, UserError
 from hrm_ray.ray_session import check_answers, cluster_address
+from tests.toy import toy_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -156,9 +159,84 @@ def test_a_head_of_another_version(head, other):
     assert "\n" not in str(info.value)
 
 
+@contextlib.contextmanager
+def token(**variables: str):
+    """Inside, Ray is to send a token, which it finds by these variables."""
+    with ray_session._environment({"RAY_AUTH_MODE": "token", **variables}, ray_session._reload_token):
+        yield
+
+
 def test_a_head_that_wants_a_token(head):
-    with pytest.raises(UserError, match="refuses us: set RAY_AUTH_MODE=token and the cluster's token"):
+    with pytest.raises(UserError, match="asks for a token: set RAY_AUTH_MODE=token and the cluster's token"):
         check_answers(head(None))
+
+
+def test_a_head_that_wants_another_token(head):
+    with (
+        token(RAY_AUTH_TOKEN="wrong"),
+        pytest.raises(UserError, match="refuses our token: set the cluster's token"),
+    ):
+        check_answers(head(None))
+
+
+def test_no_token_where_one_is_to_be_sent(head):
+    said = r"RAY_ADDRESS=\S+: RAY_AUTH_TOKEN_PATH is set but .* /no/such; set RAY_AUTH_TOKEN to the cluster's token"
+    with (
+        token(RAY_AUTH_TOKEN="", RAY_AUTH_TOKEN_PATH="/no/such"),
+        pytest.raises(UserError, match=said) as info,
+    ):
+        check_answers(head(OURS))
+    assert "\n" not in str(info.value)
+
+
+def test_the_address_of_a_dashboard():
+    with pytest.raises(
+        UserError, match=r"but of a dashboard; give HOST:PORT .* \(hrm-ray submit --address URL"
+    ):
+        check_answers("http://127.0.0.1:8265")
+
+
+@pytest.mark.parametrize("command", ["train", "tune"])
+def test_an_interrupt_ends_the_wait_for_a_cluster_at_once(command, tmp_path):
+    """Without a word, and without a folder."""
+    toy_dataset(tmp_path / "data")
+    with socket.create_server(("", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        words = [*WORDS[command], f"data={tmp_path / 'data'}", f"storage={tmp_path / 'runs'}"]
+        with subprocess.Popen(
+            [sys.executable, "-m", "hrm_ray", *words],
+            env={**os.environ, "RAY_ADDRESS": address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:
+            kept = [server.accept() for _ in range(2)]  # the first only asks whether somebody listens
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=60)
+        for connection, _ in kept:
+            connection.close()
+    assert process.returncode == -signal.SIGINT, output
+    assert "Traceback" not in output and "stopping" not in output
+    assert not (tmp_path / "runs").exists()
+
+
+WORDS = {"train": ["train", "experiment=quickstart"], "tune": ["tune", "quickstart_lr"]}
+
+
+def test_a_head_that_does_not_answer_any_more_is_told_of_at_once(monkeypatch, capfd):
+    monkeypatch.setattr(ray_session, "WATCH_S", 0.05)
+    server = socket.create_server(("127.0.0.1", 0))
+    joined = {"gcs_address": f"127.0.0.1:{server.getsockname()[1]}", "raylet_socket_name": "/no/such"}
+    with ray_session._witnessed(joined, "RAY_ADDRESS=h:1"):
+        server.accept()  # it is asked, and answers
+        server.close()
+        said, deadline = "", time.monotonic() + 60
+        while "RAY_ADDRESS=h:1: the cluster's head does not answer; if it does not come back" not in said:
+            assert time.monotonic() < deadline
+            said += capfd.readouterr().err
+    assert (
+        said.count("\n") == 2 and capfd.readouterr().err == ""
+    )  # said once; and nothing was lost in the end
 
 
 # What a private Ray is given

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from hrm_ray.cli.command import add
-from hrm_ray.config.validate import Settings, all_fields, nearest, read_yaml_file, shown, takes
+from hrm_ray.config.validate import Settings, abbreviated, all_fields, nearest, read_yaml_file, takes
 from hrm_ray.errors import UserError
 
 WIDTH, KEY_WIDTH = 110, 40  # of a printed line, and of the key in it
@@ -67,7 +67,7 @@ def _show_values(words: Sequence[str]) -> None:
     values = dict(_flat(config.model_dump(mode="json")))
     for key, field in all_fields(TrainConfig, arch=type(config.arch)).items():
         if key in values:
-            _print(f"{key}={shown(values[key]).strip(QUOTES)}", field)
+            _print(f"{key}={abbreviated(values[key]).strip(QUOTES)}", field)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -94,7 +94,7 @@ def _show(name: str) -> None:
         print(shipped[name].read_text(encoding="utf-8"), end="")
     elif not found:
         raise UserError(
-            f"there is nothing called {shown(name)}; "
+            f"there is nothing called {abbreviated(name)}; "
             + nearest(name, {*kinds, *everything, *shipped}, "hrm-ray config ls")
         )
 
@@ -120,7 +120,7 @@ def _print_default(key: str, field: FieldInfo) -> None:
     elif field.is_required():
         _print(f"{key}=VALUE", field)
     else:
-        _print(f"{key}={shown(field.default).strip(QUOTES)}", field)
+        _print(f"{key}={abbreviated(field.default).strip(QUOTES)}", field)
 
 
 def _print(key: str, field: FieldInfo) -> None:
@@ -165,7 +165,7 @@ def _check_file(name: str, words: Sequence[str]) -> None:
     else:
         known = [*recipe_names(), *sweep_names()]
         raise UserError(
-            f"there is no recipe or sweep {shown(name)}; {nearest(name, known, 'hrm-ray config ls')}"
+            f"there is no recipe or sweep {abbreviated(name)}; {nearest(name, known, 'hrm-ray config ls')}"
         )
     if is_recipe:
         load_recipe(name, read_words(words, Recipe))

@@ -9,6 +9,7 @@ from pydantic import NonNegativeInt
 
 from hrm_ray.cli.command import KEY_VALUE, add, options_of
 from hrm_ray.config.validate import Settings, read_words, validated
+from hrm_ray.jobs.copy import check_lasts
 
 if TYPE_CHECKING:
     from hrm_ray.data.format import Manifest
@@ -50,6 +51,7 @@ def data_build(args: argparse.Namespace) -> None:
     from hrm_ray.data.pipeline import build
 
     options, recipe = build_options(args.words)
+    check_lasts("out", options.out)
     _print_sizes(options.out, build(recipe, options.out, overwrite=options.overwrite))
 
 
@@ -86,6 +88,7 @@ def data_import_npy(args: argparse.Namespace) -> None:
     from hrm_ray.interop.dataset import import_npy
 
     options: OutOptions = options_of(args)
+    check_lasts("out", options.out)
     _print_sizes(options.out, import_npy(args.dir, options.out))
 
 

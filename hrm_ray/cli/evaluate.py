@@ -14,6 +14,7 @@ from hrm_ray.cli.command import KEY_VALUE, add, options_of
 from hrm_ray.config.inference import Inference
 from hrm_ray.config.validate import PositiveInt
 from hrm_ray.errors import UserError
+from hrm_ray.jobs.copy import check_lasts
 
 if TYPE_CHECKING:
     from hrm_ray.api import Solver
@@ -92,6 +93,8 @@ def evaluate(args: argparse.Namespace) -> None:
         args.words = [args.checkpoint, *(word for word in args.words if word not in checkpoints)]
         args.checkpoint = checkpoints[0]
     options: EvalOptions = options_of(args)
+    if options.out:
+        check_lasts("out", options.out)
     total = open_dataset(options.data).split(options.split).num_examples
     solver = load_solver(args.checkpoint)
     bar = tqdm(total=min(total, options.num_examples or total), unit="puzzle", disable=args.json)

@@ -5,6 +5,7 @@ from typing import Any
 
 from hrm_ray.cli.command import KEY_VALUE, add, options_of
 from hrm_ray.cli.data import OutOptions
+from hrm_ray.jobs.copy import check_lasts
 
 
 class ImportOptions(OutOptions):
@@ -19,6 +20,7 @@ def import_checkpoint(args: argparse.Namespace) -> None:
     from hrm_ray.training.checkpoint import EMA_FILE
 
     options: ImportOptions = options_of(args)
+    check_lasts("out", options.out)
     dataset = open_dataset(options.data) if options.data else None
     manifest = import_checkpoint(args.source, options.out, dataset)
     averaged = ", averaged weights" if EMA_FILE in manifest.files else ""
@@ -32,6 +34,7 @@ def export_checkpoint(args: argparse.Namespace) -> None:
     from hrm_ray.training.checkpoint import find
 
     options: OutOptions = options_of(args)
+    check_lasts("out", options.out)
     export_checkpoint(find(args.checkpoint), options.out)
     print(f"{options.out}: written in the published layout")
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hrm_ray.cli.command import KEY_VALUE, add
+from hrm_ray.jobs.copy import check_lasts
 
 
 @contextmanager
@@ -38,6 +39,7 @@ def _train(args: argparse.Namespace) -> int:
     from hrm_ray.training import trainer
 
     config = train_config(args.words)
+    check_lasts("storage", config.storage)
     print(trainer.announce(config), file=sys.stderr)
     summary, stopped_by = trainer.train(config)
     run = trainer.run_folder(config)

@@ -11,6 +11,7 @@ from hrm_ray.cli.command import add
 from hrm_ray.cli.train import interrupts_end_the_process
 from hrm_ray.config.validate import Settings, read_words, validated
 from hrm_ray.errors import UserError
+from hrm_ray.jobs.copy import check_lasts
 
 if TYPE_CHECKING:
     from hrm_ray.training.storage import Storage
@@ -44,6 +45,7 @@ def _tune(args: argparse.Namespace) -> int:
     from hrm_ray.tuning.sweep import new_name, run_sweep
 
     config = load_sweep(args.sweep, args.words)
+    check_lasts("storage", config.storage)
     if args.new_name:
         config = new_name(config)
     given = {word.partition("=")[0].partition(".")[0] for word in args.words} & set(SETTABLE)

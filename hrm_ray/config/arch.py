@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from hrm_ray.config.validate import Settings, known_keys, nearest, shown
+from hrm_ray.config.validate import Settings, abbreviated, known_keys, nearest
 from hrm_ray.errors import UserError
 
 ROOM = "hrm_ray.models"  # where the architectures are
@@ -116,7 +116,7 @@ def _as_its_class(values: Any) -> Any:
     for key in values:
         if key not in kind.model_fields:
             hint = nearest(f"arch.{key}", known_keys(kind, "arch."), kind.listed_by)
-            raise ValueError(f"unknown key {shown(f'arch.{key}')}; {hint}")
+            raise ValueError(f"unknown key {abbreviated(f'arch.{key}')}; {hint}")
     return kind.model_validate(dict(values))
 
 

@@ -15,18 +15,18 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hrm_ray.config import published
+from hrm_ray.config import published_words
 from hrm_ray.config.arch import arch_class, architectures
 from hrm_ray.config.halting import OLD_STEP_COUNTS, HaltingConfig
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import (
+    abbreviated,
     in_one_line,
     is_folder_name,
     is_text,
     known_keys,
     nearest,
     read_value,
-    shown,
     split_word,
     validated,
     value_of,
@@ -95,10 +95,10 @@ def _sorted(words: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
     chosen, given = {}, {}
     for word in words:
         key, text = split_word(word)
-        key, text = published.in_our_words(key.lstrip("+"), text)
+        key, text = published_words.in_our_words(key.lstrip("+"), text)
         if key in GROUPS:
             if text not in choices(key):
-                raise UserError(f"unknown {key} {shown(text)}; {nearest(text, choices(key))}")
+                raise UserError(f"unknown {key} {abbreviated(text)}; {nearest(text, choices(key))}")
             chosen[key] = text
         else:
             given[ALIASES.get(key, key)] = text
@@ -113,9 +113,9 @@ def _with_words(values: dict[str, Any], given: Mapping[str, str]) -> dict[str, A
     texts = {}
     for key, text in given.items():
         if key not in known:
-            if published.is_let_pass(key, text):
+            if published_words.is_let_pass(key, text):
                 continue
-            raise UserError(f"unknown key {shown(key)}; {_hint(key, known)}")
+            raise UserError(f"unknown key {abbreviated(key)}; {_hint(key, known)}")
         value = value_of(TrainConfig, key, text)
         if is_text(TrainConfig, key):
             texts[key] = value
@@ -132,7 +132,7 @@ def _hint(key: str, known: Sequence[str]) -> str:
     having = [arch for arch, kind in architectures().items() if name in kind.model_fields]
     if name != key and having:
         return f"arch={' or arch='.join(having)} has it"
-    wanted = published.USUAL.get(key, key)
+    wanted = published_words.USUAL.get(key, key)
     return nearest(wanted, {*known, *GROUPS}, TrainConfig.listed_by)
 
 

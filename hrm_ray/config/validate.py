@@ -149,7 +149,7 @@ def split_word(word: str) -> tuple[str, str]:
     """(key, value) of ``key=value``. Raises UserError if it is not of that form."""
     key, equals, value = word.partition("=")
     if not equals or not key:
-        raise UserError(f"{shown(word)} is not of the form key=value")
+        raise UserError(f"{abbreviated(word)} is not of the form key=value")
     if not value:
         raise UserError(f"{key}= is empty; give {key}=VALUE")
     return key, value
@@ -180,13 +180,15 @@ def as_text(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def shown(value: Any, depth: int = 3) -> str:
+def abbreviated(value: Any, depth: int = 3) -> str:
     """A value in a message: as a user writes it, text in quotes, and no more of it than is needed to know it again."""
     if isinstance(value, (list, tuple)):
-        parts = [shown(part, depth - 1) if depth else "..." for part in value[:4]]
+        parts = [abbreviated(part, depth - 1) if depth else "..." for part in value[:4]]
         return f"[{','.join(parts + ['...'] * (len(value) > 4))}]"
     if isinstance(value, Mapping):
-        parts = [f"{key}: {shown(value[key], depth - 1) if depth else '...'}" for key in list(value)[:4]]
+        parts = [
+            f"{key}: {abbreviated(value[key], depth - 1) if depth else '...'}" for key in list(value)[:4]
+        ]
         return f"{{{', '.join(parts + ['...'] * (len(value) > 4))}}}"
     text = json.dumps(value) if isinstance(value, (bool, NoneType)) else repr(value)
     return text if len(text) <= 60 else f"{text[:40]}...{text[-10:]}"
@@ -214,7 +216,7 @@ def read_value(key: str, text: str) -> Any:
         return _load(text, _Word)
     except Exception:  # of PyYAML's, ValueError of a number, RecursionError of brackets
         raise UserError(
-            f"{key}={shown(text)[1:-1]}: not a value; quote it if it holds special characters"
+            f"{key}={abbreviated(text)[1:-1]}: not a value; quote it if it holds special characters"
         ) from None
 
 
@@ -232,7 +234,7 @@ def read_words(words: Sequence[str], *kinds: type[Settings]) -> dict[str, Any]:
     for word in words:
         key, text = split_word(word)
         if key not in kind_of:
-            raise UserError(f"unknown key {shown(key)}; {nearest(key, kind_of, kinds[-1].listed_by)}")
+            raise UserError(f"unknown key {abbreviated(key)}; {nearest(key, kind_of, kinds[-1].listed_by)}")
         values[key] = value_of(kind_of[key], key, text)
     return values
 
@@ -340,7 +342,7 @@ def _first_problem(settings: type[Settings], values: Mapping[str, Any], error: V
     problem = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {shown(key)}; {nearest(key, known_keys(settings), settings.listed_by)}"
+        return f"unknown key {abbreviated(key)}; {nearest(key, known_keys(settings), settings.listed_by)}"
     if problem["type"] == "missing":
         return f"'{key}' is not given; add {key}=VALUE"
     message = problem["msg"].removeprefix("Value error, ")
@@ -353,15 +355,17 @@ def _first_problem(settings: type[Settings], values: Mapping[str, Any], error: V
             return NO_NONE.format(key=name, text=value)
         if _are_settings(field.annotation):
             first = next(iter(field.annotation.model_fields))  # type: ignore[union-attr]
-            return f"{name}={shown(value)}: holds keys of its own; give them, such as {name}.{first}=VALUE"
+            return (
+                f"{name}={abbreviated(value)}: holds keys of its own; give them, such as {name}.{first}=VALUE"
+            )
         is_union = get_origin(field.annotation) in (Union, UnionType)
         is_of_kind = problem["type"] in _WRONG_KINDS and len(problem["loc"]) == name.count(".") + 1
         if (is_union and len(get_args(field.annotation)) - optional > 1) or is_of_kind:
             several = "; hrm-ray tune tries several values" if _are_several(value) and is_of_kind else ""
-            return f"{name}={shown(value)}: give {takes(field)}{several}"
+            return f"{name}={abbreviated(value)}: give {takes(field)}{several}"
     if problem["type"] == "int_parsing_size":
         message = "this number is too large"
-    return f"{key}={shown(problem['input'])}: {message[0].lower()}{message[1:]}"
+    return f"{key}={abbreviated(problem['input'])}: {message[0].lower()}{message[1:]}"
 
 
 # pydantic's, of a value that is of another kind than its field

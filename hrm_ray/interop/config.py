@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from hrm_ray.config.arch import ArchConfig, LossConfig, arch_class
-from hrm_ray.config.published import ARCHITECTURES
+from hrm_ray.config.published_words import ARCHITECTURES
 from hrm_ray.config.validate import as_text, validated
 from hrm_ray.errors import UserError
 from hrm_ray.interop.files import read_bytes

@@ -13,13 +13,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from hrm_ray.config.validate import in_one_line
 from hrm_ray.errors import RunFailed, UserError, first_line, shown
+from hrm_ray.ray_session import no_token, refused
 
 if TYPE_CHECKING:
     from ray.job_submission import JobInfo, JobSubmissionClient
@@ -127,9 +128,9 @@ class Jobs:
 
         Raises:
             UserError: there is no such job.
-            RunFailed: the connection was lost, while the job goes on; or Ray could not run it.
+            RunFailed: the connection was lost, which by itself does not harm the job; or Ray could not run it.
         """
-        with _in_one_line(self.address):
+        with in_one_line(self.address):
             self._client.get_job_info(name)
         try:
             asyncio.run(self._tail(name, write or _print))
@@ -137,7 +138,7 @@ class Jobs:
         except Exception as error:  # of the client, its HTTP library, or the network
             raise RunFailed(
                 f"{self.address}: the connection was lost ({first_line(error)}); the job goes on, and --follow {name} "
-                "shows it again"
+                "shows it again; if the cluster's head was lost, the same submission to a new one continues"
             ) from error
         return code_of(info)
 
@@ -155,7 +156,7 @@ class Jobs:
 
     def stop(self, name: str) -> None:
         """Ask a job to end with a checkpoint; returns when it has ended."""
-        with _in_one_line(self.address):
+        with in_one_line(self.address):
             self._client.stop_job(name)
             self._ended(name)
 
@@ -190,10 +191,14 @@ def _line_of(message: str | None) -> str:
 
 
 def _checked_address(address: str) -> str:
-    if re.fullmatch(r"[\w.-]+:\d+", address):
+    if re.fullmatch(r"(\[[\w:.%]+\]|[\w.-]+):\d+", address):
         address = f"http://{address}"
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(address)
+        is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of the port, or of brackets
+        is_one = False
+    if not is_one:
         raise UserError(
             f"--address {shown(address)}: jobs are handed to the cluster's dashboard; give http://HOST:8265"
         )
@@ -202,74 +207,72 @@ def _checked_address(address: str) -> str:
 
 def _check_answers(address: str) -> None:
     """Raises UserError if there is no dashboard of Ray, or it does not let us in."""
+    import ray
     import requests
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
     from ray.exceptions import AuthenticationError
 
-    tunnel = "ssh -L 8265:127.0.0.1:8265 HEAD, kubectl port-forward, or ray dashboard CLUSTER.yaml"
+    named = f"--address {address}"
     try:
-        answer = requests.get(f"{address}/api/version", timeout=ANSWER_S, headers=_token())
+        headers = get_auth_headers_if_auth_enabled({})
+    except AuthenticationError as error:
+        raise no_token(named, error) from None
+    try:
+        answer = requests.get(f"{address}/api/version", timeout=ANSWER_S, headers=headers)
     except requests.RequestException as error:
-        raise UserError(
-            f"--address {address} does not answer ({type(error).__name__}); start the cluster, or reach it by a "
-            f"tunnel: {tunnel}"
-        ) from None
+        raise UserError(f"{named} {_no_answer(error)}") from None
     if answer.status_code in (401, 403):
-        raise UserError(
-            f"--address {address} refuses us: set RAY_AUTH_MODE=token and the cluster's token (RAY_AUTH_TOKEN or "
-            "RAY_AUTH_TOKEN_PATH)"
-        )
+        raise refused(named)
     try:
         version = answer.json()["ray_version"]
-    except (ValueError, KeyError, TypeError, AuthenticationError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"--address {address} answers, but is no dashboard of Ray; give http://HOST:8265, the port of the "
-            "dashboard and not that of the cluster (6379)"
+            f"{named} answers, but is no dashboard of Ray; give http://HOST:8265, the port of the dashboard and not "
+            "that of the cluster (6379)"
         ) from None
-    import ray
-
     if version.split(".")[:2] != ray.__version__.split(".")[:2]:
         raise UserError(
-            f"--address {address} runs ray {version}, this is ray {ray.__version__}; install one version on both"
+            f"{named} runs ray {version}, this is ray {ray.__version__}; install one version on both"
         )
 
 
-def _token() -> dict[str, str]:
-    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+def _no_answer(error: Exception) -> str:
+    """What is wrong where a request has no answer, and how to mend it."""
+    import requests
+    from urllib3.exceptions import ProtocolError
 
-    return get_auth_headers_if_auth_enabled({})
+    if isinstance(error, requests.exceptions.SSLError):
+        return "uses no TLS (then give http://), or has a certificate that is not trusted here"
+    if isinstance(error, requests.ReadTimeout) or any(isinstance(arg, ProtocolError) for arg in error.args):
+        return (
+            "answers, but not as a dashboard does; if it is the cluster's own port (6379), give that of the dashboard, "
+            "which is usually 8265: http://HOST:8265"
+        )
+    return (
+        f"does not answer ({type(error).__name__}); start the cluster, or reach it by a tunnel: "
+        "ssh -L 8265:127.0.0.1:8265 HEAD, kubectl port-forward, or ray dashboard CLUSTER.yaml"
+    )
 
 
 def _client(address: str) -> "JobSubmissionClient":
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    with _in_one_line(address):
-        before = os.environ.pop("RAY_ADDRESS", None)  # Ray would take it instead
+    instead = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # of which Ray would take one in place of `address`
+    before = {name: os.environ.pop(name) for name in instead if name in os.environ}
+    with in_one_line(address):
         try:
             return JobSubmissionClient(address)
         finally:
-            if before is not None:
-                os.environ["RAY_ADDRESS"] = before
-
-
-@contextmanager
-def _in_one_line(address: str) -> Iterator[None]:
-    """Inside, whatever Ray's client raises is one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # of some ten kinds
-        raise UserError(f"{address}: {first_line(error)}") from error
+            os.environ.update(before)
 
 
 def check_paths(words: Sequence[str]) -> None:
     """Raise UserError for a path that only this machine knows, or that would lie in the job's copy of the folder."""
     values = {key: value for key, equals, value in (word.partition("=") for word in words) if equals}
     paths = {key: path for key in PATHS if (path := values.get(key))}
-    if (
-        "source" in values and Path(values["source"]).exists()
-    ):  # else it is a generator, or a data set of the hub
+    # What is no path here is the name of a generator, or of a data set of the hub.
+    if "source" in values and Path(values["source"]).exists():
         paths["source"] = values["source"]
     # A checkpoint or a puzzle file; a YAML or a recipe of the folder is in the copy.
     paths |= {word: word for word in words[1:] if Path(word).parts[:1] in _LEFT_OUT and Path(word).exists()}

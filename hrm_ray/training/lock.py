@@ -221,9 +221,8 @@ class Lease(Lock):
                     if refused.version is None or not refused.is_of(self._holder):
                         self._lost_to = refused.holder
                         return
-                    self._version = (
-                        refused.version
-                    )  # an earlier write of this process, of which no answer came
+                    # An earlier write of this process, of which no answer came.
+                    self._version = refused.version
             raise StorageError(f"{self._where}/{NAME} can be neither written nor read")
 
     def _write(self, version: "UpdateVersion | None", released: bool = False) -> "UpdateVersion":

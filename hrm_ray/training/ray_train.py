@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import NonFiniteLoss, OutOfMemory, RayFailed, RunFailed, TransientError, UserError
+from hrm_ray.errors import (
+    NonFiniteLoss,
+    OutOfMemory,
+    RayFailed,
+    RunFailed,
+    TransientError,
+    Unseen,
+    UserError,
+)
 from hrm_ray.every import Every
 from hrm_ray.memory import ONE_ARENA
 from hrm_ray.nodes import (
@@ -37,6 +45,7 @@ from hrm_ray.nodes import (
 from hrm_ray.ray_session import cluster_address, ray_session
 from hrm_ray.training.channel import Channel
 from hrm_ray.training.loop import Hooks, Progress, Trainer
+from hrm_ray.training.shared import check_seen
 from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import Driver
 from hrm_ray.training.world import World
@@ -59,8 +68,9 @@ LINGER_S = 3.0  # how long to wait for Ray to end a run, in a session that the c
 WAIT_S = 5.0  # after so long without a first worker it is said what it waits for
 SHUTDOWN_TIMEOUT_S = "5"  # and for workers that hang to leave their process group, before it kills them
 STOP_TIMEOUT_S = 8.0  # how long to wait, in a borrowed group, for a worker that can act on a request to stop
+NOTES = "ray"  # the folder for Ray's own notes on each attempt; ours decide where a run goes on
 KINDS = {
-    kind.__name__: kind for kind in (NonFiniteLoss, OutOfMemory)
+    kind.__name__: kind for kind in (NonFiniteLoss, OutOfMemory, Unseen)
 }  # of failures that a caller tells apart
 
 
@@ -376,10 +386,9 @@ def _ray_trainer(
             use_gpu=use_gpu,
             resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)},
         ),
-        # Ray's own notes on this attempt; ours decide where a run goes on.
         run_config=ray.train.RunConfig(
             name=f"attempt-{uuid.uuid4().hex[:8]}",
-            storage_path=str(run / "ray"),
+            storage_path=str(run / NOTES),
             failure_config=ray.train.FailureConfig(max_failures=config.failure.max_failures),
             # Ray lets them train in another thread than the first.
             worker_runtime_env={"env_vars": {} if use_gpu else where_not_set(ONE_ARENA)},  # type: ignore[call-arg]
@@ -493,9 +502,12 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
         threading.Thread(target=_beat, args=(channel,), daemon=True).start()
     world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
     config = TrainConfig.model_validate(parameters["config"])
+    run = Storage(parameters["storage"])
     try:
+        check_seen("data", config.data_path)
+        check_seen("storage", str(run.parent), run / NOTES / context.get_experiment_name())
         hooks = worker_hooks(channel, world, parameters.get("owner"), parameters.get("reports", False))
-        summary = Trainer(config, Storage(parameters["storage"]), world, hooks).train()
+        summary = Trainer(config, run, world, hooks).train()
         if world.is_first:
             channel.put("summary", summary)
         return summary

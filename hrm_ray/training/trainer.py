@@ -262,6 +262,10 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> tuple[dict[str,
         summary = last_summary(run)
         if summary.get("finished") and summary["global_step"] == point.manifest.global_step:
             return summary, None
+    if config.scaling.mode == "ray":
+        from hrm_ray.ray_session import check_cluster
+
+        check_cluster()
     driver = Driver(config, bar if show_progress else None)
     with driver.stop.listening():
         try:

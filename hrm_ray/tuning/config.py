@@ -14,11 +14,11 @@ from hrm_ray.config.validate import (
     PositiveFloat,
     PositiveInt,
     Settings,
+    abbreviated,
     in_one_line,
     is_folder_name,
     nearest,
     read_yaml_file,
-    shown,
     split_word,
     validated,
     value_of,
@@ -314,7 +314,7 @@ def override(values: Mapping[str, Any], words: Sequence[str], keys: Collection[s
         key, text = split_word(word)
         first, _, rest = key.partition(".")
         if first not in keys:
-            raise UserError(f"unknown key {shown(key)}; {nearest(first, keys, SweepConfig.listed_by)}")
+            raise UserError(f"unknown key {abbreviated(key)}; {nearest(first, keys, SweepConfig.listed_by)}")
         _put(changed, first, rest, value_of(SweepConfig, first, text))
     return changed
 
@@ -334,13 +334,13 @@ def _check_names(values: Mapping[str, Any], where: str) -> None:
     space = values.get("space")
     if not isinstance(space, Mapping):
         raise UserError(
-            f"{where}: space={shown(space)}: give keys and their values, such as lr: {{log: [1e-4, 1e-2]}}"
+            f"{where}: space={abbreviated(space)}: give keys and their values, such as lr: {{log: [1e-4, 1e-2]}}"
         )
     for key, kind in space.items():
         if not isinstance(kind, (Mapping, list, tuple)):
             raise UserError(
-                f"{where}: space.{key}={shown(kind)}: give a range, such as {{log: [1e-4, 1e-2]}}, or a list of values;"
-                f" a fixed value belongs to train: {key}={shown(kind)}"
+                f"{where}: space.{key}={abbreviated(kind)}: give a range, such as {{log: [1e-4, 1e-2]}}, or a list of "
+                f"values; a fixed value belongs to train: {key}={abbreviated(kind)}"
             )
 
 

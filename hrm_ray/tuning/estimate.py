@@ -10,6 +10,7 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.training.plan import Plan
 from hrm_ray.training.ray_train import absolute
+from hrm_ray.training.shared import check_seen
 from hrm_ray.tuning.config import Budget, Price
 from hrm_ray.tuning.execute import Slot
 
@@ -159,6 +160,7 @@ def probe(runs: Sequence[TrainConfig], slot: Slot, stop: Callable[[], str | None
 def _measured(values: dict[str, Any], cpus: int) -> Probe | str:
     """What was measured, or why that failed."""
     try:
+        check_seen("data", values["data_path"])
         return measure(TrainConfig.model_validate(values), cpus)
     except Exception as error:  # of any kind, as a trial would
         return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,13 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import UserError
+from hrm_ray.errors import Unseen, UserError
 from hrm_ray.every import Every
 from hrm_ray.memory import ONE_ARENA
 from hrm_ray.nodes import Growth, Request, fit, growth, living, most, room
 from hrm_ray.ray_session import cluster_address, ray_session
 from hrm_ray.training.ray_train import absolute, where_not_set
+from hrm_ray.training.trainer import run_folder
 from hrm_ray.tuning.trial import Trial
 
 LOST = "its worker was lost too often"
@@ -199,6 +200,11 @@ class Executor:
     def config_of(self, live: Live) -> dict[str, Any]:
         """The configuration that its actor gets."""
         run = live.run
+        if folder := run_folder(run).local_path:
+            with suppress(OSError):  # the trial will say so
+                folder.mkdir(
+                    exist_ok=True
+                )  # an actor that does not see it is on a machine without this storage
         values = run.model_dump(mode="json") | {"data_path": absolute(run.data_path)}
         if not self.slot.gpus:  # Ray hides no GPU from an actor that asked for none
             values["device"] = "cpu"
@@ -214,6 +220,11 @@ class Executor:
     def end(self, trial_id: str, outcome: dict[str, Any]) -> None:
         """What became of a trial."""
         live = self.live.pop(trial_id)
+        if (
+            outcome["kind"] == "unseen"
+        ):  # of no single trial; this one is left as if the driver had been killed
+            self.stop_reason, self.error = "error", Unseen(outcome["reason"])
+            return
         if outcome["kind"] == "failed":
             self.last_failure = outcome["reason"]
             self.failures[outcome["reason"].translate(NUMBERS)] += 1

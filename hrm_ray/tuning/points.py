@@ -7,11 +7,11 @@ from typing import Any
 
 import optuna
 
-from hrm_ray.config import published
+from hrm_ray.config import published_words
 from hrm_ray.config.arch import architectures
 from hrm_ray.config.compose import ALIASES, GROUPS, train_config
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.config.validate import as_text, known_keys, nearest, shown, split_word
+from hrm_ray.config.validate import abbreviated, as_text, known_keys, nearest, split_word
 from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.errors import UserError
 from hrm_ray.training.plan import Plan
@@ -122,7 +122,7 @@ class Points:
         """Raise UserError for keys that no configuration has, or that the sweep itself sets."""
         known = {*known_keys(TrainConfig), *GROUPS, *ALIASES}
         known |= {f"arch.{key}" for kind in architectures().values() for key in known_keys(kind)}
-        known |= published.ABSENT.keys()  # which train_config answers
+        known |= published_words.ABSENT.keys()  # which train_config answers
         given = {_key(word): "train" for word in self.config.train}
         for key in self.config.space:
             if key in given:
@@ -132,13 +132,13 @@ class Points:
             if name in OF_THE_SWEEP:
                 raise UserError(f"{where}: {key} is set by the sweep; give {OF_THE_SWEEP[name]} to it")
             if name not in known:
-                hint = nearest(key, known - published.ABSENT.keys(), TrainConfig.listed_by)
-                raise UserError(f"{where}: unknown key {shown(key)}; {hint}")
+                hint = nearest(key, known - published_words.ABSENT.keys(), TrainConfig.listed_by)
+                raise UserError(f"{where}: unknown key {abbreviated(key)}; {hint}")
 
 
 def _key(word: str) -> str:
     key, text = split_word(word)
-    return published.in_our_words(key.lstrip("+"), text)[0]
+    return published_words.in_our_words(key.lstrip("+"), text)[0]
 
 
 def _ends(values: optuna.distributions.BaseDistribution) -> Sequence[Any]:

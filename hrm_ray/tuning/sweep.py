@@ -29,6 +29,7 @@ from hrm_ray.data.files import writing
 from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.every import Every
 from hrm_ray.nodes import Growth, waiting_for
+from hrm_ray.ray_session import check_cluster
 from hrm_ray.remote import StorageError
 from hrm_ray.training.checkpoint import discard_all
 from hrm_ray.training.lock import LeaseLost
@@ -362,6 +363,7 @@ def run_sweep(
     outline = Outline.of(config)
     changes = changeable(outline.points, outline.last_step) if config.population is not None else []
     folder = sweep_folder(config)
+    check_cluster()
     signals = StopRequest()
     with signals.listening(), ExitStack() as stack:
         if not dry_run:

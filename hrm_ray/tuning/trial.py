@@ -14,8 +14,9 @@ from typing import Any
 from ray import tune
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import NonFiniteLoss, OutOfMemory, UserError, first_line
+from hrm_ray.errors import NonFiniteLoss, OutOfMemory, Unseen, UserError, first_line
 from hrm_ray.training.logging import reports
+from hrm_ray.training.shared import check_seen
 from hrm_ray.training.trainer import run_folder
 from hrm_ray.tuning.lineage import take_over
 
@@ -57,6 +58,8 @@ class Run:
             self.outcome = {"kind": "ended", "summary": self._trained()}
         except (NonFiniteLoss, OutOfMemory) as error:  # of this point
             self.outcome = {"kind": "refused", "reason": str(error)}
+        except Unseen as error:
+            self.outcome = {"kind": "unseen", "reason": str(error)}
         except UserError as error:
             self.outcome = {"kind": "failed", "reason": str(error)}
         except Exception as error:
@@ -80,6 +83,8 @@ class Run:
             return self._stop or deadline.reason()
 
         run = run_folder(self._config)
+        check_seen("data", self._config.data_path)
+        check_seen("storage", self._config.storage, run)
         for _, record in reports(run):  # of which the driver may have been killed before it heard
             self.reports.put(record)
         if self._config.scaling.max_workers > 1:

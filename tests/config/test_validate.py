@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hrm_ray.cli.config import _keys
 from hrm_ray.config.compose import train_config
-from hrm_ray.config.validate import in_one_line, nearest, read_value, read_yaml, read_yaml_file, shown
+from hrm_ray.config.validate import abbreviated, in_one_line, nearest, read_value, read_yaml, read_yaml_file
 from hrm_ray.data.recipe import load_recipe
 from hrm_ray.errors import LONGEST, UserError, one_line
 from hrm_ray.tuning.config import load_sweep
@@ -136,11 +136,11 @@ def test_a_message_is_one_line_of_bounded_length_that_keeps_its_advice():
 
 
 def test_values_are_shown_as_they_are_written_and_shortened():
-    assert shown([1, True, None, "a", {"b": 2.5}]) == "[1,true,null,'a',...]"
-    assert shown({"a": [1]}) == "{a: [1]}"
+    assert abbreviated([1, True, None, "a", {"b": 2.5}]) == "[1,true,null,'a',...]"
+    assert abbreviated({"a": [1]}) == "{a: [1]}"
     endless: list = []
     endless.append(endless)
-    assert len(shown(endless)) < 60 and len(shown("9" * 5000)) <= 60
+    assert len(abbreviated(endless)) < 60 and len(abbreviated("9" * 5000)) <= 60
 
 
 def test_hints_name_what_is_near_or_few_or_the_command_that_lists_them():

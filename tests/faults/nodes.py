@@ -74,10 +74,14 @@ class Nodes:
         for process in self._processes:
             process.wait()
 
-    def add(self) -> Node:
-        """One more node, with one CPU; returns when Ray knows it."""
+    def add(self, hides: Path | None = None) -> Node:
+        """One more node, with one CPU; returns when Ray knows it.
+
+        Args:
+            hides: a folder that this node has not, as on a machine of its own. Only root may hide one.
+        """
         before = self._living()
-        process = self._start(f"--address={self.address}", "--num-cpus=1")
+        process = self._start(f"--address={self.address}", "--num-cpus=1", hides=hides)
         node = Node(process, self._wait_for_one_more(before))
         self.others.append(node)
         return node
@@ -120,12 +124,23 @@ class Nodes:
     def _log(self) -> Path:
         return self._root / "nodes.txt"
 
-    def _start(self, *words: str) -> subprocess.Popen:
+    def _start(self, *words: str, hides: Path | None = None) -> subprocess.Popen:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
         ports = ["--node-manager-port=0", "--object-manager-port=0", "--object-store-memory=100000000"]
+        words = (*command, *ports, *words)
+        if hides is not None:
+            words = (
+                "unshare",
+                "--mount",
+                "bash",
+                "-c",
+                'mount -t tmpfs none "$0" && exec "$@"',
+                str(hides),
+                *words,
+            )
         with self._log.open("a") as log:
             process = subprocess.Popen(
-                [*command, *ports, *words],
+                words,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={

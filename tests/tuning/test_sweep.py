@@ -362,7 +362,8 @@ def test_a_signal_stops_the_sweep_with_checkpoints_and_two_drivers_are_one_too_m
 ):
     folder = tmp_path / "sweeps" / "toy"
     first = start(yaml_file)
-    wait_for(lambda: (folder / "trial-0000" / "metrics.jsonl").exists() or first.poll() is not None)
+    metrics = folder / "trial-0000" / "metrics.jsonl"
+    wait_for(lambda: (metrics.exists() and metrics.read_text()) or first.poll() is not None)
     os.kill(first.pid, number)
     out, err = first.communicate(timeout=250)
     assert first.returncode == 128 + number, err

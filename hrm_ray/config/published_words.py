@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hrm_ray.config.validate import NO_NONE, read_value, shown
+from hrm_ray.config.validate import NO_NONE, abbreviated, read_value
 from hrm_ray.errors import UserError
 
 # `arch.name` there, and here; the first of each is the one to write.
@@ -94,8 +94,8 @@ def _only_path(text: str) -> str:
     paths = [path.strip().strip("'\"") for path in text.removeprefix("[").removesuffix("]").split(",")]
     if len(paths) != 1 or not paths[0]:
         raise UserError(
-            f"data_paths={shown(text)[1:-1]}: a run has one data set; build or import the puzzles as one, and give "
-            "data_path=DIR"
+            f"data_paths={abbreviated(text)[1:-1]}: a run has one data set; build or import the puzzles as one, and "
+            "give data_path=DIR"
         )
     return paths[0]
 
@@ -118,4 +118,4 @@ def is_let_pass(key: str, text: str) -> bool:
     if text == "None":
         raise UserError(NO_NONE.format(key=key, text=text))
     answer = absent.answer if isinstance(absent.answer, str) else absent.answer(Path(text))
-    raise UserError(f"{key}={shown(text)[1:-1]}: {answer}")
+    raise UserError(f"{key}={abbreviated(text)[1:-1]}: {answer}")

@@ -6,7 +6,7 @@ import pytest
 
 from hrm_ray.config.arch import arch_class
 from hrm_ray.config.compose import train_config
-from hrm_ray.config.published import ABSENT
+from hrm_ray.config.published_words import ABSENT
 from hrm_ray.errors import UserError
 
 RATES = "puzzle_emb_lr=1e-4 weight_decay=1.0 puzzle_emb_weight_decay=1.0"
