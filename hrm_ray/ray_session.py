@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,9 +83,9 @@ def _cluster(address: str, options: dict[str, Any]) -> Iterator[None]:
     """Inside, the cluster at `address` is joined."""
     import ray
 
-    with _talking_on_loopback() if _is_only_on_loopback(address) else nullcontext():
-        check_answers(address)
-        try:
+    check_answers(address)
+    try:
+        with _talking_to(address):
             try:
                 with _handlers_kept():
                     joined: Any = ray.init(address, **options)
@@ -93,8 +93,13 @@ def _cluster(address: str, options: dict[str, Any]) -> Iterator[None]:
                 raise UserError(f"RAY_ADDRESS={address} cannot be joined: {_last_line(error)}") from error
             with _witnessed(joined.address_info, f"RAY_ADDRESS={address}"):
                 yield
-        finally:
-            ray.shutdown()
+    finally:
+        ray.shutdown()
+
+
+def _talking_to(address: str) -> AbstractContextManager[None]:
+    """Inside, Ray looks for a cluster where it is."""
+    return _talking_on_loopback() if _is_only_on_loopback(address) else nullcontext()
 
 
 def _is_only_on_loopback(address: str) -> bool:
@@ -188,7 +193,8 @@ def check_answers(address: str) -> None:
     """
     named = f"RAY_ADDRESS={address if address.isprintable() else repr(address)}"
     logging.getLogger("ray").setLevel(logging.ERROR)
-    host, port = _resolved(address, named)
+    with _talking_to(address):
+        host, port = _resolved(address, named)
     try:
         socket.create_connection((host.strip("[]"), port), timeout=ANSWER_S).close()
     except (OSError, UnicodeError, OverflowError) as error:

@@ -366,3 +366,18 @@ def test_where_ray_cannot_start_its_logs_are_kept(monkeypatch, tmp_path):
         "h/logs",
         "h/logs/raylet.out",
     ]
+
+
+def test_a_cluster_that_listens_on_loopback_alone_is_told_from_one_of_this_machine():
+    """Ray takes 127.0.0.1 for the machine's own address."""
+    with socket.socket() as alone, socket.socket() as everywhere:
+        alone.bind(("127.0.0.1", 0))
+        everywhere.bind(("0.0.0.0", 0))
+        for listener in (alone, everywhere):
+            listener.listen()
+        ports = [listener.getsockname()[1] for listener in (alone, everywhere)]
+        names = ("127.0.0.1", "localhost")
+        answers = [ray_session._is_only_on_loopback(f"{name}:{p}") for p in ports for name in names]
+        assert answers == [True, True, False, False]
+        assert not ray_session._is_only_on_loopback(f"10.0.0.1:{ports[0]}")
+    assert not ray_session._is_only_on_loopback(f"127.0.0.1:{ports[0]}")  # nobody listens there any more

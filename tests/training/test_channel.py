@@ -138,6 +138,7 @@ def test_a_failure_is_of_the_same_kind_for_the_driver(monkeypatch, tmp_path, err
     context = Mock(get_world_rank=lambda: 1, get_world_size=lambda: 2, get_local_rank=lambda: 1)
     monkeypatch.setattr("ray.train.get_context", lambda: context)
     monkeypatch.setattr(ray_train, "Trainer", Mock(side_effect=error))
+    monkeypatch.setattr(ray_train, "check_seen", Mock())
     config = TrainConfig(data_path="data").model_dump(mode="json")
     with pytest.raises(type(error)):
         ray_train._worker({"channel": "c", "cpus": 1, "config": config, "storage": str(tmp_path)})
