@@ -257,7 +257,8 @@ def _no_answer(error: Exception) -> str:
 def _client(address: str) -> "JobSubmissionClient":
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for module in ("job.sdk", "dashboard_sdk"):  # which choose to be louder when they are imported
+        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.ERROR)
     instead = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # of which Ray would take one in place of `address`
     before = {name: os.environ.pop(name) for name in instead if name in os.environ}
     with in_one_line(address):

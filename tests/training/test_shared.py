@@ -74,4 +74,4 @@ def test_another_machine_says_what_it_does_not_see(tmp_path, other_machine):
     file.write_text(yaml.safe_dump({k: v for k, v in sweep.items() if v is not None} | {"pruner": "none"}))
     hrm_ray = [sys.executable, "-m", "hrm_ray", "tune", str(file)]
     assert not_seen("storage", mine / "sweeps/toy") in error_of([*hrm_ray, f"storage={mine / 'sweeps'}"])
-    assert not_seen("data", mine / "data") in error_of([*hrm_ray, f"data={mine / 'data'}"])
+    assert not_seen("data", mine / "data") in error_of([*hrm_ray, f"data_path={mine / 'data'}"])
