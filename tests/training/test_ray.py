@@ -315,6 +315,7 @@ def test_what_may_pass_is_not_told_to_the_driver_which_would_end_the_run(
     context = Mock(get_world_rank=lambda: 1, get_world_size=lambda: 2, get_local_rank=lambda: 1)
     monkeypatch.setattr("ray.train.get_context", lambda: context)
     monkeypatch.setattr(ray_train, "Trainer", Mock(side_effect=error))
+    monkeypatch.setattr(ray_train, "check_seen", Mock())
     values = TrainConfig(**config).model_dump(mode="json")
     with pytest.raises(type(error)):
         ray_train._worker(
