@@ -1,6 +1,7 @@
 # make quickstart   build data, train and solve: a model learns 4x4 Sudoku in minutes
 # make test         the tests            make lint   style and types
 # make test-all     all tests, the long ones too
+# make test-cluster all tests of clusters: jobs, Slurm, nodes that come and go, storage that machines share (half an hour)
 # make test-triton  those of the Triton kernel, without a GPU (fetches 200 MB)
 # make fuzz         50,000 random words and damaged files for all commands; FUZZ="--seed 1 --count 5000" for others
 # make cluster-up   start a cluster on this machine whose nodes come and go (cluster/local.yaml; CLUSTER=FILE for another)
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-triton fuzz chaos cluster-up cluster-down lint format clean
+.PHONY: help quickstart test test-all test-cluster test-triton fuzz chaos cluster-up cluster-down lint format clean
 
 help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
@@ -48,6 +49,12 @@ test: $(READY) lint
 
 test-all: $(READY) lint
 	@$(BIN)/python -m pytest -m ''
+
+CLUSTER_TESTS := tests/jobs tests/training/test_preemption.py tests/training/test_shared.py tests/training/test_lease.py \
+	tests/tuning/test_cluster.py tests/tuning/test_remote.py tests/data/test_placing.py tests/data/test_cluster_lost.py
+
+test-cluster: $(READY)
+	@$(BIN)/python -m pytest -m '' $(CLUSTER_TESTS)
 
 # Apart, since nothing else needs it on a machine without a GPU. The version is of torch 2.11, the oldest supported.
 $(VENV)/triton/.ready: $(READY)

@@ -26,7 +26,7 @@
 # alone. It passes it on to hrm-ray, which writes a checkpoint and ends with 143. Then the job is put into the queue again,
 # at most HRM_RAY_REQUEUES times (100), and continues. Any other exit code is the job's own. A centre that does not give
 # preempted jobs a grace time, or lacks SlurmctldParameters=preempt_send_user_signal, cuts this short: then the job
-# continues from the last checkpoint that was written in time (checkpoint_interval_s, 30 minutes unless given).
+# continues from the last checkpoint that was written in time (checkpoint_interval_s, 5 minutes unless given).
 set -u
 
 cpus=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}

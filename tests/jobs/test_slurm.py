@@ -160,3 +160,20 @@ def test_another_exit_code_is_the_jobs_own(tmp_path, slurm):
     wait_for(lambda: slurm.state(job) == "FAILED")
     assert "error: configuration: lr='x'" in log.read_text()
     assert "ExitCode=2:0" in slurm.run("scontrol", "show", "job", job, "--oneliner")
+
+
+def test_a_user_stops_a_job_with_a_checkpoint_and_it_stays_stopped(tmp_path, slurm):
+    toy_dataset(tmp_path / "data")
+    config = toy_config(tmp_path / "data", tmp_path / "runs", epochs=4000, max_steps=9000, eval_interval=None)
+    words = [*command(config)[4:], "scaling=local", "compile=false"]
+    run = Storage(config["storage"]) / "toy"
+    log = slurm.root / "out.txt"
+    options = ["--gpus-per-node=0", "--cpus-per-task=1", "--time=60", f"--output={log}"]
+    job = slurm.submit(*options, str(SCRIPT), "train", *words)
+    wait_for(lambda: (run.read("metrics.jsonl") or b"").count(b"\n") > 3)
+    slurm.run("scancel", "--signal=USR1", "--batch", job)
+    wait_for(lambda: slurm.state(job) == "FAILED")  # Slurm's word for any exit code but 0
+    about = slurm.run("scontrol", "show", "job", job, "--oneliner")
+    assert "ExitCode=143:0" in about and "Restarts=0" in about
+    assert 0 < finished(run)[-1].step < 9000 and "; the same command continues" in log.read_text()
+    assert "back into the queue" not in log.read_text()
