@@ -11,6 +11,7 @@ class UserError(Exception):
     """A mistake in the input. Its message says in one line what is wrong, where, and how to fix it.
 
     Whatever its message quotes, it is printed as one line of at most `LONGEST` characters without control characters.
+    What is worth reading below it, such as the log of a worker, is a note (`add_note`).
     """
 
     exit_code = 2
@@ -57,6 +58,11 @@ def about_file(error: OSError) -> UserError | None:
     if "Detail: [errno " in str(error):  # pyarrow's, which name the file in the message
         return UserError(error.strerror)
     return None
+
+
+def notes(error: BaseException) -> list[str]:
+    """What is to be shown below the message of an error; each may have several lines."""
+    return getattr(error, "__notes__", [])
 
 
 def first_line(error: BaseException) -> str:

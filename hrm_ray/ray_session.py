@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from hrm_ray.errors import RayFailed, UserError, first_line
+from hrm_ray.errors import RayFailed, UserError, first_line, notes
 
 ANSWER_S = 3.0  # how long a cluster may take for each answer
 WATCH_S = 3.0  # how often it is asked whether a cluster's head is there
@@ -70,6 +70,7 @@ def ray_session(
     address = cluster_address()
     with (
         _unwinding_on_signals(),
+        _quiet(),
         _cluster(address, options) if address else _private(object_store_bytes, options),
     ):
         yield True
@@ -319,7 +320,10 @@ def _private(object_store_bytes: int | None, options: dict[str, Any]) -> Iterato
             yield
     except RayFailed as error:
         keep_logs = True
-        raise RayFailed(f"{error}; Ray's logs are kept in {folder}/logs") from error.__cause__
+        told = RayFailed(f"{error}; Ray's logs are kept in {folder}/logs")
+        for note in notes(error):
+            told.add_note(note.replace(_logs_of(folder), f"{folder}/logs"))
+        raise told from error.__cause__
     finally:
         _remove(folder, keep_logs)
 
@@ -370,13 +374,18 @@ def _remove(folder: Path, keep_logs: bool) -> None:
     """Remove the folder of a Ray that has been shut down; its processes may still be about to end."""
     if keep_logs:
         with suppress(OSError):  # it did not come so far
-            (folder / "s/session_latest/logs").rename(folder / "logs")
+            Path(_logs_of(folder)).rename(folder / "logs")
     doomed = folder / "s" if keep_logs else folder
     deadline = time.monotonic() + REMOVE_S
     while doomed.exists() and time.monotonic() < deadline:
         shutil.rmtree(doomed, ignore_errors=True)
         if doomed.exists():
             time.sleep(0.1)
+
+
+def _logs_of(folder: Path) -> str:
+    """Where the logs of a private Ray lie while it runs."""
+    return str((folder / "s/session_latest").resolve() / "logs")
 
 
 @contextmanager
@@ -426,11 +435,13 @@ def _on_loopback() -> Iterator[None]:
     """
     from ray._private import parameter, ray_constants
 
-    changes = [
-        (ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", False),
-        (parameter, "RayParams", partial(parameter.RayParams, dashboard_agent_listen_port=0)),
-    ]
-    with _talking_on_loopback(), _changed(changes):
+    with (
+        _talking_on_loopback(),
+        _changed(
+            (ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", False),
+            (parameter, "RayParams", partial(parameter.RayParams, dashboard_agent_listen_port=0)),
+        ),
+    ):
         yield
 
 
@@ -439,13 +450,23 @@ def _talking_on_loopback() -> Iterator[None]:
     """Inside, Ray takes 127.0.0.1 for the address of this machine."""
     from ray._private import ray_constants
 
-    with _changed([(ray_constants, "ENABLE_RAY_CLUSTER", False)]):
+    with _changed((ray_constants, "ENABLE_RAY_CLUSTER", False)):
         yield
 
 
 @contextmanager
-def _changed(changes: list[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Inside, these names of these modules have these values."""
+def _quiet() -> Iterator[None]:
+    """Inside, a Ray that is joined does not write to standard output what has gone wrong in it, such as that a worker
+    died: whoever waits for that worker is told anyway."""
+    from ray._private import worker
+
+    with _changed((worker, "listen_error_messages", lambda *_: None)):
+        yield
+
+
+@contextmanager
+def _changed(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Inside, these attributes (of an object, a name, a value) are other ones."""
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     for module, name, value in changes:
         setattr(module, name, value)

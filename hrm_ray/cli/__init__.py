@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from hrm_ray import __version__
 from hrm_ray.cli import config, data, doctor, evaluate, interop, scale, solve, streams, submit, train, tune
 from hrm_ray.cli.command import Parser
-from hrm_ray.errors import UserError, about_file
+from hrm_ray.errors import UserError, about_file, notes
 
 TRACEBACK = "HRM_RAY_TRACEBACK"  # set it to see where an error came from
 
@@ -69,5 +69,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         mistake = error if isinstance(error, UserError) else about_file(error)
         if mistake is None or os.environ.get(TRACEBACK):
             raise
-        print(f"error: {mistake}", file=sys.stderr)
+        print(f"error: {mistake}", *notes(mistake), sep="\n", file=sys.stderr)
         return mistake.exit_code

@@ -40,7 +40,7 @@ from ray.train.torch.config import (
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
@@ -215,6 +215,24 @@ class Workers(WorkerGroup):
                 raise WorkerGroupError("the workers could not be started", failures) from error
             raise
 
+    def poll_status(self, timeout: float | None = None) -> Any:
+        """Tells the driver where the log of a worker lies that has failed; of several, of one that died."""
+        status = super().poll_status(timeout)
+        # What others say of a dead one's connection is no reason; a UserError has told the driver itself.
+        errors = {rank: e for rank, e in status.errors.items() if not isinstance(e, UserError)}
+        dead = {rank for rank, error in errors.items() if isinstance(error, WorkerHealthCheckFailedError)}
+        if errors:
+            rank = min(dead or errors)
+            at = self.get_workers()[rank].metadata
+            loss = {"name": f"worker {rank}", "host": at.hostname, "ip": at.node_ip, "pid": at.pid}
+            Channel(self._loop_config["channel"]).add("losses", loss)
+        return status
+
+    @property
+    def _loop_config(self) -> dict[str, Any]:
+        loop_config: Any = self._train_run_context.train_loop_config
+        return loop_config
+
     def shutdown(self) -> None:
         """Also where a worker is gone in a way that Ray Train does not expect, of which a callback says so."""
         try:
@@ -227,11 +245,10 @@ class Workers(WorkerGroup):
 
     def _create_placement_group(self, *parameters: Any) -> PlacementGroupHandle:
         """The borrowed one, or a new one. The driver gets its id, in case the controller dies."""
-        loop_config: Any = self._train_run_context.train_loop_config
-        if loop_config["group"]:
-            return BorrowedPlacementGroup(group_of(loop_config["group"]))
+        if self._loop_config["group"]:
+            return BorrowedPlacementGroup(group_of(self._loop_config["group"]))
         handle = super()._create_placement_group(*parameters)
-        Channel(loop_config["channel"]).put("reservation", handle.placement_group.id.hex())
+        Channel(self._loop_config["channel"]).put("reservation", handle.placement_group.id.hex())
         return handle
 
 

@@ -50,6 +50,7 @@ from hrm_ray.training.shared import check_seen
 from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import Driver
 from hrm_ray.training.world import World
+from hrm_ray.worker_logs import last_words
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -136,6 +137,10 @@ def _fit(
                     _release_reservation(channel)
                 raise
         return result.return_value
+    except RayFailed as error:
+        if driver.last_words:
+            error.add_note(driver.last_words)
+        raise
     finally:
         if group is not None:
             ray.kill(controller)  # and with it the workers, of which the next run's would wait to be gone
@@ -211,6 +216,8 @@ def _watch_run(
     has_ended = False
     while not has_ended:
         has_ended = bool(ray.wait([training], timeout=POLL_S)[0])
+        for loss in channel.taken("losses"):
+            driver.last_words = last_words(**loss)
         summary = channel.get("summary")  # before the events and reports, of which the last comes first
         for entry in channel.taken("events"):
             driver.event(entry)
@@ -538,5 +545,14 @@ def _beat(channel: Channel) -> None:
 def _first_cause(error: BaseException) -> str:
     """The most telling line of Ray's nested exceptions."""
     failures = getattr(error, "worker_failures", None)
-    cause = next(iter(failures.values())) if failures else error
-    return str(cause).strip().splitlines()[-1] if str(cause).strip() else repr(cause)
+    rank, cause = min(failures.items(), key=_is_alive) if failures else (None, error)
+    text = str(cause).strip()
+    if "Worker exit type: SYSTEM_ERROR" in text:  # Ray guesses at length what it may have been
+        what = "its controller" if rank is None else f"worker {rank}"
+        return f"{what} died without an exception (killed, or a crash of native code)"
+    return text.splitlines()[-1] if text else repr(cause)
+
+
+def _is_alive(failure: tuple[int, Exception]) -> bool:
+    """Whether a worker that failed is there; the others' errors may be that a connection to a dead one broke."""
+    return not hasattr(failure[1], "health_check_failure")

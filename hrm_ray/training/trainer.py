@@ -126,6 +126,7 @@ class Driver:
         self._run = run_folder(config)
         self._bar = bar
         self.num_workers = 0  # at the last start
+        self.last_words = ""  # of a worker that was lost, until others go on
         self._warned: str | None = None
         self._waits = ""
         self._starts = 0
@@ -148,6 +149,9 @@ class Driver:
         if not usual:
             lost = "workers were lost or added: " if entry["event"] == "started" else ""
             self.say(f"{lost}{entry['message']}")
+        if entry["event"] == "started" and self.last_words:
+            self.say(self.last_words)
+            self.last_words = ""
 
     def say(self, text: str) -> None:
         if self._bar:

@@ -31,6 +31,8 @@ from hrm_ray.ray_session import cluster_address, ray_session
 from hrm_ray.training.ray_train import absolute, where_not_set
 from hrm_ray.training.trainer import run_folder
 from hrm_ray.tuning.trial import Trial
+from hrm_ray.tuning.view import View
+from hrm_ray.worker_logs import last_words
 
 LOST = "its worker was lost too often"
 ALIKE = 3  # so many failures of one kind end a sweep
@@ -230,6 +232,8 @@ class Executor:
             self.last_failure = outcome["reason"]
             self.failures[outcome["reason"].translate(NUMBERS)] += 1
         self.book.end(live, outcome)
+        if outcome.get("log"):
+            self.book.view.say(outcome["log"])
         if max(self.failures.values(), default=0) >= ALIKE and self.stop_reason is None:
             self.stop_reason = "failures"
 
@@ -238,10 +242,12 @@ class Book:
     """What an executor asks: the trials of a study, or others that are to run. To be derived from.
 
     Attributes:
+        view: what its user reads.
         max_concurrent: trials at once; None: as many as fit.
         takes_turns: all trials begin, and take turns where the cluster holds fewer.
     """
 
+    view: View
     max_concurrent: int | None = None
     takes_turns = False
 
@@ -268,7 +274,7 @@ class Book:
         return None
 
     def end(self, live: Live, outcome: dict[str, Any]) -> None:
-        """Take note of the outcome: of kind `ended`, `pruned`, `refused` or `failed`."""
+        """Take note of the outcome: of kind `ended`, `pruned`, `refused` or `failed`, the last maybe with a `log`."""
         raise NotImplementedError
 
     def scheduler(self, executor: Executor) -> TrialScheduler:
@@ -314,7 +320,7 @@ class StudySearcher(Stateless, Searcher):
             live.phase = "waiting"
             executor.again.append(executor.live.pop(trial_id))
         else:
-            executor.end(trial_id, {"kind": "failed", "reason": LOST})
+            executor.end(trial_id, live.end or _lost(live))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is the state."""
@@ -393,8 +399,17 @@ class Watches(Stateless, tune.Callback):
         elif not _lost_its_node(error):
             live.num_lost += 1
             if live.num_lost > live.run.failure.max_failures:
-                live.end = {"kind": "failed", "reason": LOST}
+                live.end = _lost(live, trial.last_result)
                 trial.max_failures = 0  # should it be lost once more before it hears of it
+
+
+def _lost(live: Live, result: dict[str, Any] | None = None) -> dict[str, str]:
+    """The outcome of a trial whose worker is gone; where it was, Tune notes in its last result."""
+    log = ""
+    if result and "pid" in result:
+        name = f"the worker of trial {live.number}"
+        log = last_words(name, result["hostname"], result["node_ip"], result["pid"])
+    return {"kind": "failed", "reason": LOST, "log": log}
 
 
 def _lacked_memory(error: Exception | None) -> bool:

@@ -43,7 +43,7 @@ class RunsBook(Book):
     """Hands out what is planned and not finished yet."""
 
     def __init__(self, planned: Sequence[Planned], folder: Storage, points: Points, metric: str, view: View):
-        self.planned, self.folder, self.points, self._metric, self._view = (
+        self.planned, self.folder, self.points, self._metric, self.view = (
             planned,
             folder,
             points,
@@ -83,7 +83,7 @@ class RunsBook(Book):
         value = value_of(outcome.get("summary") or {}, self._metric)
         name = self._metric.rpartition("/")[2]
         said = f"{name} {value:.4g}" if value is not None else outcome.get("reason", outcome["kind"])
-        self._view.say(f"{live.words}: {said}")
+        self.view.say(f"{live.words}: {said}")
 
 
 def with_seed(words: Sequence[str], seed: int) -> list[str]:

@@ -9,17 +9,19 @@ import json
 import queue
 import threading
 import time
+import traceback
 from typing import Any
 
 from ray import tune
 
 from hrm_ray import prometheus
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import NonFiniteLoss, OutOfMemory, Unseen, UserError, first_line
+from hrm_ray.errors import NonFiniteLoss, OutOfMemory, Unseen, UserError, first_line, notes
 from hrm_ray.training.logging import reports
 from hrm_ray.training.shared import check_seen
 from hrm_ray.training.trainer import run_folder
 from hrm_ray.tuning.lineage import take_over
+from hrm_ray.worker_logs import MAX_FRAMES
 
 HEARTBEAT_S = 1.0  # a result comes at least so often
 STOP_TIMEOUT_S = 600.0  # how long a run may take for its step and checkpoint when it is told to stop
@@ -62,9 +64,11 @@ class Run:
         except Unseen as error:
             self.outcome = {"kind": "unseen", "reason": str(error)}
         except UserError as error:
-            self.outcome = {"kind": "failed", "reason": str(error)}
+            self.outcome = {"kind": "failed", "reason": str(error), "log": "\n".join(notes(error))}
         except Exception as error:
-            self.outcome = {"kind": "failed", "reason": f"{type(error).__name__}: {first_line(error)}"}
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            log = traceback.format_exc(limit=-MAX_FRAMES).strip()
+            self.outcome = {"kind": "failed", "reason": reason, "log": log}
         finally:
             self._ended.set()
 

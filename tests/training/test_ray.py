@@ -27,7 +27,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from hrm_ray import nodes, ray_session
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import RunFailed, TransientError, UserError
+from hrm_ray.errors import RunFailed, TransientError, UserError, notes
 from hrm_ray.nodes import parsed
 from hrm_ray.training import ray_overrides, ray_train, trainer
 from hrm_ray.training.checkpoint import finished
@@ -104,6 +104,10 @@ def test_what_is_killed_and_not_to_be_replaced_ends_the_run_in_one_line(config, 
     ) as e:
         ray_train.train_on_ray(lost, trainer.run_folder(lost), KillOnce(lost, victim))
     assert "\n" not in str(e.value)
+    if victim == "RayTrainWorker":
+        assert "died without an exception" in str(e.value) and notes(e.value)[0].startswith(
+            "worker 0 (process "
+        )
     _wait_for(lambda: ray.available_resources().get("CPU") == 2)
 
 
