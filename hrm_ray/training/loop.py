@@ -62,7 +62,6 @@ class Hooks:
         stop: why to end after the step at hand; None to go on.
         save: whether to write a checkpoint after the step at hand.
         event: called with every entry of events.jsonl.
-        saved: called with the step of every checkpoint when it is whole.
         owner: who runs it: the same for workers that replace lost ones. None: this process alone.
     """
 
@@ -71,7 +70,6 @@ class Hooks:
     stop: Callable[[], str | None] = lambda: None
     save: Callable[[], bool] = lambda: False
     event: Callable[[dict[str, Any]], None] = lambda entry: None
-    saved: Callable[[int], None] = lambda step: None
     owner: str | None = None
 
 
@@ -453,9 +451,7 @@ class Trainer:
         """Make the pending checkpoint valid, if there is one. Collective."""
         if self._saver.is_pending:
             with self._meter.excluded(checkpoint=True):
-                step = self._saver.finish(self._records.flush if self._records else lambda: None)
-            if self.world.is_first and step is not None:
-                self.hooks.saved(step)
+                self._saver.finish(self._records.flush if self._records else lambda: None)
 
     def _roll_back(self, problem: LossDiverged) -> None:
         """Go back to the last checkpoint and leave out the batches around `problem`. Collective.

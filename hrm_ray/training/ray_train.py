@@ -17,7 +17,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hrm_ray import prometheus
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import (
     NonFiniteLoss,
@@ -107,8 +106,7 @@ def _fit(
     import ray
 
     channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
-    # A group that was lent is for this run alone, too.
-    is_private = cluster_address() is None or group is not None
+    is_private = cluster_address() is None
     grows = growth() if group is None else Growth()
     cpus, use_gpu = resources_of(config, grows)
     trainer = _ray_trainer(config, run, channel, cpus, use_gpu, driver, group)
@@ -400,10 +398,7 @@ def _ray_trainer(
             storage_path=str(run / NOTES),
             failure_config=ray.train.FailureConfig(max_failures=config.failure.max_failures),
             # Ray lets them train in another thread than the first.
-            worker_runtime_env={  # type: ignore[call-arg]
-                "env_vars": ({} if use_gpu else where_not_set(ONE_ARENA))
-                | prometheus.wanted(cluster_address() is not None)
-            },
+            worker_runtime_env={"env_vars": {} if use_gpu else where_not_set(ONE_ARENA)},  # type: ignore[call-arg]
         ),
     )
 
@@ -519,9 +514,6 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
         check_seen("data", config.data_path)
         check_seen("storage", str(run.parent), run / NOTES / context.get_experiment_name())
         hooks = worker_hooks(channel, world, parameters.get("owner"), parameters.get("reports", False))
-        if world.is_first:
-            per_step = config.global_batch_size * config.supervision_steps
-            hooks = prometheus.observed(hooks, run.name, per_step, world.size)
         summary = Trainer(config, run, world, hooks).train()
         if world.is_first:
             channel.put("summary", summary)

@@ -104,8 +104,8 @@ class Saver:
         self._manifest = snapshot.manifest
         self._writing = self._pool.submit(_write, self._run / FOLDER / name, snapshot.files)
 
-    def finish(self, before_valid: Callable[[], object] = lambda: None) -> int | None:
-        """Wait for the pending checkpoint, if any, and make it valid; returns its step. Collective.
+    def finish(self, before_valid: Callable[[], object] = lambda: None) -> None:
+        """Wait for the pending checkpoint, if any, and make it valid. Collective.
 
         Args:
             before_valid: called on the first worker when all parts are written.
@@ -115,7 +115,7 @@ class Saver:
             StorageError: a remote storage did not answer. In both cases the checkpoint before is still there.
         """
         if self._writing is None:
-            return None
+            return
         while not wait([self._writing], timeout=1).done:
             self._on_wait()
         outcomes = self._world.gather_objects(_outcome(self._writing))
@@ -143,7 +143,6 @@ class Saver:
                 self._run.write(f"{FOLDER}/{SAVED}", run_id.encode())
             self.prune(manifest.global_step)
         self._world.from_first(None)  # no worker continues before the checkpoint is valid
-        return manifest.global_step
 
     def prune(self, global_step: int) -> None:
         """Delete what is not to be kept; for the first worker, when none is pending.

@@ -21,7 +21,6 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from hrm_ray import prometheus
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import Unseen, UserError
 from hrm_ray.every import Every
@@ -446,6 +445,5 @@ def _environment() -> Iterator[None]:
 @contextmanager
 def session() -> Iterator[Growth | None]:
     """A Ray to work on; yields how far it can grow, None if that is not known."""
-    is_on_cluster = cluster_address() is not None
-    with ray_session(env_vars=where_not_set(ONE_ARENA) | prometheus.wanted(is_on_cluster)):
+    with ray_session(env_vars=where_not_set(ONE_ARENA)):
         yield growth()

@@ -13,7 +13,6 @@ STORAGE/RUN_NAME/
 import hashlib
 import shlex
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -24,14 +23,13 @@ import yaml
 from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
-from hrm_ray import prometheus
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import read_yaml, validated
 from hrm_ray.data.files import writing
 from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.every import Every
 from hrm_ray.nodes import Growth, waiting_for
-from hrm_ray.ray_session import check_cluster, cluster_address
+from hrm_ray.ray_session import check_cluster
 from hrm_ray.remote import StorageError
 from hrm_ray.training.checkpoint import discard_all
 from hrm_ray.training.lock import LeaseLost
@@ -304,17 +302,8 @@ class Driver:
         self._view.show(self._study, live, self.spent)
 
     def note(self) -> None:
-        """Write down what was spent, and tell the metrics how the trials stand."""
+        """Write down what was spent."""
         self._study.study.set_user_attr(SPENT, asdict(self.spent))
-        if cluster_address() is None:
-            return
-        name = self._book.folder.name
-        states = Counter(trial.state for trial in self._study.trials())
-        for state in TrialState:  # those too that no trial has any more
-            prometheus.set_gauge("hrm_ray_trials", states[state], sweep=name, state=state.name.lower())
-        best = report.ranked(self._study)[:1]
-        if best and len(self._study.config.metric) == 1:
-            prometheus.set_gauge("hrm_ray_sweep_best_value", best[0].values[0], sweep=name)
 
     def _take_wishes(self, live: list[Live]) -> None:
         wanted = self._study.wanted()

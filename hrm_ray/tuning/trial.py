@@ -14,7 +14,6 @@ from typing import Any
 
 from ray import tune
 
-from hrm_ray import prometheus
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import NonFiniteLoss, OutOfMemory, Unseen, UserError, first_line, notes
 from hrm_ray.training.logging import reports
@@ -98,8 +97,6 @@ class Run:
             return train_in_reservation(self._config, run, progress, self.reports.put, reason, self._owner)
         torch.set_num_threads(self._cpus)  # of this thread
         hooks = Hooks(progress=progress, report=self.reports.put, stop=reason, owner=self._owner)
-        per_step = self._config.global_batch_size * self._config.supervision_steps
-        hooks = prometheus.observed(hooks, f"{run.parent.name}/{run.name}", per_step, 1)
         try:
             return Trainer(self._config, run, World(), hooks).train()
         finally:

@@ -1,6 +1,5 @@
 """The cluster of cluster/local.yaml: nodes that come when they are wanted and go, as on a cloud. All for real."""
 
-import json
 import os
 import re
 import shutil
@@ -10,8 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -206,53 +203,6 @@ def test_two_jobs_share_the_cluster(cluster, tmp_path):
     said = "".join(lines) + second.communicate(timeout=300)[0]
     assert second.returncode == 0, said
     assert finished(second_run)[-1].manifest.global_step == 20 < finished(first_run)[-1].manifest.global_step
-
-
-def scraped(cluster: Cluster) -> dict[str, float]:
-    """What Prometheus would find now: values by name and tags, such as `ray_hrm_ray_trials{state="complete",...}`."""
-    found = {}
-    discovery = json.loads((cluster.folder / "ray/prom_metrics_service_discovery.json").read_text())
-    for target in (target for entry in discovery for target in entry["targets"]):
-        with suppress(OSError), urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
-            for line in answer.read().decode().splitlines():
-                if line.startswith("ray_hrm_ray_"):
-                    name, _, value = line.rpartition(" ")
-                    tags = sorted(re.findall(r'(?:run|sweep|state)="[^"]*"', name))
-                    found[f"{name.partition('{')[0]}{{{','.join(tags)}}}"] = float(value)
-    return found
-
-
-def test_prometheus_finds_what_a_run_and_a_sweep_tell(cluster, tmp_path):
-    words, run = training(tmp_path, max_steps=50000, epochs=10000)
-    process = cluster.start(*words)
-    names = (
-        "step_seconds",
-        "data_wait_seconds",
-        "examples_per_second",
-        "train_loss",
-        "global_step",
-        "workers",
-    )
-    names += ("exact_accuracy_ratio", "last_checkpoint_timestamp_seconds")
-    wanted = {f'ray_hrm_ray_{name}{{run="toy"}}' for name in names}
-    wait_until(lambda: wanted <= set(scraped(cluster)), "the metrics of a run", 200)
-    found = scraped(cluster)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=100)
-    records = [json.loads(line) for line in (run.read("metrics.jsonl") or b"").splitlines()]
-    losses = [record["train/loss"] for record in records if "train/loss" in record]
-    assert found['ray_hrm_ray_workers{run="toy"}'] == 2
-    assert any(abs(found['ray_hrm_ray_train_loss{run="toy"}'] - loss) < 1e-6 * loss for loss in losses)
-    assert 0 < time.time() - found['ray_hrm_ray_last_checkpoint_timestamp_seconds{run="toy"}'] < 600
-
-    file, _ = file_of(tmp_path / "sweep", num_trials=4, train={"max_steps": 200})
-    sweep = cluster.start("tune", str(file))
-    complete = 'ray_hrm_ray_trials{state="complete",sweep="toy"}'
-    wait_until(lambda: scraped(cluster).get(complete, 0) > 0, "a trial that is complete", 300)
-    found = scraped(cluster)
-    states = [value for name, value in found.items() if name.startswith("ray_hrm_ray_trials")]
-    assert 1 <= sum(states) <= 4 and 'ray_hrm_ray_sweep_best_value{sweep="toy"}' in found
-    assert sweep.wait(300) == 0
 
 
 @pytest.fixture
