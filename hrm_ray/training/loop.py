@@ -59,6 +59,7 @@ class Hooks:
     Attributes:
         progress: called after every step and every evaluated batch.
         report: called with every record once it is in metrics.jsonl; again with those that a resumed run repeats.
+        saved: called when a checkpoint has become whole.
         stop: why to end after the step at hand; None to go on.
         save: whether to write a checkpoint after the step at hand.
         event: called with every entry of events.jsonl.
@@ -67,6 +68,7 @@ class Hooks:
 
     progress: Callable[[Progress], None] = lambda progress: None
     report: Callable[[dict[str, Any]], None] = lambda record: None
+    saved: Callable[[], None] = lambda: None
     stop: Callable[[], str | None] = lambda: None
     save: Callable[[], bool] = lambda: False
     event: Callable[[dict[str, Any]], None] = lambda entry: None
@@ -452,6 +454,8 @@ class Trainer:
         if self._saver.is_pending:
             with self._meter.excluded(checkpoint=True):
                 self._saver.finish(self._records.flush if self._records else lambda: None)
+            if self.world.is_first:
+                self.hooks.saved()
 
     def _roll_back(self, problem: LossDiverged) -> None:
         """Go back to the last checkpoint and leave out the batches around `problem`. Collective.

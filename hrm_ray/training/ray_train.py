@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ from hrm_ray.nodes import (
     room,
     waiting_for,
 )
+from hrm_ray.ray_metrics import RunMetrics
 from hrm_ray.ray_session import cluster_address, ray_session
 from hrm_ray.training.channel import Channel
 from hrm_ray.training.loop import Hooks, Progress, Trainer
@@ -384,6 +385,7 @@ def _ray_trainer(
             "cpus": cpus,
             "reports": driver.wants_reports,
             "owner": driver.owner,
+            "sweep": driver.sweep,
             "group": group and group.id.hex(),
         },
         torch_config=ray_overrides.Joined(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
@@ -513,8 +515,12 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
     try:
         check_seen("data", config.data_path)
         check_seen("storage", str(run.parent), run / NOTES / context.get_experiment_name())
-        hooks = worker_hooks(channel, world, parameters.get("owner"), parameters.get("reports", False))
-        summary = Trainer(config, run, world, hooks).train()
+        with ExitStack() as stack:
+            hooks = worker_hooks(channel, world, parameters.get("owner"), parameters.get("reports", False))
+            if world.is_first:
+                metrics = RunMetrics(config, parameters.get("sweep", ""), _num_starts(channel) - 1)
+                hooks = stack.enter_context(metrics).heard_by(hooks)
+            summary = Trainer(config, run, world, hooks).train()
         if world.is_first:
             channel.put("summary", summary)
         return summary
@@ -525,6 +531,13 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
         kind = type(error).__name__
         channel.put("failure", failure | ({"kind": kind} if kind in KINDS else {}))
         raise  # also where this worker is the only one that fails; whoever is started again finds the message
+
+
+def _num_starts(channel: Channel) -> int:
+    """How often the workers of this command have started; for the first one, once a start."""
+    count = int(channel.get("starts") or 0) + 1
+    channel.put("starts", count)
+    return count
 
 
 def _beat(channel: Channel) -> None:

@@ -125,6 +125,7 @@ class Driver:
         self.stop = StopRequest(config.max_time_s)
         self._run = run_folder(config)
         self._bar = bar
+        self.sweep = ""  # of which it is a trial
         self.num_workers = 0  # at the last start
         self.last_words = ""  # of a worker that was lost, until others go on
         self._warned: str | None = None

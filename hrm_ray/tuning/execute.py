@@ -28,6 +28,7 @@ from hrm_ray.memory import ONE_ARENA
 from hrm_ray.nodes import Growth, Request, fit, growth, living, most, room
 from hrm_ray.ray_session import cluster_address, ray_session
 from hrm_ray.training.ray_train import absolute, where_not_set
+from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import run_folder
 from hrm_ray.tuning.trial import Trial
 from hrm_ray.tuning.view import View
@@ -217,6 +218,7 @@ class Executor:
             "metrics": self.book.metrics,
             "copy": live.copy,
             "owner": self.owner,
+            "sweep": self.book.folder.name,
         }
 
     def end(self, trial_id: str, outcome: dict[str, Any]) -> None:
@@ -241,11 +243,13 @@ class Book:
     """What an executor asks: the trials of a study, or others that are to run. To be derived from.
 
     Attributes:
+        folder: of the sweep.
         view: what its user reads.
         max_concurrent: trials at once; None: as many as fit.
         takes_turns: all trials begin, and take turns where the cluster holds fewer.
     """
 
+    folder: Storage
     view: View
     max_concurrent: int | None = None
     takes_turns = False

@@ -13,6 +13,7 @@ STORAGE/RUN_NAME/
 import hashlib
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from hrm_ray.data.files import writing
 from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.every import Every
 from hrm_ray.nodes import Growth, waiting_for
+from hrm_ray.ray_metrics import SweepMetrics
 from hrm_ray.ray_session import check_cluster
 from hrm_ray.remote import StorageError
 from hrm_ray.training.checkpoint import discard_all
@@ -265,10 +267,12 @@ class Driver:
         signals: by which its user stops it.
         slot: what each trial takes.
         view: shows how it goes.
+        metrics: show it to Prometheus.
     """
 
-    def __init__(self, book: SweepBook, signals: StopRequest, slot: Slot, view: View):
+    def __init__(self, book: SweepBook, signals: StopRequest, slot: Slot, view: View, metrics: SweepMetrics):
         self._book, self._signals, self._slot, self._view = book, signals, slot, view
+        self._metrics = metrics
         self._study = book.study
         self.spent = Spent(**self._study.study.user_attrs.get(SPENT, {}))
         self._asked = False
@@ -298,8 +302,20 @@ class Driver:
         self._take_wishes(live)
         if self._due_note():
             self.note()
+            self._measure(live)
         self._book.clear()
         self._view.show(self._study, live, self.spent)
+
+    def _measure(self, live: list[Live]) -> None:
+        found = Counter(trial.state for trial in self._study.trials())
+        begun = found.pop(TrialState.RUNNING, 0) + found.pop(TrialState.WAITING, 0)
+        num_running = sum(trial.started is not None for trial in live)  # the finalists' repeats too
+        self._metrics.trials(
+            {state.name: found[state] for state in ENDED}
+            | {"running": num_running, "waiting": max(0, begun - num_running)}
+        )
+        for trial in report.front(self._study)[:1]:
+            self._metrics.best(dict(zip(self._book.config.metric, trial.values, strict=True)))
 
     def note(self) -> None:
         """Write down what was spent."""
@@ -381,7 +397,8 @@ def run_sweep(
             return None
         study = _opened(folder, config, given, yes, outline, slot, grows, view, signals)
         book = SweepBook(study, Points(config, slot.gpus), folder, view, changes)
-        driver = Driver(book, signals, slot, view)
+        metrics = stack.enter_context(SweepMetrics(folder.name))
+        driver = Driver(book, signals, slot, view, metrics)
         executor = Executor(book, slot, grows=grows, stop=driver.why_stop, on_tick=driver.tick)
         repeated = None
         try:

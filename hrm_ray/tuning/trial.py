@@ -16,6 +16,7 @@ from ray import tune
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import NonFiniteLoss, OutOfMemory, Unseen, UserError, first_line, notes
+from hrm_ray.ray_metrics import RunMetrics
 from hrm_ray.training.logging import reports
 from hrm_ray.training.shared import check_seen
 from hrm_ray.training.trainer import run_folder
@@ -33,10 +34,11 @@ class Run:
         config: of the run; with several workers it starts them as Ray Train's, inside the trial's reservation.
         cpus: threads of this process, if it trains itself.
         owner: see `Hooks`.
+        sweep: of which it is a trial.
     """
 
-    def __init__(self, config: TrainConfig, cpus: int, owner: str):
-        self._config, self._cpus, self._owner = config, cpus, owner
+    def __init__(self, config: TrainConfig, cpus: int, owner: str, sweep: str):
+        self._config, self._cpus, self._owner, self._sweep = config, cpus, owner, sweep
         self._stop: str | None = None
         self.reports: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.step, self.phase = 0, "start"
@@ -94,11 +96,14 @@ class Run:
         if self._config.scaling.max_workers > 1:
             from hrm_ray.tuning.workers import train_in_reservation
 
-            return train_in_reservation(self._config, run, progress, self.reports.put, reason, self._owner)
+            return train_in_reservation(
+                self._config, run, progress, self.reports.put, reason, self._owner, self._sweep
+            )
         torch.set_num_threads(self._cpus)  # of this thread
         hooks = Hooks(progress=progress, report=self.reports.put, stop=reason, owner=self._owner)
         try:
-            return Trainer(self._config, run, World(), hooks).train()
+            with RunMetrics(self._config, self._sweep) as metrics:
+                return Trainer(self._config, run, World(), metrics.heard_by(hooks)).train()
         finally:
             gc.collect()
             if torch.cuda.is_available():
@@ -107,7 +112,7 @@ class Run:
 
 class Trial(tune.Trainable):
     """Its `config`: `number`, `run` (a TrainConfig as a mapping), `cpus`, `metrics` to report, the `owner` (the sweep's
-    driver), and for a population the number of the `copy` that it goes on from."""
+    driver), the name of the `sweep`, and for a population the number of the `copy` that it goes on from."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self._run: Run | None = None
@@ -127,7 +132,7 @@ class Trial(tune.Trainable):
         if self._run is None:
             config = TrainConfig.model_validate(self._point["run"])
             take_over(run_folder(config), self._point["copy"], STOP_TIMEOUT_S)
-            self._run = Run(config, self._point["cpus"], self._point["owner"])
+            self._run = Run(config, self._point["cpus"], self._point["owner"], self._point["sweep"])
         run = self._run
         reports = self._new_reports(run)
         result: dict[str, Any] = {

@@ -27,8 +27,10 @@ class TrialDriver(Driver):
         report: Callable[[dict[str, Any]], None],
         reason: Callable[[], str | None],
         owner: str | None = None,
+        sweep: str = "",
     ):
         super().__init__(config, owner=owner)
+        self.sweep = sweep
         self._progress, self._report = progress, report
         self.stop = Wish(reason)
 
@@ -57,6 +59,7 @@ def train_in_reservation(
     report: Callable[[dict[str, Any]], None],
     reason: Callable[[], str | None],
     owner: str | None = None,
+    sweep: str = "",
 ) -> dict[str, Any]:
     """Train `config` in the folder `run`, by workers in the placement group of this actor.
 
@@ -64,6 +67,7 @@ def train_in_reservation(
         progress, report: called for what the first worker tells, see `Hooks`.
         reason: why to stop; None to go on. Asked several times a second.
         owner: see `Hooks`.
+        sweep: of which it is a trial.
 
     Returns:
         the summary.
@@ -77,7 +81,7 @@ def train_in_reservation(
     if group is None:
         raise RunFailed("a trial of several workers has no placement group; is this ray 2.60?")
     try:
-        return train_on_ray(config, run, TrialDriver(config, progress, report, reason, owner), group)
+        return train_on_ray(config, run, TrialDriver(config, progress, report, reason, owner, sweep), group)
     except RunFailed as error:
         if "running low on memory" in str(error.__cause__):  # Ray's monitor of memory has killed a worker
             raise OutOfMemory("its worker was killed since its node ran out of memory") from None

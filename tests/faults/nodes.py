@@ -107,10 +107,14 @@ class Nodes:
         """Every living process of the cluster."""
         return [process for process, _ in processes_of({p.pid for p in self._processes})]
 
+    def infos(self) -> list[Any]:
+        """What Ray says of the living nodes, the head too."""
+        nodes = self._gcs.get_all_node_info(timeout=5)
+        return [info for info in nodes.values() if info.state == GcsNodeInfo.GcsNodeState.ALIVE]
+
     def _living(self) -> set[str]:
         """The names of the nodes that Ray knows, the head too."""
-        nodes = self._gcs.get_all_node_info(timeout=5)
-        return {n.hex() for n, info in nodes.items() if info.state == GcsNodeInfo.GcsNodeState.ALIVE}
+        return {info.node_id.hex() for info in self.infos()}
 
     def _wait_for_one_more(self, before: set[str]) -> str:
         deadline = time.monotonic() + START_TIMEOUT_S
