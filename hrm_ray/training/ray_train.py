@@ -107,7 +107,7 @@ def _fit(
     import ray
 
     channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
-    is_private = cluster_address() is None
+    is_private = cluster_address() is None or group is not None  # nobody else uses what was lent, either
     grows = growth() if group is None else Growth()
     cpus, use_gpu = resources_of(config, grows)
     trainer = _ray_trainer(config, run, channel, cpus, use_gpu, driver, group)
