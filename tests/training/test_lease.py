@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -278,3 +279,51 @@ def test_a_killed_driver_is_followed_by_the_same_command(config, monkeypatch):
         "waiting 30 s" in third.stderr and f"continues from step {step}" in run.read("events.jsonl").decode()
     )
     assert finished(run)[-1].step == step + 10
+
+
+# The storage behind an address, for who can write under a condition; nothing is sent
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("s3://b/runs/x", {"bucket": "b", "region": "eu-west-1"}),
+        (
+            "s3://b/x?endpoint_override=minio:9000&scheme=http",
+            {"bucket": "b", "region": "eu-west-1", "endpoint": "http://minio:9000"},
+        ),
+        ("s3://b/x?anonymous=true", {"bucket": "b", "region": "eu-west-1", "skip_signature": "true"}),
+        (
+            "s3://b/x?force_virtual_addressing=true",
+            {"bucket": "b", "region": "eu-west-1", "virtual_hosted_style_request": "true"},
+        ),
+        ("gs://b/x", {"bucket": "b"}),
+        ("abfs://c@acc.dfs.core.windows.net/x", {"account_name": "acc", "container_name": "c"}),
+    ],
+)
+def test_addresses_mean_the_same_as_for_pyarrow(uri, expected, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "from the environment")
+    store = lock.store_of(uri, SimpleNamespace(region="eu-west-1"))
+    assert store.config == expected
+    assert store.prefix == uri.partition("://")[2].partition("?")[0].partition("/")[2]
+
+
+def test_keys_of_a_profile(tmp_path, monkeypatch):
+    """obstore itself does not look for them."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    (tmp_path / "credentials").write_text(
+        "[default]\naws_access_key_id = 1\n[work]\naws_access_key_id = 2\naws_secret_access_key = %3\n"
+    )
+    found = lock.store_of("s3://b/x", SimpleNamespace(region=None)).config
+    assert (found["access_key_id"], found["secret_access_key"]) == ("2", "%3")
+    monkeypatch.setenv("AWS_PROFILE", "missing")
+    assert "access_key_id" not in lock.store_of("s3://b/x", SimpleNamespace(region=None)).config
+
+
+@pytest.mark.parametrize("uri", ["hdfs://h/x", "abfs://c@acc/x"])
+def test_storages_that_cannot_write_under_a_condition_are_known(uri):
+    with pytest.raises(lock.Unconditional):
+        lock.store_of(uri, SimpleNamespace())
