@@ -2,11 +2,11 @@
 
 A step of n workers with B puzzles takes
 
-    max(B/n * flops / rate, products * launch) + parameters * 28 / memory + all_reduce(n)
+    max(B/n * flops / rate, products * launch) + parameters * 28 / memory + all_reduce(n) + data
 
-flops and products are counted from the model itself, in one step of one puzzle. The others are the machine's: see
-`Machine`. Gradients are float32, summed in a ring within a machine, and in one among machines, with nothing else at the
-same time. What is not in it: data (waiting for them was 0.4 % of a step), evaluations, and stragglers.
+flops and products are counted from the model itself, in a step that computes shapes only. The others are the machine's:
+see `Machine`. Gradients are float32, summed in a ring within a machine, and in one among machines, with nothing else at
+the same time. What is not in it: evaluations, and workers that are slower than others.
 """
 
 import math
@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import Settings, nearest, read_yaml, validated
 from hrm_ray.errors import UserError
-from hrm_ray.machine import resolve
+from hrm_ray.machine import Setup
 from hrm_ray.models.act import Batch
 from hrm_ray.models.halting import Control
+from hrm_ray.models.losses import act_loss
 from hrm_ray.models.registry import build_model
-from hrm_ray.training.step import LossModule
 
 MACHINES = Path(__file__).parent / "config/machine"
 OPTIMIZER_BYTES = (
@@ -64,6 +64,10 @@ class Machine(Settings):
     """From the loss of a machine to the first step after it."""
     checkpoint_s: float = Field(ge=0)
     """How long training waits for one checkpoint."""
+    data_s: float = Field(ge=0)
+    """How long a step waits for its puzzles, which are read ahead."""
+    start_s: float = Field(ge=0)
+    """From the command to the first step."""
     sources: dict[str, str] = Field(default_factory=dict)
     """Where the numbers are from, by their names."""
 
@@ -91,10 +95,11 @@ class Step:
     launch: float
     optimizer: float
     all_reduce: float
+    data: float
 
     @property
     def total(self) -> float:
-        return max(self.compute, self.launch) + self.optimizer + self.all_reduce
+        return max(self.compute, self.launch) + self.optimizer + self.all_reduce + self.data
 
 
 def machine_of(name: str) -> Machine:
@@ -110,13 +115,17 @@ def machine_of(name: str) -> Machine:
 
 
 class _Products(TorchDispatchMode):
-    """Counts matrix products."""
+    """Counts matrix products, and their multiply-adds x 2."""
 
-    count = 0
+    count, flops = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func._overloadpacket in flop_registry
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        flops_of = flop_registry.get(func._overloadpacket)
+        if flops_of is not None:
+            self.count += 1
+            self.flops += flops_of(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 @dataclass(frozen=True)
@@ -127,20 +136,19 @@ class _Shape:
 
 
 def work_of(config: TrainConfig, vocab_size: int = 11, seq_len: int = 81) -> Work:
-    """Counted in one step of one puzzle on the CPU; the sizes are those of 9x9 Sudoku unless given."""
-    arch, seen = config.arch, config.arch.num_tokens(seq_len)
-    setup = resolve(device="cpu", forward_dtype="float32", num_tokens=seen, attention="matmul")
-    model = build_model(arch, _Shape(vocab_size, seq_len), setup, config.halting)
-    batch = Batch(
-        torch.ones(1, seq_len, dtype=torch.int32),
-        torch.ones(1, seq_len, dtype=torch.int64),
-        torch.zeros(1, dtype=torch.int32),
-    )
-    control = Control(min_halt_steps=torch.ones(1, dtype=torch.int32), uniform=torch.full((1,), 0.5))
-    with FlopCounterMode(display=False) as flops, _Products() as products:
-        loss, *_ = LossModule(model, arch.loss.loss_type)(model.initial_carry(batch), batch, control, None)
+    """Counted in a step on torch's meta device, which knows shapes only; the sizes are those of 9x9 Sudoku unless
+    given."""
+    setup = Setup(torch.device("meta"), torch.float32, attention="matmul", optimizer_backend="reference")
+    model = build_model(config.arch, _Shape(vocab_size, seq_len), setup, config.halting)
+    count = 2  # with one puzzle a product may become another operation
+    with torch.device("meta"):
+        cells = torch.ones(count, seq_len, dtype=torch.int64)
+        numbers = torch.ones(count, dtype=torch.int32)
+        batch, control = Batch(cells.int(), cells, numbers), Control(numbers, numbers.float())
+    with _Products() as products:
+        loss, _ = act_loss(model(model.initial_carry(batch), batch, control), config.arch.loss.loss_type)
         loss.backward()
-    return Work(sum(p.numel() for p in model.inner.parameters()), flops.get_total_flops(), products.count)
+    return Work(sum(p.numel() for p in model.inner.parameters()), products.flops / count, products.count)
 
 
 def step_of(work: Work, machine: Machine, batch: int, workers: int) -> Step:
@@ -151,6 +159,7 @@ def step_of(work: Work, machine: Machine, batch: int, workers: int) -> Step:
         launch=work.products * machine.launch_s,
         optimizer=work.params * OPTIMIZER_BYTES / machine.memory_bytes_per_s,
         all_reduce=all_reduce_s(work.params * GRADIENT_BYTES, machine, workers),
+        data=machine.data_s,
     )
 
 
@@ -204,7 +213,7 @@ def training_of(
     working_s += working_s / checkpoint_every_s * machine.checkpoint_s
     losses_per_s = math.ceil(workers / machine.gpus) * machine.interruptions_hour / HOUR_S
     lost = min(1.0, losses_per_s * (checkpoint_every_s / 2 + machine.restart_s))
-    hours = working_s / HOUR_S
+    hours = (working_s + machine.start_s) / HOUR_S
     spot_hours = hours / (1 - lost) if lost < 1 else math.inf
     return Training(
         hours,

