@@ -19,7 +19,10 @@ fail() {
 }
 
 # Whether a process of the cluster is left: all are of one process group, which has the number of the first.
-is_up() { [ -f "$folder/pid" ] && kill -0 -- "-$(cat "$folder/pid")" 2>/dev/null; }
+# The number may be another process's by now, if this machine was restarted.
+is_up() {
+    [ -f "$folder/pid" ] && ps -o args= -p "$(cat "$folder/pid")" | grep -q -F -- "--temp-dir=$folder/ray"
+}
 
 up() {
     is_up && fail "it is up already; source $folder/env, or end it: make cluster-down"
@@ -50,7 +53,7 @@ END
         kill -0 "$(cat "$folder/pid")" 2>/dev/null || fail "it did not start: $(grep -v '^ *$' "$folder/log" | tail -n 1); all it said: $folder/log"
         sleep 0.2
     done
-    echo "a cluster of $(grep -c 'resources:' "$folder/cluster.yaml") node types is up, without workers yet; now: source $folder/env"
+    echo "the cluster is up, without workers yet; now: source $folder/env"
 }
 
 down() {

@@ -6,7 +6,8 @@ which lies on the head. So it is read there.
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,22 +99,30 @@ def free() -> list[Resources]:
     return list(available_resources_per_node().values())
 
 
-def growth() -> Growth | None:
+def growth(stop: Callable[[], object] = lambda: None) -> Growth | None:
     """How far the cluster can grow; None if that cannot be found out. A private Ray does not.
 
     On another node than the head this takes some seconds.
+
+    Args:
+        stop: why not to wait for the answer any longer; None to go on.
     """
     import ray
 
     if cluster_address() is None:
         return Growth()
-    here = ray.get_runtime_context().get_node_id()
-    if any(node["NodeID"] == here and ON_HEAD in node["Resources"] for node in ray.nodes()):
-        return _read_configuration()
-    task: Any = ray.remote(num_cpus=0, resources={ON_HEAD: 0.001}, max_retries=0)(_read_configuration)
-    try:
-        return ray.get(task.remote(), timeout=ANSWER_S)
-    except Exception:  # of a head that is busy, or has another hrm_ray: what is not known is no mistake
+    try:  # what cannot be read is no mistake: then nothing is known
+        here = ray.get_runtime_context().get_node_id()
+        if any(node["NodeID"] == here and ON_HEAD in node["Resources"] for node in ray.nodes()):
+            return _read_configuration()
+        task: Any = ray.remote(num_cpus=0, resources={ON_HEAD: 0.001}, max_retries=0)(_read_configuration)
+        asked, deadline = task.remote(), time.monotonic() + ANSWER_S
+        while not ray.wait([asked], timeout=0.25)[0]:
+            if stop() is not None or time.monotonic() > deadline:
+                ray.cancel(asked, force=True)
+                return None
+        return ray.get(asked)
+    except Exception:  # of any kind: the file's, or of a head that is busy or has another hrm_ray
         return None
 
 
@@ -164,14 +173,18 @@ def _read_configuration() -> Growth | None:
     return None
 
 
-def parsed(configuration: dict[str, Any]) -> Growth:
-    """What a cluster's YAML says of its workers."""
+def parsed(configuration: dict[str, Any]) -> Growth | None:
+    """What a cluster's YAML says of its workers; None if it does not say what they have, as for one's own machines."""
     head = configuration.get("head_node_type")
     most = int(configuration.get("max_workers", 2))  # Ray's default
+    kinds = {
+        name: kind for name, kind in (configuration.get("available_node_types") or {}).items() if name != head
+    }
+    if not kinds or not all(kind.get("resources") for kind in kinds.values()):
+        return None
     types = [
-        NodeType(name, kind.get("resources") or {}, min(int(kind.get("max_workers", most)), most))
-        for name, kind in (configuration.get("available_node_types") or {}).items()
-        if name != head
+        NodeType(name, kind["resources"], min(int(kind.get("max_workers", most)), most))
+        for name, kind in kinds.items()
     ]
     return Growth(types, most)
 
@@ -216,9 +229,10 @@ def cancel_request(name: str) -> None:
     """Cancel what `name` has asked for; Ray Train's controllers ask too, and are not always there to do it."""
     import ray
 
-    coordinator = _coordinator(create=False)
-    if coordinator is not None:
-        ray.wait([coordinator.cancel_request.remote(name)], timeout=5.0)
+    with suppress(Exception):  # a cluster that is lost keeps no request, and any other forgets it by itself
+        coordinator = _coordinator(create=False)
+        if coordinator is not None:
+            ray.wait([coordinator.cancel_request.remote(name)], timeout=5.0)
 
 
 def _coordinator(create: bool) -> Any:

@@ -1,6 +1,7 @@
 """What clusters have and can have, by their own files; requests to an autoscaler."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -43,7 +44,26 @@ def test_the_head_is_no_worker_and_the_whole_has_a_limit():
     grows = parsed({"head_node_type": "head", "max_workers": 3, "available_node_types": kinds})
     assert [kind.most for kind in grows.types] == [3, 2]
     assert grows.total("CPU") == 2 * 8 + 2
-    assert parsed({"available_node_types": None}) == Growth([], 2)  # of machines that have no types
+    assert parsed({"available_node_types": None}) is None
+    kinds["own"] = {"resources": {}}
+    assert parsed({"head_node_type": "head", "available_node_types": kinds}) is None
+
+
+def test_what_ones_own_machines_have_is_not_known():
+    """Ray knows one type of them, which the head is of too."""
+    from ray.autoscaler._private.util import prepare_config
+
+    prepared = prepare_config(yaml.safe_load((CLUSTER / "onprem.yaml").read_text()))
+    assert parsed(prepared) is None
+
+
+def test_a_configuration_that_cannot_be_read_is_no_mistake(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr("ray.nodes", lambda: [{"NodeID": "a", "Resources": {nodes.ON_HEAD: 1.0}}])
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "a"))
+    for wrong in (None, {"available_node_types": {"cpu": {"resources": {"CPU": 1}, "max_workers": None}}}):
+        monkeypatch.setattr(nodes, "_read_configuration", lambda wrong=wrong: parsed(wrong))
+        assert nodes.growth() is None
 
 
 amount = st.integers(0, 64)

@@ -20,7 +20,7 @@ def doctor(args: argparse.Namespace) -> int | None:
     if address is not None:
         os.environ["RAY_ADDRESS"] = address
     print(report())
-    if args.words or os.environ.get("RAY_ADDRESS"):
+    if args.words or os.environ.get("RAY_ADDRESS") not in (None, "", "local"):
         from hrm_ray.jobs.fits import cluster_rows
 
         with interrupts_end_the_process():

@@ -1,13 +1,14 @@
 """Datasets of other filesystems (s3://, gs://, ...), copied to this machine once a node.
 
 The copies are bounded: those that were not used for the longest time make room for a new one. A process that uses one
-holds a shared lock on it until it ends, so that nobody deletes it meanwhile.
+holds a shared lock until it ends, so that nobody deletes it meanwhile.
 """
 
 import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO
 
@@ -51,11 +52,7 @@ def _cached(filesystem: pafs.FileSystem, folder: str, uri: str) -> Path:
         return target
     with writing(target, "set HRM_RAY_CACHE to another folder"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock_of(target).open("a")
-        while True:  # a lock cannot be made weaker without letting go of it for a moment
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            if target.is_dir():
-                break
+        with _lock_of(target).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.is_dir():
                 aside = target.with_suffix(".partial")
@@ -65,45 +62,67 @@ def _cached(filesystem: pafs.FileSystem, folder: str, uri: str) -> Path:
                     _fetch(filesystem, folder, entry, aside, uri)
                 write_durably(aside / MANIFEST, content)
                 aside.rename(target)
-        os.utime(_lock_of(target))
-        _used[target] = lock
+            use = _use_of(target).open("a")
+            fcntl.flock(use, fcntl.LOCK_SH)
+            os.utime(_use_of(target))
+            _used[target] = use
     return target
 
 
 def _lock_of(entry: Path) -> Path:
-    """The file that is locked by who uses or makes an entry of the cache; its time is that of the last use."""
+    """The file that is locked by who makes or deletes an entry of the cache."""
     return entry.with_name(f"{entry.name.removesuffix('.partial')}.lock")
+
+
+def _use_of(entry: Path) -> Path:
+    """The file that is locked, by several at a time, by who uses an entry; its time is that of the last use."""
+    return entry.with_name(f"{entry.name.removesuffix('.partial')}.use")
 
 
 def _make_room(target: Path, num_bytes: int) -> None:
     """Delete other entries of the cache, the longest unused ones first, until so much more fits its bound.
 
     Raises:
-        UserError: it does not, even without all that nobody uses.
+        UserError: it does not, even without all that nobody uses; then nothing is deleted.
     """
     most = cache_bytes()
-    others = [path for path in target.parent.iterdir() if path.is_dir() and path != target]
-    sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in others}
-    for path in sorted(others, key=lambda path: _last_use(_lock_of(path))):
-        if sum(sizes.values()) + num_bytes <= most:
-            return
-        with _lock_of(path).open("a") as lock:
+    with (target.parent / "room.lock").open("a") as room, ExitStack() as stack:
+        fcntl.flock(room, fcntl.LOCK_EX)  # one process at a time deletes
+        sizes = {path: _size(path) for path in target.parent.iterdir() if path.is_dir()}
+        excess, doomed = sum(sizes.values()) + num_bytes - most, []
+        for path in sorted(sizes, key=_last_use):
+            if excess <= 0:
+                break
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                for file in (_lock_of(path), _use_of(path)):
+                    fcntl.flock(stack.enter_context(file.open("a")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # somebody makes it, or uses it
                 continue
+            doomed.append(path)
+            excess -= sizes[path]
+        if excess > 0:
+            raise UserError(
+                f"the copies of datasets in {target.parent} would take {(most + excess) / 1e9:.3g} GB, more than "
+                f"HRM_RAY_CACHE_GB={most / 1e9:g}; raise it, or set HRM_RAY_CACHE to another folder"
+            )
+        for path in doomed:
             delete_matching(path, OUR_FILES)
-            path.rmdir()
-            del sizes[path]
-    if (needed := sum(sizes.values()) + num_bytes) > most:
-        raise UserError(
-            f"the copies of datasets in {target.parent} would take {needed / 1e9:.3g} GB, more than "
-            f"HRM_RAY_CACHE_GB={most / 1e9:g}; raise it, or set HRM_RAY_CACHE to another folder"
-        )
+            with suppress(OSError):  # something else is in it
+                path.rmdir()
 
 
-def _last_use(lock: Path) -> float:
-    return lock.stat().st_mtime if lock.exists() else 0.0
+def _size(folder: Path) -> int:
+    """Bytes of what is in a folder; it may be renamed meanwhile."""
+    found = 0
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            found += file.stat().st_size
+    return found
+
+
+def _last_use(entry: Path) -> float:
+    use = _use_of(entry)
+    return use.stat().st_mtime if use.exists() else 0.0
 
 
 def _fetch(filesystem: pafs.FileSystem, folder: str, entry: File, root: Path, uri: str) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,8 +31,10 @@ AT_ONCE = 4  # files that are copied at the same time
 
 
 def is_remote(out: str | Path) -> bool:
-    """Whether `out` is a URI of something else than this machine's disk."""
-    return "://" in str(out) and not str(out).startswith("file://")
+    """Whether `out` is a URI. Raises UserError for one of this machine's disk."""
+    if str(out).startswith("file:"):
+        raise UserError(f"out={out}: a local folder is given by its path; leave out file://")
+    return "://" in str(out)
 
 
 def manifest_at(out: str | Path) -> Manifest | None:
@@ -72,8 +74,9 @@ def placed(out: str | Path, *, overwrite: bool = False, show_progress: bool = Tr
             raise StorageError(
                 f"{error}; the finished dataset is kept in {staged}, and the same command copies it"
             ) from None
-        delete_matching(staged, OUR_FILES)
-        staged.rmdir()
+        with suppress(OSError):  # it is in place
+            delete_matching(staged, OUR_FILES)
+            staged.rmdir()
     finally:
         lock.close()
 
@@ -128,11 +131,16 @@ def _copy(staged: Path, place: "Storage", overwrite: bool, show_progress: bool) 
             place.write(name, content)
             bar.update(len(content))
 
-        for done in [pool.submit(copy, entry.file) for entry in manifest.files]:
-            done.result()
+        try:
+            for done in [pool.submit(copy, entry.file) for entry in manifest.files]:
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # else all the others would be copied first
+            raise
     there = place.files()
     if wrong := [entry.file for entry in manifest.files if there.get(entry.file) != entry.bytes]:
         raise StorageError(f"{place}: {wrong[0]} did not arrive whole")
     if not place.create_file(MANIFEST, (staged / MANIFEST).read_bytes()):
         raise UserError(f"another process has built another dataset in {place} meanwhile; pick another out=")
-    place.delete_file(UNFINISHED)
+    with suppress(OSError):  # the dataset is whole without that, too
+        place.delete_file(UNFINISHED)

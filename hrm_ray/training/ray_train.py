@@ -70,6 +70,7 @@ LINGER_S = 3.0  # how long to wait for Ray to end a run, in a session that the c
 WAIT_S = 5.0  # after so long without a first worker it is said what it waits for
 SHUTDOWN_TIMEOUT_S = "5"  # and for workers that hang to leave their process group, before it kills them
 STOP_TIMEOUT_S = 8.0  # how long to wait, in a borrowed group, for a worker that can act on a request to stop
+LOST_S = 30.0  # the same on a cluster, where others may have taken the room of lost workers
 NOTES = "ray"  # the folder for Ray's own notes on each attempt; ours decide where a run goes on
 KINDS = {
     kind.__name__: kind for kind in (NonFiniteLoss, OutOfMemory, Unseen)
@@ -108,7 +109,9 @@ def _fit(
 
     channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
     is_private = cluster_address() is None or group is not None  # nobody else uses what was lent, either
-    grows = growth() if group is None else Growth()
+    grows = growth(driver.stop.reason) if group is None else Growth()
+    if (reason := driver.stop.reason()) is not None:
+        return driver.summary_without_workers(reason)
     cpus, use_gpu = resources_of(config, grows)
     trainer = _ray_trainer(config, run, channel, cpus, use_gpu, driver, group)
     with _ray_errors_as_ray_failed():
@@ -116,7 +119,7 @@ def _fit(
         training: ObjectRef = controller.run.remote()
     limits = TimeLimits(
         none_s=config.watchdog_s + COMING_S if is_ours and config.watchdog_s is not None else None,
-        stop_s=None if group is None else STOP_TIMEOUT_S,
+        stop_s=STOP_TIMEOUT_S if group is not None else None if is_private else LOST_S,
         end_s=0.0 if (is_ours and is_private) or group is not None else LINGER_S,
     )
     look_ahead = LookAhead(config, cpus, use_gpu, grows, is_private)
@@ -145,7 +148,8 @@ def _fit(
             ray.kill(controller)  # and with it the workers, of which the next run's would wait to be gone
         elif not is_private:
             if is_ours:
-                ray.kill(controller)  # else it might ask for nodes once more
+                with suppress(Exception):  # the cluster is lost, say, of which another error tells
+                    ray.kill(controller)  # else it might ask for nodes once more
             cancel_request(trainer.requester)  # Ray would keep it, and the nodes, for 180 s more
 
 
@@ -250,7 +254,7 @@ def _watch_run(
         if look_ahead.asks_to_save(driver):
             channel.put("save", time.time())
         if limits.none_s is not None and now - heard_at > limits.none_s:
-            if look_ahead.has_room_for_least():
+            if look_ahead.is_left_waiting():
                 raise NoWorkers(f"{limits.none_s:g}")
             heard_at = now  # the cluster has to grow first
     return None
@@ -319,9 +323,13 @@ class LookAhead:
         return bool(last) or ((bool(draining) or has_room) and self._due_save())
 
     def has_room_for_least(self) -> bool:
-        """Whether there is room for the fewest workers that the run may have: on a private Ray by what the nodes have,
-        since all of it is for this run, on a cluster by what nobody has taken."""
-        return fit(living() if self._is_private else free(), self._needs) >= self._scaling.min_workers
+        """Whether the living nodes could hold the fewest workers that the run may have."""
+        return fit(living(), self._needs) >= self._scaling.min_workers
+
+    def is_left_waiting(self) -> bool:
+        """Whether the fewest workers could be started, but are not: there is room for them that nobody has taken."""
+        nodes = living() if self._is_private else free()
+        return fit(nodes, self._needs) >= self._scaling.min_workers
 
     def waits(self) -> str | None:
         """What the fewest workers wait for; None if there is room for them, or it is for this run alone."""

@@ -192,7 +192,7 @@ class Executor:
 
     def ask_for_nodes(self) -> None:
         """For those of all trials that can be at work together, and no longer than there are so many left."""
-        if self.grows == Growth():
+        if self.grows is not None and not self.grows.types:
             return
         useful = len(self.live) + len(self.again) + self.book.num_to_come
         useful = min(useful, self.book.max_concurrent or useful)

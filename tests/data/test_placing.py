@@ -189,6 +189,22 @@ def test_the_command(s3, tmp_path, capsys):
     assert "already holds another dataset" in capsys.readouterr().err
 
 
+def test_a_local_folder_is_given_by_its_path(tmp_path):
+    for call in (lambda: put(f"file://{tmp_path}/x"), lambda: manifest_at(f"file://{tmp_path}/x")):
+        with pytest.raises(UserError, match="leave out file://"):
+            call()
+    assert not list(tmp_path.glob("*"))
+
+
+def test_the_first_error_ends_the_copy(s3, s3_proxy, monkeypatch):
+    monkeypatch.setattr(placing, "AT_ONCE", 1)
+    s3_proxy.fault = lambda method, path: "error" if method == "PUT" and "shard-00000" in path else None
+    with pytest.raises(StorageError):
+        put(s3("data"))
+    tried = {r.partition("/data/")[2] for r in s3_proxy.requests if r.startswith("PUT ") and "shard" in r}
+    assert len(tried) <= 2  # of some seven; one may have begun meanwhile
+
+
 def test_a_bucket_that_is_not_there_is_said_before_anything_is_built(s3, monkeypatch, capsys):
     monkeypatch.setattr(pipeline, "_build", None)
     nowhere = s3("data").replace("s3://bucket-", "s3://nobucket-")

@@ -469,7 +469,7 @@ def test_the_cache_is_bounded_and_the_longest_unused_goes(small, remote, tmp_pat
     monkeypatch.setattr(fetch, "_used", {})
     small_root = open_dataset("mem://small").root
     first = open_dataset("mem://a").root
-    os.utime(fetch._lock_of(small_root), (1, 1))  # used long ago
+    os.utime(fetch._use_of(small_root), (1, 1))  # used long ago
     total = sum(entry.bytes for set_ in (small, *others) for entry in set_.manifest.files)
     monkeypatch.setenv("HRM_RAY_CACHE_GB", str((total - 1) / 1e9))
     with pytest.raises(UserError, match=r"would take .* GB, more than HRM_RAY_CACHE_GB=.*; raise it"):
