@@ -41,7 +41,7 @@ def scale(args: argparse.Namespace) -> None:
     for name, work in found.items():
         print(report.text(name, machine, work, options.workers), end="\n\n")
     print(report.numbers(machine))
-    print("Times of parts and steps are in ms, of products and launches alone; the model: docs/scale.md.")
+    print("What these numbers mean, and where the model departs: docs/scale.md.")
 
 
 def _works(words: Sequence[str]) -> "dict[str, Work]":

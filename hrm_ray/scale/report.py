@@ -26,6 +26,9 @@ WORKERS = (1, 2, 8, 64, 512)  # if none are asked for
 HEAD: tuple[str, ...] = ("workers", "puzzles", "products", "launches", "optim.", "exchange", "data", "step")
 HEAD += ("puzzles/s", "eff.", "hours", "dollars", "hours", "dollars")
 WIDTHS = (7, 7, 8, 8, 6, 8, 5, 8, 9, 5, 7, 8, 7, 8)
+OVER = (
+    " " * 18 + " milliseconds of a step ".center(53, "-") + " " * 18 + "-- on demand ---  ----- spot ------"
+)
 
 
 def workers_of(work: Work, asked: Sequence[int] | None) -> list[int]:
@@ -112,8 +115,7 @@ def text(name: str, machine: Machine, work: Work, workers: Sequence[int] | None 
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    over = "  ".join(["".rjust(sum(WIDTHS[:10]) + 18), "on demand".rjust(17), "spot".rjust(17)])
-    lines = [over.rstrip(), _line(HEAD)]
+    lines = [OVER, _line(HEAD)]
     for row in rows:
         of_step = row["step"]
         parts = [of_step[key] for key in ("products", "launches", "optimizer", "exchange", "data", "seconds")]
@@ -158,9 +160,9 @@ def _useful(values: dict[str, Any]) -> str:
 
 def _of_one(found: Training) -> str:
     return (
-        f"hours, 1 worker: start {found.start:.0f} s, steps {found.steps:,.0f} s, "
-        f"evaluations {found.evaluations:,.0f} s, checkpoints {found.checkpoints:.1f} s "
-        f"(one in {found.save_interval:.0f} s of steps); spot: an interruption costs {found.lost:.0f} s"
+        f"One worker: start {found.start:.0f} s, steps {found.steps:,.0f} s, evaluations {found.evaluations:,.0f} s, "
+        f"checkpoints {found.checkpoints:.1f} s.\n"
+        f"Spot: a checkpoint every {found.save_interval:.0f} s of steps; an interruption costs {found.lost:,.0f} s."
     )
 
 
