@@ -22,6 +22,15 @@ from hrm_ray.data.recipe import load_recipe
 from hrm_ray.ray_session import ray_session
 
 
+def small_model(folder: str, run_name: str) -> list[str]:
+    """Words that train the small HRM on `folder`/data, without evaluations but the last."""
+    return [
+        *("experiment=quickstart", "arch.hidden_size=128", "arch.num_heads=4"),
+        *(f"data={folder}/data", f"storage={folder}/runs", f"run_name={run_name}"),
+        *("log_interval=5", "epochs=100", "eval_interval=null", "tensorboard=false"),
+    ]
+
+
 def measure(rounds: int, steps: int, words: list[str]) -> dict:
     front.need_steps(steps)
     train_config(["data=unknown", *words])  # what is wrong with them is said before Ray is started
@@ -30,17 +39,8 @@ def measure(rounds: int, steps: int, words: list[str]) -> dict:
         build(load_recipe("sudoku_4x4", {"num_train": 2000}), f"{folder}/data", show_progress=False)
 
         def config(name: str, num_workers: int) -> TrainConfig:
-            run = [
-                "experiment=quickstart",
-                "arch.hidden_size=128",
-                "arch.num_heads=4",
-                f"data={folder}/data",
-                f"storage={folder}/runs",
-                f"run_name={name}",
-            ]
-            run += [f"scaling.num_workers={num_workers}", "scaling.cpus_per_worker=1", f"max_steps={steps}"]
-            run += ["log_interval=5", "epochs=100", "eval_interval=null", "tensorboard=false"]
-            return train_config([*run, *words])
+            run = [f"scaling.num_workers={num_workers}", "scaling.cpus_per_worker=1", f"max_steps={steps}"]
+            return train_config([*small_model(folder, name), *run, *words])
 
         for i in range(rounds):
             times["one"] += step_times(config(f"one{i}", 1))

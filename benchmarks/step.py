@@ -48,6 +48,7 @@ from hrm_ray.models.recursive import RecursiveModel
 from hrm_ray.models.registry import build_model
 from hrm_ray.optim.adam_atan2 import AdamATan2
 from hrm_ray.optim.sign_sgd import sparse_sign_sgd
+from hrm_ray.scale.work import Model
 from hrm_ray.training.checkpoint import DatasetInfo
 from hrm_ray.training.cuda_graph import Recordings, is_the_same
 
@@ -110,23 +111,26 @@ def make_setup(arch: HRMConfig, size: int, dtype: torch.dtype, attention: str) -
     )
 
 
+def dataset_info(size: int) -> DatasetInfo:
+    """Of Sudoku `size`."""
+    return DatasetInfo(
+        task="sudoku",
+        task_options={"size": size},
+        vocab_size=size + 2,
+        seq_len=size * size,
+        num_puzzle_identifiers=1,
+    )
+
+
 def make_model(
     plain: bool, arch: HRMConfig, size: int, dtype: torch.dtype, attention: str | None = None
 ) -> tuple[ACT, machine.Setup]:
     """A model of Sudoku `size`, and what of the machine it uses; for `attention` see `make_step`."""
     torch.manual_seed(0)
-    seq_len = size * size
     setup = make_setup(arch, size, dtype, attention or ("sdpa" if plain else "auto"))
     if plain:
         setup = replace(setup, optimizer_backend="foreach")
-    info = DatasetInfo(
-        task="sudoku",
-        task_options={"size": size},
-        vocab_size=size + 2,
-        seq_len=seq_len,
-        num_puzzle_identifiers=1,
-    )
-    model = build_model(arch, info, setup)
+    model = build_model(arch, dataset_info(size), setup)
     if plain:
         for module in model.modules():
             if isinstance(module, layers.Linear):
@@ -237,18 +241,6 @@ class Swapped:
         losses.cross_entropy = own_cross_entropy
 
 
-def flops_per_example(arch: HRMConfig, seq_len: int) -> float:
-    """Multiply-adds x 2 of the matrix products of one training step; attention's own products included."""
-    D, S = arch.hidden_size, seq_len + -(-arch.puzzle_emb_ndim // arch.hidden_size)
-    F_ = layers.swiglu_width(D, arch.expansion)
-    block = 2 * S * (4 * D * D + 3 * D * F_) + 4 * S * S * D
-    updates_L = arch.H_cycles * arch.L_cycles * arch.L_layers
-    updates_H = arch.H_cycles * arch.H_layers
-    forward = block * (updates_L + updates_H)
-    backward = 2 * block * (arch.L_layers + arch.H_layers)
-    return 2 * forward + backward  # the second forward pass is the target of q_continue
-
-
 @contextmanager
 def without_products() -> Iterator[None]:
     """Inside, matrix products on the CPU leave their results unwritten."""
@@ -337,7 +329,7 @@ def measure(
         "products": products,
         "keep_memory": is_kept,
         **rates(
-            flops_per_example(config, size * size) * batch_size,
+            Model.of(config, dataset_info(size)).training.flops * batch_size,
             ms[ours],
             operations,
             ms.get("product"),

@@ -28,6 +28,7 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import known_keys
 from hrm_ray.data.recipe import Recipe, recipe_folders, recipe_names
 from hrm_ray.errors import LONGEST
+from hrm_ray.scale.work import Model, Pass
 from hrm_ray.training.plan import Plan
 from hrm_ray.tuning.config import SweepConfig, sweep_folders, sweep_names
 from tests.damage import damaged
@@ -269,6 +270,7 @@ class Inputs:
             (["tune"], [*sweep, *train], ["quickstart_lr", "seeds", "num_trials=3", "lr=1e-3"]),
             (["tune", "quickstart_lr"], [*sweep, *train], ["budget.cpu_hours=2", "sampler=random"]),
             (["tune", "set", str(folder / "nowhere")], sweep, []),
+            (["scale"], [*train, "machine", "workers"], [data, "workers=[1,4]", "machine=l40s", "--json"]),
             (["doctor", "x"], ["lr"], []),
             ([], ["lr"], ["train", "eval", "data", "tune"]),
         ]
@@ -368,6 +370,7 @@ def no_work(folder: Path) -> Iterator[None]:
 
     parser = cli.build_parser()
     solver = cli.evaluate.load_solver(str(folder / "run"))
+    counted = Model(1_000_000, Pass(1e9, 100), Pass(3e8, 40))
     with contextlib.ExitStack() as stack:
         for name, replacement in {
             "hrm_ray.cli.build_parser": lambda: parser,
@@ -382,6 +385,7 @@ def no_work(folder: Path) -> Iterator[None]:
             "hrm_ray.interop.checkpoint.import_checkpoint": begin,
             "hrm_ray.interop.checkpoint.export_checkpoint": begin,
             "hrm_ray.interop.dataset.import_npy": begin,
+            "hrm_ray.scale.work.Model.of": lambda *args: counted,
             "hrm_ray.doctor.report": begin,
         }.items():
             stack.enter_context(mock.patch(name, replacement))

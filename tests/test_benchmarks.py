@@ -7,9 +7,15 @@ import sys
 import pytest
 import torch
 
-from benchmarks import clock, front, gpu, machine, step
+from benchmarks import clock, front, gpu, machine, predict, step
+from benchmarks.scaling import small_model
+from hrm_ray.config.compose import train_config
 from hrm_ray.errors import UserError
 from hrm_ray.models.rotary import rope_tables
+from hrm_ray.scale.machine import Machine, load_machine
+from hrm_ray.scale.model import all_reduce_s
+from hrm_ray.scale.model import step as step_of
+from hrm_ray.scale.work import Puzzles, Work
 from hrm_ray.training import cuda_graph
 from tests.training import recorder
 
@@ -63,6 +69,10 @@ def test_a_wrong_word_is_one_line(words, said):
         ("evaluation", ["data=/missing", "checkpoint=/missing"]),
         ("scaling", ["unknown=1"]),
         ("scaling", ["steps=19"]),
+        ("predict", ["steps=19"]),
+        ("predict", ["unknown=1"]),
+        ("predict", ["out=machine.txt"]),
+        ("predict", ["global_batch_size=3"]),
         ("checkpoint", ["lr=high"]),
         ("startup", ["rounds=-1"]),
         ("ray_overhead", ["word"]),
@@ -266,3 +276,56 @@ def test_the_plain_step_rotates_as_published_and_alike(monkeypatch, dtype):
     monkeypatch.setattr(step, "plain_apply_rope", watched)
     step.make_step("plain", config, 4, 2, dtype)()
     assert seen and all(seen)
+
+
+WORK = Work.of(
+    train_config([*small_model("unknown", "work"), "global_batch_size=128"]), Puzzles("", 6, 16, 1, 2000, 0)
+)
+
+
+def made_up_times(truth: Machine) -> dict[str, float]:
+    """Milliseconds that `truth` would be measured to take, by the model."""
+    alone = {name: step_of(truth, WORK, 1, size) for name, size in (("small", 32), ("large", 192))}
+    times = {f"{name}, alone": of.seconds for name, of in alone.items()}
+    times |= {f"{name}, together": of.computing * truth.crowded.value for name, of in alone.items()}
+    times["optimizer"] = alone["small"].optimizer
+    times["few bytes"] = all_reduce_s(truth, 2, predict.SMALL_BYTES, 1)
+    times["gradients"] = all_reduce_s(truth, 2, WORK.gradient_bytes, 1)
+    return {name: seconds * 1e3 for name, seconds in times.items()}
+
+
+def test_the_numbers_of_a_machine_are_found_again():
+    values = load_machine("cpu").model_dump()
+    for key, value in {"flops_per_s": 4e10, "launch_s": 5e-5, "crowded": 1.25, "data_s": 0}.items():
+        values[key]["value"] = value
+    truth = Machine.model_validate(values)
+    found = Machine.model_validate(predict.numbers(made_up_times(truth), (32, 192), WORK, 12.5))
+    for key, number in found.numbers().items():
+        if number.source.startswith("measured") and key != "start_s":
+            assert number.value == pytest.approx(truth.numbers()[key].value, rel=2e-3), key
+    assert found.start_s.value == 12.5
+    for n in (1, 2):
+        assert step_of(found, WORK, n, 128).seconds == pytest.approx(
+            step_of(truth, WORK, n, 128).seconds, rel=1e-3
+        )
+
+
+@pytest.mark.parametrize("change", [{"large, alone": 1e-3}, {"gradients": 1e-6}])
+def test_a_machine_that_is_too_busy_is_said(change):
+    times = made_up_times(load_machine("cpu")) | change
+    with pytest.raises(UserError, match="too busy to be measured"):
+        predict.numbers(times, (32, 192), WORK, 1)
+
+
+@pytest.mark.long
+def test_predictions_are_measured(monkeypatch, capsys, tmp_path):
+    words = ["rounds=1", "steps=20", "global_batch_size=8", f"out={tmp_path}/mine.yaml", "--json"]
+    code, out, _ = command(monkeypatch, capsys, "predict", *words)
+    result = json.loads(out)
+    assert code == 0
+    found = load_machine(f"{tmp_path}/mine.yaml")
+    assert found == Machine.model_validate(result["machine"])
+    for n in ("1", "2"):
+        assert result["measured_ms"][n] > 0
+        ratio = result["predicted_ms"][n] / result["measured_ms"][n]
+        assert result["predicted_over_measured"][n] == pytest.approx(ratio, rel=0.05)

@@ -26,6 +26,7 @@ from hrm_ray.data.format import Manifest
 from hrm_ray.data.recipe import recipe_names
 from hrm_ray.data.tasks.base import get_task
 from hrm_ray.data.writer import DatasetWriter, balanced_cuts
+from hrm_ray.scale.machine import machine_files
 from hrm_ray.training import trainer
 from hrm_ray.training.checkpoint import MODEL_FILE, Checkpoint
 from hrm_ray.training.storage import Storage
@@ -344,7 +345,7 @@ def test_eval_understands_the_published_word_for_a_checkpoint(trained, capsys):
 def test_config_lists_and_shows_everything_that_ships(capsys):
     assert main(["config", "ls"]) == 0
     listed = capsys.readouterr().out
-    for names in (choices("experiment"), choices("arch"), recipe_names(), sweep_names()):
+    for names in (choices("experiment"), choices("arch"), recipe_names(), sweep_names(), machine_files()):
         assert all(f"  {name} " in listed for name in names)
     assert main(["config", "show"]) == 0
     shown = capsys.readouterr().out
@@ -362,6 +363,8 @@ def test_config_lists_and_shows_everything_that_ships(capsys):
         (["recipe"], "num_aug=0"),
         (["sweep"], "budget.cpu_hours=null"),
         (["quickstart_lr"], "num_trials: 32"),
+        (["machine"], "flops_per_s.value=VALUE"),
+        (["h200"], "price_per_hour: {value: "),
         (["quickstart"], "hidden_size: 96"),
         (["experiment=quickstart", "arch=trm", "lr=0.5"], "arch.puzzle_emb_len=16"),
     ],

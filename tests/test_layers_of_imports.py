@@ -19,6 +19,7 @@ CORE = (
     "hrm_ray.interop.checkpoint",
     "hrm_ray.interop.dataset",
     "hrm_ray.models.registry",
+    "hrm_ray.scale.report",
     "hrm_ray.training.evaluate",
     "hrm_ray.training.loop",
     "hrm_ray.training.trainer",

@@ -21,6 +21,7 @@ USE = {
     "ways of halting": "hrm-ray train ... halting=NAME",
     "recipes": "hrm-ray data build recipe=NAME out=DIR",
     "sweeps": "hrm-ray tune NAME",
+    "machines": "hrm-ray scale machine=NAME",
 }
 
 
@@ -30,7 +31,12 @@ def _shipped() -> dict[str, dict[str, Path]]:
     from hrm_ray.tuning.config import sweep_folders
 
     tree = Path(str(files("hrm_ray.config")))
-    folders = ([tree / "experiment"], [tree / "arch"], [tree / "halting"], recipe_folders(), sweep_folders())
+    folders = (
+        *([tree / name] for name in ("experiment", "arch", "halting")),
+        recipe_folders(),
+        sweep_folders(),
+        [tree / "machine"],
+    )
     return {
         what: {file.stem: file for folder in there for file in sorted(folder.glob("*.yaml"))}
         for what, there in zip(USE, folders, strict=True)
@@ -100,10 +106,11 @@ def _show(name: str) -> None:
 
 
 def _keys() -> dict[str, dict[str, FieldInfo]]:
-    """All keys, by the kind of configuration that they belong to: train, an architecture, recipe, sweep."""
+    """All keys, by the kind of configuration that they belong to: train, an architecture, recipe, sweep, machine."""
     from hrm_ray.config.arch import architectures
     from hrm_ray.config.schema import TrainConfig
     from hrm_ray.data.recipe import Recipe
+    from hrm_ray.scale.machine import Machine
     from hrm_ray.tuning.config import SweepConfig
 
     return {
@@ -111,6 +118,7 @@ def _keys() -> dict[str, dict[str, FieldInfo]]:
         **{name: all_fields(kind, "arch.") for name, kind in architectures().items()},
         "recipe": all_fields(Recipe),
         "sweep": all_fields(SweepConfig),
+        "machine": all_fields(Machine),
     }
 
 
@@ -176,7 +184,7 @@ def _check_file(name: str, words: Sequence[str]) -> None:
 def register(commands: Any) -> None:
     config = commands.add_parser("config", help="list, show and check what can be configured")
     kinds = config.add_subparsers(dest="kind", required=True, metavar="COMMAND")
-    add(kinds, "ls", ls, "list experiments, architectures, recipes and sweeps", "hrm-ray config ls")
+    add(kinds, "ls", ls, "list experiments, architectures, recipes, sweeps and machines", "hrm-ray config ls")
     p = add(
         kinds,
         "show",
@@ -193,8 +201,8 @@ def register(commands: Any) -> None:
         "what",
         nargs="*",
         metavar="NAME",
-        help="train (the default), recipe, sweep, an architecture, a key, the name of an experiment, recipe or sweep; "
-        "or words of train, to see every value that they give",
+        help="train (the default), recipe, sweep, machine, an architecture, a key, the name of a file that ships; or "
+        "words of train, to see every value that they give",
     )
     p = add(
         kinds,

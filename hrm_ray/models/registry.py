@@ -27,11 +27,14 @@ class DataShape(Protocol):
 def build_model(
     arch: ArchConfig, data: DataShape, setup: Setup, halting: HaltingConfig = AS_PUBLISHED
 ) -> ACT:
-    """A freshly initialised model, drawn from torch's global generator on the CPU and moved to its device."""
+    """A freshly initialised model, drawn from torch's global generator on the CPU and moved to its device.
+
+    On torch's meta device nothing is drawn: it has shapes only.
+    """
     architectures()  # so that all classes are known
     if type(arch) not in RecursiveModel.classes:
         raise UserError(f"arch.name={arch.name} has no model: no class says `config={type(arch).__name__}`")
-    with torch.device("cpu"):
+    with torch.device("meta" if setup.device.type == "meta" else "cpu"):
         inner = RecursiveModel.classes[type(arch)](
             arch,
             vocab_size=data.vocab_size,
