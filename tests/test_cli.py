@@ -500,7 +500,7 @@ def test_solve_takes_a_puzzle_with_any_character_for_a_blank(sudoku_run, capsys,
 
 def test_words_that_begin_with_dashes(sudoku_run, capsys):
     for words in (
-        ["doctor", "---1"],
+        ["data", "verify", "x", "---1"],
         ["solve", str(sudoku_run), "--jsno"],
         ["solve", str(sudoku_run), "--1", "-x"],
     ):

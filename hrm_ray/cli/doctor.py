@@ -19,12 +19,15 @@ def doctor(args: argparse.Namespace) -> int | None:
         return jobs.follow(jobs.submit(Submission(["doctor", *args.words])))
     if address is not None:
         os.environ["RAY_ADDRESS"] = address
-    print(report())
-    if args.words or os.environ.get("RAY_ADDRESS") not in (None, "", "local"):
-        from hrm_ray.jobs.fits import cluster_rows
+    is_asked = bool(args.words) or os.environ.get("RAY_ADDRESS") not in (None, "", "local")
+    if is_asked:
+        from hrm_ray.jobs.fits import cluster_rows, needs_of
 
+        needs = needs_of(args.words)  # a mistake in the words is said first
+    print(report())
+    if is_asked:
         with interrupts_end_the_process():
-            for row in cluster_rows(args.words):
+            for row in cluster_rows(needs):
                 print(line(*row), flush=True)
     return None
 

@@ -8,16 +8,15 @@ from hrm_ray.ray_session import cluster_address, ray_session
 Row = tuple[str, str]
 
 
-def cluster_rows(words: Sequence[str] = ()) -> Iterator[Row]:
+def cluster_rows(needs: "Needs | None" = None) -> Iterator[Row]:
     """Rows of a table, each when it is known. The cluster is that of RAY_ADDRESS, else a private Ray on this machine.
 
     Args:
-        words: of ``hrm-ray train``, or of ``hrm-ray tune``: then the first is the sweep's name or file.
+        needs: what is to fit, if anything.
 
     Raises:
-        UserError: there is no such cluster, a word is wrong, or it can never fit.
+        UserError: there is no such cluster, or it can never fit.
     """
-    needs = _needs(words) if words else None
     with ray_session():
         grows = growth()
         yield "cluster", cluster_address() or "this machine"
@@ -73,7 +72,20 @@ class _Sweep:
         yield "fits", _room(slot.bundle, slot.num_workers, "trials", grows, slot.num_workers)
 
 
-def _needs(words: Sequence[str]) -> _Training | _Sweep:
+Needs = _Training | _Sweep
+
+
+def needs_of(words: Sequence[str]) -> Needs | None:
+    """What a training or a sweep takes; None without words.
+
+    Args:
+        words: of ``hrm-ray train``, or of ``hrm-ray tune``: then the first is the sweep's name or file.
+
+    Raises:
+        UserError: one of them is wrong.
+    """
+    if not words:
+        return None
     return _Training(words) if "=" in words[0] else _Sweep(words)
 
 
