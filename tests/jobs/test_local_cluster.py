@@ -80,8 +80,12 @@ class Cluster:
 
     def workers(self) -> list[psutil.Process]:
         """The nodes but the head, oldest first; each is what Ray calls a raylet."""
-        raylets = [p for p in self.processes() if p.name() == "raylet" and "--head" not in p.cmdline()]
-        return sorted(raylets, key=lambda p: p.create_time())
+        raylets = []
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):  # it may end meanwhile
+                if process.name() == "raylet" and "--head" not in process.cmdline():
+                    raylets.append((process.create_time(), process))
+        return [process for _, process in sorted(raylets, key=lambda pair: pair[0])]
 
     def wait_for_workers(self, count: int, timeout: float = 120) -> None:
         wait_until(
