@@ -9,7 +9,7 @@ OF_RAY = ("runtime_resources", "working_dir_files")  # the folder of a node in w
 
 
 def check_lasts(key: str, path: str) -> None:
-    """Raise UserError if `path`, which is to be written, lies in a job's copy of its folder: Ray deletes it.
+    """Raise UserError if `path`, which is to be written, is none, or lies in a job's copy of its folder: Ray deletes it.
 
     Args:
         key: whose value it is, for the message.
@@ -17,6 +17,8 @@ def check_lasts(key: str, path: str) -> None:
     """
     if "://" in path:
         return
+    if "\0" in path:
+        raise UserError(f"{key}={shown(path)} holds a zero byte, which no path can; give another {key}=")
     parts = Path(path).resolve().parts
     if OF_RAY in pairwise(parts):
         raise UserError(
