@@ -9,7 +9,7 @@ OF_RAY = ("runtime_resources", "working_dir_files")  # the folder of a node in w
 
 
 def check_lasts(key: str, path: str) -> None:
-    """Raise UserError if `path`, which is to be written, is none, or lies in a job's copy of its folder: Ray deletes it.
+    """Raise UserError if `path`, which is to be written, lies in a job's copy of its folder, which Ray deletes.
 
     Args:
         key: whose value it is, for the message.
