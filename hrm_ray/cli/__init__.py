@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from hrm_ray import __version__
 from hrm_ray.cli import config, data, doctor, evaluate, interop, scale, solve, streams, submit, train, tune
 from hrm_ray.cli.command import Parser
-from hrm_ray.errors import UserError, about_file, notes
+from hrm_ray.errors import UserError, about_file, notes, shown
 
 TRACEBACK = "HRM_RAY_TRACEBACK"  # set it to see where an error came from
 
@@ -30,14 +30,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_line_ends(words: Sequence[str]) -> None:
-    """Raise UserError for a word that ends in a carriage return, which nobody types."""
+def check_words(words: Sequence[str]) -> None:
+    """Raise UserError for a word that nobody types: with a carriage return at its end, or of no use as a path."""
     for word in words:
+        if "\0" in word or not encodes(word):
+            raise UserError(f"the word '{shown(word)}' holds a character that no file name can; leave it out")
         if word.endswith("\r"):
             raise UserError(
                 f"the word '{word}' ends in a carriage return: the script has Windows line ends; sed -i 's/\\r$//' "
                 "SCRIPT removes them"
             )
+
+
+def encodes(word: str) -> bool:
+    """Whether the system could have passed `word` to a program, or can take it as the name of a file."""
+    try:
+        os.fsencode(word)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -58,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with streams.usable():
             words = sys.argv[1:] if argv is None else list(argv)
-            check_line_ends(words)
+            check_words(words)
             args = read_arguments(words)
             return args.run(args) or 0
     except KeyboardInterrupt:
