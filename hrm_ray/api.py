@@ -22,13 +22,13 @@ from hrm_ray.config.inference import Inference
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import as_text, validated
 from hrm_ray.data.shards import Dataset, open_dataset
-from hrm_ray.data.tasks.base import Task, get_task
+from hrm_ray.data.tasks.base import Symmetry, Task, get_task
 from hrm_ray.errors import UserError
 from hrm_ray.models.act import IGNORE, Batch
 from hrm_ray.models.inference import think_and_vote, thinking_for
 from hrm_ray.models.registry import build_model
 from hrm_ray.training.checkpoint import Checkpoint, find
-from hrm_ray.training.evaluate import OUTPUTS, evaluate
+from hrm_ray.training.evaluate import OUTPUTS, copies_on, evaluate
 from hrm_ray.training.storage import Storage
 from hrm_ray.training.world import World
 
@@ -130,19 +130,18 @@ class Solver:
                 solutions += self._solve_batch(np.stack(questions[start : start + batch_size]), use)
         return solutions
 
-    def _relabelings(self, use: Inference) -> np.ndarray | None:
-        return self.task.relabelings(use.votes) if use.votes > 1 else None
+    def _symmetries(self, use: Inference) -> list[Symmetry] | None:
+        return self.task.symmetries(use.votes) if use.votes > 1 else None
 
     def _solve_batch(self, questions: np.ndarray, use: Inference) -> list[Solution]:
         inputs = torch.from_numpy(questions.astype(np.int32))
         blank = torch.full((len(inputs),), self.task.blank_identifier_id, dtype=torch.int32)
         batch = Batch(inputs, torch.full(inputs.shape, IGNORE), blank).to(self.setup.device)
-        copies = self._relabelings(use)
         answer = think_and_vote(
             self.model,
             batch,
             stops_early=use.halt == "learned",
-            relabelings=None if copies is None else torch.from_numpy(copies).to(self.setup.device),
+            copies=copies_on(self.setup.device, self._symmetries(use)),
         ).last
         answers = answer.tokens.cpu().numpy().astype(np.uint8)
         valid = (
@@ -189,7 +188,7 @@ class Solver:
                 examples,
                 ignore_label_id=dataset.manifest.ignore_label_id,
                 inference=use,
-                relabelings=self._relabelings(use),
+                symmetries=self._symmetries(use),
                 batch_size=batch_size,
                 num_examples=num_examples,
                 world=World(),

@@ -26,7 +26,7 @@ from hrm_ray.config.inference import Inference
 from hrm_ray.config.published_words import ABSENT, KEYS
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import known_keys
-from hrm_ray.data.recipe import Recipe, recipe_folders, recipe_names
+from hrm_ray.data.recipe import recipe_classes, recipe_folders, recipe_names
 from hrm_ray.errors import LONGEST
 from hrm_ray.scale.work import Model, Pass
 from hrm_ray.training.plan import Plan
@@ -260,7 +260,12 @@ class Inputs:
             (["solve", str(folder / "run")], [*use, "data", "index", "count"], [data, "1,2,3", "count=2"]),
             (
                 ["data", "build"],
-                [*Recipe.model_fields, "recipe", "out", "overwrite"],
+                [
+                    *{key for kind in recipe_classes() for key in kind.model_fields},
+                    "recipe",
+                    "out",
+                    "overwrite",
+                ],
                 ["recipe=sudoku_4x4", "out=o"],
             ),
             (["data", "show", str(folder / "data")], ["split", "index"], ["split=test"]),

@@ -15,6 +15,7 @@ CORE = (
     "hrm_ray.data.writer",
     "hrm_ray.data.sources",
     "hrm_ray.data.tasks.sudoku",
+    "hrm_ray.data.tasks.sudoku.builder",
     "hrm_ray.doctor",
     "hrm_ray.interop.checkpoint",
     "hrm_ray.interop.dataset",

@@ -6,7 +6,7 @@ import numpy as np
 
 from hrm_ray.data.format import Manifest
 from hrm_ray.data.shards import Dataset, open_dataset
-from hrm_ray.data.tasks.base import Tokens
+from hrm_ray.data.tasks.tokens import Tokens
 from hrm_ray.data.writer import DatasetWriter, balanced_cuts
 
 VOCAB_SIZE, SEQ_LEN = 6, 16

@@ -109,14 +109,15 @@ def _keys() -> dict[str, dict[str, FieldInfo]]:
     """All keys, by the kind of configuration that they belong to: train, an architecture, recipe, sweep, machine."""
     from hrm_ray.config.arch import architectures
     from hrm_ray.config.schema import TrainConfig
-    from hrm_ray.data.recipe import Recipe
+    from hrm_ray.data.recipe import recipe_classes
     from hrm_ray.scale.machine import Machine
     from hrm_ray.tuning.config import SweepConfig
 
     return {
         "train": all_fields(TrainConfig),
         **{name: all_fields(kind, "arch.") for name, kind in architectures().items()},
-        "recipe": all_fields(Recipe),
+        "recipe": {key: field for kind in recipe_classes() for key, field in all_fields(kind).items()},
+        **{f"recipe:{kind.model_fields['task'].default}": all_fields(kind) for kind in recipe_classes()},
         "sweep": all_fields(SweepConfig),
         "machine": all_fields(Machine),
     }
@@ -159,7 +160,7 @@ def validate(args: argparse.Namespace) -> None:
 def _check_file(name: str, words: Sequence[str]) -> None:
     """Check a recipe or a sweep, which the keys of a YAML file tell apart."""
     from hrm_ray.config.validate import read_words
-    from hrm_ray.data.recipe import Recipe, load_recipe, recipe_names
+    from hrm_ray.data.recipe import load_recipe, recipe_class_of, recipe_names
     from hrm_ray.tuning.config import load_sweep, sweep_names
     from hrm_ray.tuning.points import Points
 
@@ -176,7 +177,7 @@ def _check_file(name: str, words: Sequence[str]) -> None:
             f"there is no recipe or sweep {abbreviated(name)}; {nearest(name, known, 'hrm-ray config ls')}"
         )
     if is_recipe:
-        load_recipe(name, read_words(words, Recipe))
+        load_recipe(name, read_words(words, recipe_class_of(name)))
     else:
         Points(load_sweep(name, words)).check_keys()
 

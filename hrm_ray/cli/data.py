@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import NonNegativeInt
 
 from hrm_ray.cli.command import KEY_VALUE, add, options_of
-from hrm_ray.config.validate import Settings, read_words, validated
+from hrm_ray.config.validate import Settings, read_words, split_word, validated
+from hrm_ray.errors import UserError
 from hrm_ray.jobs.copy import check_lasts
 
 if TYPE_CHECKING:
@@ -39,9 +40,13 @@ class OutOptions(Settings):
 
 def build_options(words: Sequence[str]) -> tuple[BuildOptions, "Recipe"]:
     """What the words of ``data build`` mean. Raises UserError."""
-    from hrm_ray.data.recipe import Recipe, load_recipe
+    from hrm_ray.data.recipe import load_recipe, recipe_class, recipe_class_of, recipe_names
 
-    values = read_words(words, BuildOptions, Recipe)
+    named = dict(map(split_word, words))
+    if "recipe" not in named:
+        raise UserError(f"data build: 'recipe' is not given; add recipe=NAME ({', '.join(recipe_names())})")
+    kind = recipe_class(named["task"]) if "task" in named else recipe_class_of(named["recipe"])
+    values = read_words(words, BuildOptions, kind)
     own = {key: values.pop(key) for key in BuildOptions.model_fields if key in values}
     options = validated(BuildOptions, own, "data build")
     return options, load_recipe(options.recipe, values)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -206,7 +206,10 @@ class PuzzleFile:
 
     def _text_chunks(self) -> Iterator[Chunk]:
         cells, lines = self.task.cells, self._lines()
-        found = find_puzzles(self._without_header(lines, cells), cells) if cells else _every_line(lines)
+        if cells:
+            found = find_puzzles(self._without_header(lines, cells), cells)
+        else:
+            found = _drawings(lines, self.task.seq_len) if self.task.keeps_spaces else _every_line(lines)
         while some := list(islice(found, _ROWS_PER_CHUNK)):
             yield _chunk_of(some)
 
@@ -215,6 +218,20 @@ def _every_line(lines: Iterable[str]) -> Iterator[Found]:
     for number, line in enumerate(lines, start=1):
         if text := line.partition("#")[0].strip():
             yield Found(number, text)
+
+
+def _drawings(lines: Iterable[str], size: int) -> Iterator[Found]:
+    """Puzzles whose every character counts: of `size` characters in one line, or in several up to an empty one."""
+    first, rows = 0, list[str]()
+    for number, line in enumerate(chain(lines, [""]), start=1):
+        row = line.rstrip("\r\n")
+        if row and not rows:
+            first = number
+        if row:
+            rows.append(row)
+        if rows and (not row or len(row) >= size or sum(map(len, rows)) >= size):
+            yield Found(first, "\n".join(rows))
+            rows = []
 
 
 def _chunk_of(found: list[Found]) -> Chunk:

@@ -1,28 +1,54 @@
 """What a dataset is built from and how: typed, validated, read from datasets/*.yaml."""
 
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from hrm_ray.config.validate import Settings, nearest, read_yaml_file, validated
-from hrm_ray.data.tasks.sudoku import MIN_CLUES
+from hrm_ray.config.validate import Settings, abbreviated, in_one_line, nearest, read_yaml_file, validated
+from hrm_ray.data.tasks.base import Task, family_names, import_family
 from hrm_ray.errors import UserError
 
 GENERATOR = "generator"
+DEFAULT_TASK = "sudoku"  # of a recipe that does not say
 
 
 class Recipe(Settings):
-    """A recipe; what it leaves out has these defaults."""
+    """The keys that the recipes of all families share. What a recipe leaves out has these defaults.
 
+    A family's recipe derives from this and gives `task` its name as the default: that is what `task=` looks for.
+    """
+
+    classes: ClassVar[dict[str, type["Recipe"]]] = {}
     listed_by: ClassVar[str] = "hrm-ray config show recipe"
 
-    task: Literal["sudoku"] = "sudoku"
+    task: str
     """Puzzle family."""
-    size: Literal[4, 6, 9] = 9
-    """Of the Sudoku, 4, 6 (boxes of 2 rows and 3 columns) or 9."""
+    source: str | None = None
+    """Where the puzzles come from."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of every random decision."""
+    rows_per_shard: int = Field(default=131_072, ge=1, le=10**9)
+    """Examples in a file, about."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        name = cls.model_fields["task"].default
+        if isinstance(name, str):  # else it is a base of others
+            Recipe.classes[name] = cls
+
+    def make_task(self) -> Task | None:
+        """The task of the data set, if the recipe alone says it; None: the source decides."""
+        return None
+
+
+class RowRecipe(Recipe):
+    """Of a family whose puzzles are a question and its answer."""
+
     source: str | None = None
     """generator, a file of puzzles in any usual layout, a folder or zip with a train (and test) file, or a Hugging Face
     id."""
@@ -31,47 +57,61 @@ class Recipe(Settings):
     num_test: int | None = Field(default=None, ge=0, le=10**9)
     """Held-out puzzles: to generate, or to split off a source without a test part (0: none), or to sample from its test
     part (default: all of it)."""
-    num_clues: int | None = None
-    """Digits given in a generated puzzle."""
     subsample_size: int | None = Field(default=None, ge=1, le=10**9)
     """Training puzzles to draw from the source (default: all)."""
-    num_aug: int = Field(default=0, ge=0, le=10**6)
-    """Symmetric copies of every training puzzle, beside the original."""
-    min_difficulty: int | None = Field(default=None, ge=0)
-    """Leave out puzzles rated lower."""
-    rate: bool = False
-    """Rate by the solver (number of guesses) instead of the source's rating."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    """Of every random decision."""
     on_bad: Literal["error", "skip"] = "error"
     """Whether an unusable row stops the build, or is skipped, counted and listed."""
-    rows_per_shard: int = Field(default=131_072, ge=1, le=10**9)
-    """Examples in a file, about."""
+
+    def of_generator(self) -> tuple[str, ...]:
+        """The keys that the generator needs, and that mean nothing without it."""
+        return "num_train", "num_test"
+
+    def of_files(self) -> tuple[str, ...]:
+        """The keys that mean nothing for the generator."""
+        return ("subsample_size",)
 
     @model_validator(mode="after")
-    def _fields_fit(self) -> "Recipe":
+    def _fields_fit_the_source(self) -> Self:
         if self.source is None:
             raise ValueError(
                 "'source' is not given; add source=PATH (a file of puzzles, or a folder with train.csv and "
                 "test.csv), a Hugging Face id (source=sapientinc/sudoku-extreme), or source=generator"
             )
         if self.source == GENERATOR:
-            for key in ("num_train", "num_test", "num_clues"):
+            for key in self.of_generator():
                 if getattr(self, key) is None:
                     raise ValueError(f"'{key}' is not given; source=generator needs {key}=NUMBER")
-            for key in ("subsample_size", "min_difficulty"):
+            for key in self.of_files():
                 if getattr(self, key) is not None:
                     raise ValueError(f"'{key}' does nothing with source=generator; leave it out")
-            fewest, most = MIN_CLUES[self.size], self.size**2
-            if not fewest <= (self.num_clues or 0) <= most:
-                raise ValueError(
-                    f"num_clues={self.num_clues}: {self.size}x{self.size} Sudoku can have {fewest}..{most} clues"
-                )
         else:
-            for key in ("num_train", "num_clues"):
-                if getattr(self, key) is not None:
+            for key in self.of_generator():
+                if key != "num_test" and getattr(self, key) is not None:
                     raise ValueError(f"'{key}' is for source=generator only; leave it out")
         return self
+
+
+def recipe_class(task: Any) -> type[Recipe]:
+    """The class of the recipes of a family. Raises UserError: no such family, or it is not built from a recipe."""
+    if not isinstance(task, str):
+        raise UserError(
+            f"task={abbreviated(task)}: give the name of a puzzle family: {', '.join(family_names())}"
+        )
+    module = import_family(task)
+    if hasattr(module, "__path__"):
+        import_module(f"{module.__name__}.builder")
+    if task not in Recipe.classes:
+        raise UserError(f"task={task} has no recipe: its data sets are imported (hrm-ray data import-npy)")
+    return Recipe.classes[task]
+
+
+def recipe_classes() -> list[type[Recipe]]:
+    """Those of all families that ship."""
+    found = []
+    for name in family_names():
+        with suppress(UserError):  # not built from a recipe
+            found.append(recipe_class(name))
+    return found
 
 
 def recipe_folders() -> list[Path]:
@@ -85,11 +125,11 @@ def recipe_names() -> list[str]:
     return sorted({file.stem for folder in recipe_folders() for file in folder.glob("*.yaml")})
 
 
-def load_recipe(name_or_file: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe by name, or from a YAML file, with `overrides` (key -> value) on top.
+def read_recipe(name_or_file: str) -> tuple[dict[str, Any], str]:
+    """What the recipe of a name, or of a YAML file, holds, and how a message calls it.
 
     Raises:
-        UserError: no such recipe, unreadable YAML, an unknown key, a value that does not fit.
+        UserError: no such recipe, unreadable YAML, or it is no mapping.
     """
     file = Path(name_or_file)
     if file.suffix not in (".yaml", ".yml"):
@@ -101,4 +141,22 @@ def load_recipe(name_or_file: str, overrides: Mapping[str, Any] | None = None) -
     values = read_yaml_file(file, "recipe")
     if not isinstance(values, dict):
         raise UserError(f"recipe {file} must hold 'key: value' lines")
-    return validated(Recipe, {**values, **(overrides or {})}, f"recipe {file.stem}")
+    return values, f"recipe {file.stem}"
+
+
+def recipe_class_of(name_or_file: str) -> type[Recipe]:
+    """The class of the recipe of a name, or of a YAML file. Raises UserError as `load_recipe` does."""
+    values, where = read_recipe(name_or_file)
+    with in_one_line(where):
+        return recipe_class(values.get("task", DEFAULT_TASK))
+
+
+def load_recipe(name_or_file: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe by name, or from a YAML file, with `overrides` (key -> value) on top.
+
+    Raises:
+        UserError: no such recipe, unreadable YAML, an unknown key, a value that does not fit.
+    """
+    values, where = read_recipe(name_or_file)
+    values |= overrides or {}
+    return validated(recipe_class(values.setdefault("task", DEFAULT_TASK)), values, where)

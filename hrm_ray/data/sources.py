@@ -1,8 +1,8 @@
 """Where raw puzzles come from: a file in any usual layout, a folder or zip file of them, a Hugging Face dataset.
 
 A source has a train part and perhaps a test part, each one file (see `puzzle_files` for how it is read). Every row
-passes the checks that need no search (shape, digits, clues, answer); whether a question has one solution is for the
-pipeline. A row that fails is a `BadRows` matter: stop, or skip, count and list.
+passes the checks of its task that need no search (shape, characters, rules, answer); whether a question has one
+solution is for the builder. A row that fails is a `BadRows` matter: stop, or skip, count and list.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from hrm_ray.data.containers import is_file, members, split_member
 from hrm_ray.data.puzzle_files import Chunk, PuzzleFile
-from hrm_ray.data.tasks.sudoku import BLANK, Sudoku
+from hrm_ray.data.tasks.base import WrittenTask
 from hrm_ray.errors import UserError, first_line, shown
 from hrm_ray.published import dataset_hint
 
@@ -130,7 +130,14 @@ class Source:
                 )
         return total.hexdigest()
 
-    def read(self, part: str, task: Sudoku, bad: BadRows, *, ratings: bool) -> Iterator[Rows]:
+    def first_question(self, part: str, task: WrittenTask) -> str:
+        """The first puzzle of a part, as it is written. Raises UserError if there is none."""
+        for chunk in PuzzleFile(self.parts[part], task).chunks(skips=True):
+            if len(chunk.questions):
+                return chunk.questions[0].as_py() or ""
+        raise UserError(f"{self.parts[part]} holds no puzzles")
+
+    def read(self, part: str, task: WrittenTask, bad: BadRows, *, ratings: bool) -> Iterator[Rows]:
         """The good rows of a part, chunk by chunk.
 
         Args:
@@ -219,11 +226,10 @@ def _download(repo_id: str) -> Path:
         ) from None
 
 
-def _checked(file: Path, task: Sudoku, bad: BadRows, ratings: bool, chunk: Chunk) -> Rows:
+def _checked(file: Path, task: WrittenTask, bad: BadRows, ratings: bool, chunk: Chunk) -> Rows:
     """Tokens of the rows that pass every check that needs no search; the others go to `bad`."""
     questions, good = _encode(chunk.questions, task)
-    has_blanks = (questions == BLANK).any(axis=1)
-    good &= ~task.contradicts(questions) & has_blanks
+    good &= task.accepts(questions)
     answers = np.zeros_like(questions)
     if chunk.answers is not None:
         answers, complete = _encode(chunk.answers, task)
@@ -244,25 +250,25 @@ def _checked(file: Path, task: Sudoku, bad: BadRows, ratings: bool, chunk: Chunk
         if bad.wants_reasons:
             question = _plain(chunk.questions[i].as_py(), task)
             answer = _plain(chunk.answers[i].as_py() if chunk.answers is not None else None, task)
-            reason = task.problem(question, answer) or (
-                f"rating '{shown(rating_text[i].as_py())}' is no number"
-                if has_blanks[i]
-                else f"question '{question}' has no blank; is it the answer of another? Give both as one row"
+            reason = (
+                task.problem(question, answer) or f"rating '{shown(rating_text[i].as_py())}' is no number"
             )
         bad.add(file, int(chunk.numbers[i]), reason)
     return Rows(questions, answers, values, chunk.numbers).take(good)
 
 
-def _plain(text: str | None, task: Sudoku) -> str:
+def _plain(text: str | None, task: WrittenTask) -> str:
     """A text as it may stand in a message: without the spaces around it, unless they are cells."""
     text = text or ""
-    return task.cells.plain(text) or text.strip()
+    if task.keeps_spaces:
+        return text.strip("\r\n")
+    return (task.cells and task.cells.plain(text)) or text.strip()
 
 
-def _encode(column: pa.Array, task: Sudoku) -> tuple[np.ndarray, np.ndarray]:
+def _encode(column: pa.Array, task: WrittenTask) -> tuple[np.ndarray, np.ndarray]:
     """Tokens uint8[n, S] of a string column, and bool[n]: whether it is a puzzle. Where not, they are no good."""
     raw = pc.fill_null(column, "")
-    column = pc.utf8_trim_whitespace(raw)
+    column = raw if task.keeps_spaces else pc.utf8_trim_whitespace(raw)
     fits = pc.equal(pc.binary_length(column), task.seq_len).to_numpy(zero_copy_only=False)
     texts = column.filter(pa.array(fits))
     ends = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset : texts.offset + len(texts) + 1]
@@ -271,6 +277,8 @@ def _encode(column: pa.Array, task: Sudoku) -> tuple[np.ndarray, np.ndarray]:
         codes = np.frombuffer(texts.buffers()[2], np.uint8)[ends[0] : ends[-1]]
         tokens[fits] = task.encode(codes.reshape(-1, task.seq_len))
     good = (tokens != 0).all(axis=1)
+    if task.cells is None:
+        return tokens, good
     given = pc.greater(pc.binary_length(column), 0).to_numpy(zero_copy_only=False)
     for i in np.flatnonzero(given & ~good):  # the few that are not written as most are
         if chars := task.cells.whole(raw[i].as_py()):  # spaces may be blanks

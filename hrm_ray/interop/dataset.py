@@ -27,8 +27,9 @@ from hrm_ray.config.validate import Settings, validated
 from hrm_ray.data.files import sha256
 from hrm_ray.data.format import Manifest, SplitInfo
 from hrm_ray.data.placing import is_remote, placed
-from hrm_ray.data.tasks.base import Task, Tokens
+from hrm_ray.data.tasks.base import Task
 from hrm_ray.data.tasks.sudoku import BOX_SHAPES, Sudoku
+from hrm_ray.data.tasks.tokens import Tokens
 from hrm_ray.data.writer import DatasetWriter, balanced_cuts
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.interop.files import check_regular, read_bytes

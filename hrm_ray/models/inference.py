@@ -7,7 +7,7 @@ Sources: halting by the Q head in use, Wang et al. 2025 (arXiv:2506.21734), "inf
 relabelled copies, arXiv:2601.10679.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -88,35 +88,45 @@ def think(model: ACT, batch: Batch, *, stops_early: bool = False) -> Answers:
             return Answers(now, learned)
 
 
+class Copy(NamedTuple):
+    """A symmetry of puzzles, as tensors: x -> tokens[x[cells]]; see `hrm_ray.data.tasks.base.Symmetry`.
+
+    cells int64 [C] and tokens int64 [V], both permutations.
+    """
+
+    cells: Tensor
+    tokens: Tensor
+
+    def of(self, batch: Batch) -> Batch:
+        """The copies of the puzzles of `batch`; labels, which are not asked, stay."""
+        inputs = self.tokens[batch.inputs.long()[:, self.cells]].int()
+        return Batch(inputs, batch.labels, batch.puzzle_identifiers)
+
+    def undone(self, answer: Answer) -> Answer:
+        """The answer to the puzzle itself, from the answer to its copy."""
+        back, tokens = self.cells.argsort(), self.tokens.argsort()
+        return answer._replace(
+            tokens=tokens[answer.tokens][:, back], logits=answer.logits[:, back][..., self.tokens]
+        )
+
+
 def think_and_vote(
-    model: ACT, batch: Batch, *, stops_early: bool = False, relabelings: Tensor | None = None
+    model: ACT, batch: Batch, *, stops_early: bool = False, copies: Sequence[Copy] | None = None
 ) -> Answers:
-    """As `think`, for several relabelled copies of every puzzle, whose answers vote.
+    """As `think`, for several symmetric copies of every puzzle, whose answers vote.
 
     Args:
-        relabelings: int64 [K, V], permutations of the tokens under which a puzzle remains one. None: no copies.
+        copies: the symmetries under which a puzzle remains one. None: no copies.
 
     Returns:
-        for each puzzle the answer that won, in the puzzle's own labels; `q_halt` is of the probability with which the
+        for each puzzle the answer that won, as one to the puzzle itself; `q_halt` is of the probability with which the
         copies stand behind it.
     """
-    if relabelings is None:
+    if copies is None:
         return think(model, batch, stops_early=stops_early)
-    copies = []
-    for relabeling in relabelings:
-        copy = Batch(relabeling[batch.inputs.long()].int(), batch.labels, batch.puzzle_identifiers)
-        back = relabeling.argsort()
-        answers = think(model, copy, stops_early=stops_early)
-        copies.append(
-            Answers(
-                *(
-                    answer._replace(tokens=back[answer.tokens], logits=answer.logits[..., relabeling])
-                    for answer in answers
-                )
-            )
-        )
-    last, learned = zip(*copies, strict=True)
-    return Answers(vote(last), vote(learned))
+    answers = [(copy, think(model, copy.of(batch), stops_early=stops_early)) for copy in copies]
+    last = tuple(copy.undone(answer.last) for copy, answer in answers)
+    return Answers(vote(last), vote(tuple(copy.undone(answer.learned) for copy, answer in answers)))
 
 
 def vote(copies: tuple[Answer, ...]) -> Answer:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 from hrm_ray.config.arch import ArchConfig
 from hrm_ray.config.halting import AS_PUBLISHED, HaltingConfig
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.data.recipe import load_recipe, recipe_names
+from hrm_ray.data.recipe import RowRecipe, load_recipe, recipe_names
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.errors import UserError
 from hrm_ray.machine import Setup
@@ -73,11 +73,13 @@ def puzzles_of(data_path: str) -> Puzzles:
 
 def _of_recipe(name: str) -> Puzzles:
     recipe = load_recipe(name, {"source": "sapientinc/sudoku-extreme"} if "9x9" in name else {})
-    num_train = recipe.num_train or recipe.subsample_size
-    if num_train is None:
+    task = recipe.make_task()
+    num_train = (recipe.num_train or recipe.subsample_size) if isinstance(recipe, RowRecipe) else None
+    if task is None or num_train is None:
         raise UserError(f"recipe {name} does not say how many puzzles it gives; build its data set first")
+    assert isinstance(recipe, RowRecipe)
     num_test = SUDOKU_EXTREME_TEST if recipe.num_test is None else recipe.num_test
-    return Puzzles(f"recipe {name}", recipe.size + 2, recipe.size**2, 1, num_train, num_test)
+    return Puzzles(f"recipe {name}", task.vocab_size, task.seq_len, 1, num_train, num_test)
 
 
 @dataclass(frozen=True)

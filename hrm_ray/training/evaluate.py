@@ -9,8 +9,9 @@ from torch import Tensor
 from hrm_ray.config.inference import AS_TRAINED, Inference
 from hrm_ray.data.sampler import PADDING
 from hrm_ray.data.shards import Split
+from hrm_ray.data.tasks.base import Symmetry
 from hrm_ray.models.act import ACT, IGNORE, Batch
-from hrm_ray.models.inference import Answer, Answers, think_and_vote, thinking_for
+from hrm_ray.models.inference import Answer, Answers, Copy, think_and_vote, thinking_for
 from hrm_ray.models.losses import count_right
 from hrm_ray.training.world import World
 
@@ -54,7 +55,7 @@ def evaluate(
     batch_size: int,
     world: World,
     inference: Inference = AS_TRAINED,
-    relabelings: np.ndarray | None = None,
+    symmetries: Sequence[Symmetry] | None = None,
     num_examples: int | None = None,
     save_outputs: Sequence[str] = (),
     on_batch: Callable[[int], object] | None = None,
@@ -65,7 +66,7 @@ def evaluate(
     Args:
         batch_size: examples a worker computes at once.
         inference: how the model is used.
-        relabelings: integers [votes, V], see `Task.relabelings`; needed for several votes.
+        symmetries: as many as votes, see `Task.symmetries`; needed for several votes.
         num_examples: only the first so many; None: all.
         save_outputs: names from `OUTPUTS` to collect; only with one worker.
         on_batch: called with the number of examples done by this worker after each batch.
@@ -77,10 +78,10 @@ def evaluate(
         collected arrays, rows in the order of the split.
     """
     assert not save_outputs or world.size == 1
-    assert (inference.votes > 1) == (relabelings is not None)
+    assert (inference.votes > 1) == (symmetries is not None)
     num_examples = min(num_examples or split.num_examples, split.num_examples)
     device = next(model.parameters()).device
-    copies = None if relabelings is None else torch.from_numpy(relabelings.astype(np.int64)).to(device)
+    copies = copies_on(device, symmetries)
     totals = torch.zeros(len(SUMS), dtype=torch.float64)
     collected: dict[str, list[np.ndarray]] = {name: [] for name in save_outputs}
     was_training = model.training
@@ -93,9 +94,7 @@ def evaluate(
                 if start == stop:
                     continue
                 batch = make_batch(split, np.arange(start, stop), ignore_label_id).to(device)
-                answers = think_and_vote(
-                    model, batch, stops_early=inference.halt == "learned", relabelings=copies
-                )
+                answers = think_and_vote(model, batch, stops_early=inference.halt == "learned", copies=copies)
                 totals += _sums(answers, batch.labels).cpu()
                 for name in save_outputs:
                     collected[name].append(OUTPUTS[name](batch, answers.last).cpu().numpy())
@@ -110,6 +109,13 @@ def evaluate(
         del sums["learned_exact_accuracy"], sums["learned_steps"]
     means = {name: value / count for name, value in sums.items()}
     return means, {name: np.concatenate(parts) for name, parts in collected.items()}
+
+
+def copies_on(device: torch.device, symmetries: Sequence[Symmetry] | None) -> list[Copy] | None:
+    """The symmetries of a task as tensors on `device`."""
+    if symmetries is None:
+        return None
+    return [Copy(*(torch.from_numpy(part).to(device) for part in symmetry)) for symmetry in symmetries]
 
 
 SUMS = (

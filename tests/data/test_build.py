@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hrm_ray.data import pipeline
 from hrm_ray.data.pipeline import build
-from hrm_ray.data.recipe import Recipe, load_recipe
+from hrm_ray.data.recipe import load_recipe
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.data.tasks.base import get_task
+from hrm_ray.data.tasks.sudoku import builder
+from hrm_ray.data.tasks.sudoku.builder import SudokuRecipe
 from hrm_ray.data.verify import verify
 from hrm_ray.errors import UserError
 
@@ -40,7 +41,7 @@ def folder(tmp_path_factory):
 
 
 def recipe(source, **values):
-    return Recipe(source=str(source), size=4, **values)
+    return SudokuRecipe(source=str(source), size=4, **values)
 
 
 def run(out, *args, **values):
@@ -99,10 +100,11 @@ def test_bytes_do_not_depend_on_cpus_blocks_or_chunks(tmp_path, folder, ray_clus
     values = {"subsample_size": 30, "num_aug": 100, "rows_per_shard": 1000, "rate": True, "seed": 5}
     run(tmp_path / "two", folder, **values)
     script = (
-        "import sys, ray; from hrm_ray.data import pipeline, puzzle_files; from hrm_ray.data.recipe import Recipe;"
+        "import sys, ray; from hrm_ray.data import pipeline, puzzle_files, rows;"
+        "from hrm_ray.data.tasks.sudoku.builder import SudokuRecipe;"
         "ray.init(address='local', num_cpus=1, include_dashboard=False, log_to_driver=False);"
-        "pipeline._ROWS_PER_TASK = 700; puzzle_files._CSV_BLOCK_BYTES = 500;"
-        f"pipeline.build(Recipe(source={str(folder)!r}, size=4, **{values!r}), sys.argv[1], show_progress=False)"
+        "rows._BYTES_PER_TASK = 22_400; puzzle_files._CSV_BLOCK_BYTES = 500;"
+        f"pipeline.build(SudokuRecipe(source={str(folder)!r}, size=4, **{values!r}), sys.argv[1], show_progress=False)"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "one")], check=True, env=os.environ)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -190,11 +192,11 @@ def test_generator_that_cannot(tmp_path, ray_cluster, monkeypatch):
     with pytest.raises(
         UserError, match=r"found only \d+ different 4x4 puzzles with 16 clues, 300 are wanted"
     ):
-        build(Recipe(**generator, num_train=300, num_clues=16), tmp_path / "data", show_progress=False)
-    monkeypatch.setattr(pipeline, "_MAX_TRIES", 1)
+        build(SudokuRecipe(**generator, num_train=300, num_clues=16), tmp_path / "data", show_progress=False)
+    monkeypatch.setattr(builder, "MAX_TRIES", 1)
     nine = {**generator, "size": 9}
     with pytest.raises(UserError, match="no 9x9 puzzle with 17 clues and one solution found"):
-        build(Recipe(**nine, num_train=2, num_clues=17), tmp_path / "data", show_progress=False)
+        build(SudokuRecipe(**nine, num_train=2, num_clues=17), tmp_path / "data", show_progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -230,8 +232,9 @@ def test_killed_build_starts_again_cleanly(tmp_path, ray_cluster):
     (tmp_path / "a.txt").write_text("\n".join(get_task("sudoku", size=9).to_text(q) for q in questions))
     values = {"source": str(tmp_path / "a.txt"), "num_test": 5, "num_aug": 20_000, "rows_per_shard": 20_001}
     script = (
-        "import sys; from hrm_ray.data.pipeline import build; from hrm_ray.data.recipe import Recipe;"
-        f"build(Recipe(**{values!r}), sys.argv[1], show_progress=False)"
+        "import sys; from hrm_ray.data.pipeline import build;"
+        "from hrm_ray.data.tasks.sudoku.builder import SudokuRecipe;"
+        f"build(SudokuRecipe(**{values!r}), sys.argv[1], show_progress=False)"
     )
     out = tmp_path / "data"
     process = subprocess.Popen([sys.executable, "-c", script, str(out)])
@@ -247,8 +250,8 @@ def test_killed_build_starts_again_cleanly(tmp_path, ray_cluster):
     with pytest.raises(UserError, match="build did not finish"):
         open_dataset(tmp_path / "data.building")
 
-    again = build(Recipe(**values), out, show_progress=False)
-    undisturbed = build(Recipe(**values), tmp_path / "other", show_progress=False)
+    again = build(SudokuRecipe(**values), out, show_progress=False)
+    undisturbed = build(SudokuRecipe(**values), tmp_path / "other", show_progress=False)
     assert again == undisturbed and not (tmp_path / "data.building").exists()
 
 
@@ -266,5 +269,5 @@ def test_hard_9x9_csv(tmp_path, ray_cluster):
 @pytest.mark.skipif(not (SHARED / "sudoku").is_dir(), reason=f"{SHARED}/sudoku is not there")
 def test_plain_text_9x9(tmp_path, ray_cluster):
     source = SHARED / "sudoku" / "magictour_top1465.txt"
-    manifest = build(Recipe(source=str(source), num_test=65), tmp_path / "data", show_progress=False)
+    manifest = build(SudokuRecipe(source=str(source), num_test=65), tmp_path / "data", show_progress=False)
     assert manifest.splits["train"].num_examples == 1400 and manifest.splits["test"].num_examples == 65

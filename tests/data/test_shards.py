@@ -18,7 +18,7 @@ from hrm_ray.data import fetch, files, shards
 from hrm_ray.data import format as data_format
 from hrm_ray.data.format import Manifest
 from hrm_ray.data.shards import open_dataset
-from hrm_ray.data.tasks.base import Tokens
+from hrm_ray.data.tasks.tokens import Tokens
 from hrm_ray.data.verify import verify
 from hrm_ray.data.writer import DatasetWriter, balanced_cuts
 from hrm_ray.errors import UserError

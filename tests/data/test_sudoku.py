@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm_ray.data.keyed_random import stream
-from hrm_ray.data.tasks import sudoku_kernels as kernels
-from hrm_ray.data.tasks.base import Tokens, get_task
-from hrm_ray.data.tasks.sudoku import BLANK, BOX_SHAPES
+from hrm_ray.data.tasks.base import get_task
+from hrm_ray.data.tasks.sudoku import BLANK, BOX_SHAPES, kernels
+from hrm_ray.data.tasks.tokens import Tokens
 from hrm_ray.errors import UserError
 from tests.data import reference
 

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from hrm_ray.data.tasks.base import get_task
+from hrm_ray.data.tasks.base import Symmetry, get_task
 from hrm_ray.errors import UserError
 from hrm_ray.models.act import ACT
 from hrm_ray.models.halting import Fixed
 from hrm_ray.models.inference import Answer, think, think_and_vote, thinking_for, vote
 from hrm_ray.models.recursive import Prediction, State
+from hrm_ray.training.evaluate import copies_on
 from tests.golden_cases import FOLDER as GOLDEN
 from tests.golden_cases import batch_of, model_of
 
@@ -100,8 +101,8 @@ def test_a_copy_is_answered_in_its_own_labels_and_read_back():
     model = ACT(Copies(), 1, Fixed())
     model.inner.initial_state, model.inner.reset = real.inner.initial_state, real.inner.reset
     task = get_task("sudoku", size=4)
-    relabelings = torch.from_numpy(task.relabelings(5))
-    voted = think_and_vote(model, batch, relabelings=relabelings).last
+    copies = copies_on(torch.device("cpu"), task.symmetries(5))
+    voted = think_and_vote(model, batch, copies=copies).last
     assert torch.equal(voted.tokens, batch.inputs.long())
     assert len(seen) == 5 and not torch.equal(seen[0], seen[1])
     torch.testing.assert_close(voted.q_halt.sigmoid(), torch.full((8,), 0.5))
@@ -110,11 +111,11 @@ def test_a_copy_is_answered_in_its_own_labels_and_read_back():
 @pytest.mark.parametrize("size", [4, 6, 9])
 def test_relabelled_sudoku_is_the_same_sudoku(size):
     task = get_task("sudoku", size=size)
-    relabelings = task.relabelings(9)
+    relabelings = np.stack([symmetry.tokens for symmetry in task.symmetries(9)])
     assert relabelings.shape == (9, size + 2)
     assert (relabelings[0] == np.arange(size + 2)).all()
     assert len({tuple(row) for row in relabelings}) == 9
-    np.testing.assert_array_equal(relabelings, task.relabelings(12)[:9])
+    assert all((a.tokens == b).all() for a, b in zip(task.symmetries(12), relabelings, strict=False))
     question, solution, _ = next(zip(*puzzles(task), strict=True))
     for relabeling in relabelings:
         assert sorted(relabeling) == list(range(size + 2)) and (relabeling[:2] == [0, 1]).all()
@@ -128,5 +129,18 @@ def puzzles(task):
 
 
 def test_a_task_without_copies_says_so():
-    with pytest.raises(UserError, match="votes=3: task tokens has no relabelled copies"):
-        get_task("tokens", vocab_size=6, seq_len=16).relabelings(3)
+    with pytest.raises(UserError, match="votes=3: task tokens has no symmetric copies"):
+        get_task("tokens", vocab_size=6, seq_len=16).symmetries(3)
+
+
+def test_a_copy_is_undone_in_cells_and_tokens():
+    random = np.random.default_rng(0)
+    copy = copies_on(torch.device("cpu"), [Symmetry(random.permutation(16), random.permutation(6))])[0]
+    _, batch = model_and_batch()
+    turned = copy.of(batch).inputs.long()
+    assert not torch.equal(turned, batch.inputs.long())
+    logits = torch.nn.functional.one_hot(turned, 6).float()
+    none = torch.zeros(len(turned))
+    answer = copy.undone(Answer(turned, logits, none, none, none.long()))
+    assert torch.equal(answer.tokens, batch.inputs.long())
+    assert torch.equal(answer.logits.argmax(-1), batch.inputs.long())

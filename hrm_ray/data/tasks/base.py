@@ -1,12 +1,17 @@
 """What a puzzle family is to the rest of the system: tokens in, tokens out, and how to read and show them.
 
-A task turns text into tokens and back, and says whether an answer solves its question. Families that can be
-built from raw puzzles add more (see sudoku); `Tokens` is the family of data sets we know nothing else about.
+A family is a module of this room, or one of yours that is named by its import path (`my_puzzles.latin`); its name is
+the module's. It holds a class of `Task`, which turns text into tokens and back and says whether an answer solves its
+question. A family that can be built from raw puzzles also has a recipe and a builder (see `hrm_ray.data.builder`), in
+the same module or, where the module is a package, in its `builder`.
 """
 
+import pkgutil
 from abc import ABC, abstractmethod
 from importlib import import_module
-from typing import Any
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -15,18 +20,33 @@ from hrm_ray.data.layout import Cells
 from hrm_ray.errors import UserError, shown
 
 
-class Task(ABC):
-    """A puzzle family of one fixed shape.
+class Symmetry(NamedTuple):
+    """What turns a puzzle into another one, and its answer into the other's: x -> tokens[x[cells]].
 
     Attributes:
-        name: how the registry and manifests call it.
+        cells: int64 [seq_len], a permutation: cell i of the copy is cell cells[i].
+        tokens: int64 [vocab_size], a permutation: token t becomes tokens[t].
+    """
+
+    cells: np.ndarray
+    tokens: np.ndarray
+
+
+class Task(ABC):
+    """A puzzle family of one fixed shape. A class that gives itself a `name` is found by it.
+
+    Attributes:
+        name: how recipes and manifests call it: the name of its module.
         options: what `get_task(name, **options)` needs to make this very task again.
         vocab_size: number of tokens, at most 256.
         seq_len: tokens in a question, and in an answer.
         pad_id, ignore_label_id, blank_identifier_id: as in the published data sets.
         checkable: whether `is_solution` can tell right from wrong.
         cells: how its puzzles are written, for the reader of files; None: as `parse` says, one a line.
+        keeps_spaces: whether a space is a cell like others.
     """
+
+    classes: ClassVar[dict[str, type["Task"]]] = {}
 
     name: str
     options: dict[str, Any]
@@ -37,6 +57,11 @@ class Task(ABC):
     blank_identifier_id: int = 0
     checkable: bool = True
     cells: Cells | None = None
+    keeps_spaces: bool = False
+
+    def __init_subclass__(cls) -> None:
+        if "name" in vars(cls):
+            Task.classes[cls.name] = cls
 
     @abstractmethod
     def parse(self, text: str) -> np.ndarray:
@@ -62,52 +87,58 @@ class Task(ABC):
         """Solutions of a question (uint8[seq_len]): 0, 1, or 2 for several; None: the task cannot tell."""
         return None
 
-    def relabelings(self, count: int) -> np.ndarray:
-        """`count` permutations of the tokens, integers [count, vocab_size], under which a puzzle remains one; the first
-        changes nothing, and the others are always the same. Raises UserError if the task knows none."""
-        raise UserError(f"votes={count}: task {self.name} has no relabelled copies of a puzzle; use votes=1")
+    def symmetries(self, count: int) -> list[Symmetry]:
+        """`count` symmetries, whose copies of a puzzle can vote; the first changes nothing, and the others are always
+        the same. Raises UserError if the task has not so many."""
+        raise UserError(f"votes={count}: task {self.name} has no symmetric copies of a puzzle; use votes=1")
 
 
-class Tokens(Task):
-    """A data set of an unknown family (imported): shown as numbers, answers cannot be checked."""
+class WrittenTask(Task):
+    """A task whose puzzles are written with one character a cell, so that files of many are read fast."""
 
-    name = "tokens"
-    checkable = False
+    @abstractmethod
+    def encode(self, codes: np.ndarray) -> np.ndarray:
+        """Tokens of many puzzles at once: character codes uint8 [n, seq_len] -> uint8 [n, seq_len], 0 (pad) where a
+        character is impossible."""
 
-    def __init__(self, vocab_size: int, seq_len: int):
-        self.options = {"vocab_size": vocab_size, "seq_len": seq_len}
-        self.vocab_size = vocab_size
-        self.seq_len = seq_len
+    @abstractmethod
+    def accepts(self, questions: np.ndarray) -> np.ndarray:
+        """Whether each question (uint8 [n, seq_len]) may be one, as far as can be seen without solving it; bool [n]."""
 
-    def parse(self, text: str) -> np.ndarray:
-        """Numbers separated by spaces or commas."""
-        words = text.replace(",", " ").split()
-        for position, word in enumerate(words, start=1):
-            if not word.isdecimal() or int(word) >= self.vocab_size:
-                raise UserError(
-                    f"token '{shown(word)}' at position {position}; allowed: 0..{self.vocab_size - 1}"
-                )
-        if len(words) != self.seq_len:
-            raise UserError(f"{len(words)} tokens; {self.seq_len} are needed")
-        return np.array(words, dtype=np.uint8)
-
-    def to_text(self, tokens: np.ndarray) -> str:
-        return " ".join(str(int(token)) for token in tokens)
-
-    def render(self, tokens: np.ndarray, given: np.ndarray | None = None) -> str:
-        """As a square if the length is a square number, else in lines of 32."""
-        side = round(self.seq_len**0.5)
-        width = side if side * side == self.seq_len else 32
-        cell = len(str(self.vocab_size - 1))
-        words = [f"{int(token):>{cell}}" for token in tokens]
-        return "\n".join(" ".join(words[start : start + width]) for start in range(0, len(words), width))
-
-    def is_solution(self, inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-        raise UserError("a data set of unknown task cannot tell whether an answer solves its question")
+    @abstractmethod
+    def problem(self, question: str, answer: str | None = None) -> str | None:
+        """What is wrong with a puzzle as far as can be seen without solving it, in words; None: nothing."""
 
 
-# Where each family lives; imported when asked for.
-_TASKS = {"sudoku": "hrm_ray.data.tasks.sudoku:Sudoku", "tokens": "hrm_ray.data.tasks.base:Tokens"}
+ROOM = "hrm_ray.data.tasks"  # where the families are
+
+
+def family_names() -> list[str]:
+    """The families that ship."""
+    names = (module.name for module in pkgutil.iter_modules(import_module(ROOM).__path__))
+    return sorted(name for name in names if name != "base")
+
+
+def import_family(name: str) -> ModuleType:
+    """The module of the family `name`. Raises UserError: there is none, or it cannot be imported."""
+    if "." in name:
+        path = name
+        try:
+            missing = find_spec(path) is None
+        except (ImportError, ValueError):  # the module above it is missing
+            missing = True
+        if missing:
+            raise UserError(
+                f"task '{shown(name)}' is no module that Python finds; put its folder on PYTHONPATH, or install it"
+            )
+    else:
+        path = f"{ROOM}.{name}"
+        if name not in family_names():
+            raise UserError(f"unknown task '{shown(name)}'; {nearest(name, family_names())}")
+    try:
+        return import_module(path)
+    except Exception as error:  # code of the user's
+        raise UserError(f"task {name}: {path} cannot be imported: {error!r}") from error
 
 
 def get_task(name: str, **options: Any) -> Task:
@@ -116,10 +147,10 @@ def get_task(name: str, **options: Any) -> Task:
     Raises:
         UserError: no such task, or options it does not take.
     """
-    if name not in _TASKS:
-        raise UserError(f"unknown task '{name}'; {nearest(name, _TASKS)}")
-    module, _, cls = _TASKS[name].partition(":")
+    import_family(name)
+    if name not in Task.classes:
+        raise UserError(f"task {name}: its module has no class of Task with name = '{name}'")
     try:
-        return getattr(import_module(module), cls)(**options)
+        return Task.classes[name](**options)
     except TypeError as error:
         raise UserError(f"task {name}: options {options} do not fit: {error}") from None

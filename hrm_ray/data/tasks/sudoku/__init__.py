@@ -1,7 +1,7 @@
 """Sudoku in sizes 4 (2x2 boxes), 6 (boxes of 2 rows and 3 columns) and 9.
 
 Tokens: 0 pad, 1 blank, digit d is d + 1. Reading, checking and showing need numpy only; the solver, the
-generator and the augmentation are compiled (sudoku_kernels) and loaded when first used.
+generator and the augmentation are compiled (`kernels`) and loaded when first used.
 """
 
 import math
@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 
 from hrm_ray.data.layout import Cells
-from hrm_ray.data.tasks.base import Task
+from hrm_ray.data.tasks.base import Symmetry, WrittenTask
 from hrm_ray.errors import UserError, shown
 
 BLANK = 1
@@ -25,7 +25,7 @@ _RELABELING_KEY = 9  # any number; the copies of a puzzle that vote are always t
 _CHUNK = 65_536
 
 
-class Sudoku(Task):
+class Sudoku(WrittenTask):
     """See the module. `size` is 4, 6 or 9."""
 
     name = "sudoku"
@@ -62,8 +62,6 @@ class Sudoku(Task):
         raise UserError(f"{len(chars)} characters; a {self.size}x{self.size} Sudoku has {self.seq_len}")
 
     def encode(self, codes: np.ndarray) -> np.ndarray:
-        """Tokens of many puzzles at once: character codes uint8[n, seq_len] -> uint8[n, seq_len], 0 (pad) where a
-        character is impossible."""
         return self._token_of_char[codes]
 
     def to_text(self, tokens: np.ndarray) -> str:
@@ -123,6 +121,10 @@ class Sudoku(Task):
         # A sum of distinct bits is their union; with a digit twice the sum is larger.
         return (self._units(bits, np.add) != self._units(bits, np.bitwise_or)).any(axis=1)
 
+    def accepts(self, questions: np.ndarray) -> np.ndarray:
+        """Nothing contradicts, and there is a blank."""
+        return ~self.contradicts(questions) & (questions == BLANK).any(axis=1)
+
     def is_solution(self, inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
         """Complete, each digit once in every row, column and box, and all clues kept; bool[n]."""
         inputs, outputs = np.asarray(inputs), np.asarray(outputs)
@@ -138,13 +140,14 @@ class Sudoku(Task):
         return solved
 
     def problem(self, question: str, answer: str | None = None) -> str | None:
-        """What is wrong with a puzzle as far as can be seen without solving it, in words, or None."""
         try:
             inputs = self.parse(question)
         except UserError as error:
             return f"question '{shown(question)}': {error}"
         if contradiction := self.contradiction(inputs):
             return f"question '{question}': its clues contradict: {contradiction}"
+        if not (inputs == BLANK).any():
+            return f"question '{question}' has no blank; is it the answer of another? Give both as one row"
         if not answer:
             return None
         try:
@@ -174,9 +177,9 @@ class Sudoku(Task):
 
     @cached_property
     def _kernels(self) -> ModuleType:
-        from hrm_ray.data.tasks import sudoku_kernels  # numba: seconds to import, not needed to read and show
+        from hrm_ray.data.tasks.sudoku import kernels  # numba: seconds to import, not needed to read and show
 
-        return sudoku_kernels
+        return kernels
 
     @cached_property
     def _geometry(self) -> tuple[np.ndarray, np.ndarray]:
@@ -233,7 +236,7 @@ class Sudoku(Task):
             self.box_cols,
         )
 
-    def relabelings(self, count: int) -> np.ndarray:
+    def symmetries(self, count: int) -> list[Symmetry]:
         """Digits permuted, each time otherwise; pad and blank stay."""
         if count > math.factorial(self.size):
             raise UserError(
@@ -245,4 +248,4 @@ class Sudoku(Task):
             found[tuple(words.random_raw(self.size).argsort(kind="stable").tolist())] = None
         tokens = np.tile(np.arange(self.vocab_size), (count, 1))
         tokens[:, FIRST_DIGIT:] = FIRST_DIGIT + np.array(list(found))
-        return tokens
+        return [Symmetry(np.arange(self.seq_len), relabeling) for relabeling in tokens]

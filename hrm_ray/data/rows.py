@@ -1,0 +1,307 @@
+"""Building a family whose puzzles are a question and its answer: from files or a generator, with symmetric copies.
+
+    train, test rows -> checks -> select -> complete -> augment -> drop what is in test -> shards
+
+Each puzzle is a group; its copies are puzzles of that group.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from hrm_ray.data.builder import Builder, Examples, Part, Workers
+from hrm_ray.data.format import from_tokens, to_tokens
+from hrm_ray.data.keyed_random import row_keys
+from hrm_ray.data.recipe import GENERATOR, RowRecipe
+from hrm_ray.data.row_set import RowSet
+from hrm_ray.data.sources import BadRows, Rows, Source, open_source
+from hrm_ray.data.tasks.base import WrittenTask
+from hrm_ray.errors import UserError
+
+# Purposes of random keys: the choice of test rows and that of training rows are independent.
+_TEST, _TRAIN = 1, 2
+
+_BYTES_PER_TASK = 3 << 20  # of augmented rows that a Ray task returns
+_GENERATED_PER_TASK = 512
+MAX_TRIES = 1_000  # for one generated puzzle
+
+
+class _Sample:
+    """Draws `size` rows of a stream, uniformly and without replacement, by the row's number alone; all if None.
+
+    Keeps the rows with the smallest random keys, in file order; `on_rejected` gets those it lets go.
+    """
+
+    def __init__(
+        self, size: int | None, seed: int, purpose: int, on_rejected: Callable[[Rows], None] | None = None
+    ):
+        self._size, self._seed, self._purpose = size, seed, purpose
+        self._on_rejected = on_rejected
+        self._chunks: list[Rows] = []
+
+    def add(self, rows: Rows) -> None:
+        self._chunks.append(rows)
+        if self._size is not None and sum(map(len, self._chunks)) > 2 * self._size + 65_536:
+            self._chunks = [self._trim(rows.questions.shape[1])]
+
+    def _trim(self, seq_len: int) -> Rows:
+        rows = Rows.concat(self._chunks, seq_len)
+        if self._size is None or len(rows) <= self._size:
+            return rows
+        kept = np.zeros(len(rows), bool)
+        kept[np.argsort(row_keys(self._seed, self._purpose, rows.numbers), kind="stable")[: self._size]] = (
+            True
+        )
+        if self._on_rejected:
+            self._on_rejected(rows.take(~kept))
+        return rows.take(kept)
+
+    def result(self, seq_len: int) -> Rows:
+        """The sample, sorted by row number."""
+        rows = self._trim(seq_len)
+        return rows.take(np.argsort(rows.numbers, kind="stable"))
+
+
+class RowBuilder(Builder):
+    """Builds from rows. A family overrides what it has more of: a solver, a generator, symmetries.
+
+    Attributes:
+        generator_version: named in the manifest in place of a source's digest; counts up when the generator's output
+            changes.
+        num_copies: of every training puzzle, beside the original.
+    """
+
+    recipe: RowRecipe
+    task: WrittenTask
+    generator_version: str = "generator-1"
+    num_copies: int = 0
+
+    def __init__(self, recipe: RowRecipe):
+        super().__init__(recipe)
+        assert recipe.source is not None  # RowRecipe makes sure
+        self.source = None if recipe.source == GENERATOR else open_source(recipe.source)
+        self.bad = BadRows(skip=recipe.on_bad == "skip")
+        self._num_groups_in_test = self._num_examples_in_test = 0
+
+    # What a family may override
+
+    def read(self, source: Source, part: str, workers: Workers) -> Iterator[Rows]:
+        """The rows of a part from which puzzles are chosen."""
+        return source.read(part, self.task, self.bad, ratings=False)
+
+    def complete(self, rows: Rows, file: Path, label: str, workers: Workers) -> Rows:
+        """The rows that can be used of those that were chosen, with their answers; the others go to `self.bad`."""
+        has_answer = np.asarray(rows.answers.any(axis=1))
+        for i in np.flatnonzero(~has_answer):
+            self.bad.add(file, int(rows.numbers[i]), "it has no answer")
+        return rows.take(has_answer)
+
+    def generator(self) -> Callable[[int, int], tuple[np.ndarray, np.ndarray]]:
+        """Makes puzzles number first..first+count-1 of the recipe, each by its number alone; runs in Ray's workers.
+
+        Called with (first, count), it returns questions and answers, uint8 [count, seq_len] each; a question that
+        could not be made is all zeros, and so are all after it.
+        """
+        raise UserError(f"task {self.task.name} has no generator; give source=PATH")
+
+    def augmenter(self) -> Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """Makes each puzzle, followed by its copies; runs in Ray's workers.
+
+        Called with questions and answers, uint8 [n, seq_len], and the numbers of their groups, int64 [n]; it returns
+        uint8 [n * (1 + num_copies), seq_len] twice.
+        """
+        raise NotImplementedError
+
+    def too_few(self, num_found: int, num_wanted: int) -> str:
+        """What to say when the generator finds no more different puzzles."""
+        return (
+            f"found only {num_found} different puzzles, {num_wanted} are wanted; lower num_train or num_test, or ask "
+            "for larger ones"
+        )
+
+    def none_found(self) -> str:
+        """What to say when the generator gives up."""
+        return f"no such puzzle found in {MAX_TRIES} tries; ask for an easier kind"
+
+    # Getting train and test puzzles
+
+    def digest(self) -> str:
+        return self.source.digest() if self.source else self.generator_version
+
+    def parts(self, workers: Workers) -> Iterator[Part]:
+        train, test = self._load(self.source, workers) if self.source else self._generate(workers)
+        yield self._part("train", train, self.num_copies, RowSet(test.questions), workers)
+        if len(test):
+            yield self._part("test", test, 0, None, workers)
+
+    def _load(self, source: Source, workers: Workers) -> tuple[Rows, Rows]:
+        """Train and test puzzles of a source: selected, complete, no train puzzle in test."""
+        recipe, seq_len = self.recipe, self.task.seq_len
+        train = _Sample(recipe.subsample_size, recipe.seed, _TRAIN)
+        if "test" in source.parts:
+            sample = _Sample(recipe.num_test, recipe.seed, _TEST)
+            for rows in self.read(source, "test", workers):
+                sample.add(rows)
+            test = sample.result(seq_len)
+            in_test = RowSet(test.questions)
+            for rows in self.read(source, "train", workers):
+                train.add(self._without(rows, in_test))
+            chosen = train.result(seq_len)
+        elif recipe.num_test is None:
+            raise UserError(
+                f"{source.parts['train']} has no test part; pass num_test=NUMBER to hold puzzles out (0: none)"
+            )
+        else:
+            sample = _Sample(recipe.num_test, recipe.seed, _TEST, on_rejected=train.add)
+            for rows in self.read(source, "train", workers):
+                sample.add(rows)
+            test = sample.result(seq_len)
+            chosen = self._without(train.result(seq_len), RowSet(test.questions))
+        test = self.complete(test, source.parts.get("test", source.parts["train"]), "check test", workers)
+        chosen = self.complete(chosen, source.parts["train"], "check train", workers)
+        if not len(chosen):
+            why = self._why_none_left(workers)
+            raise UserError(f"source={recipe.source}: no training puzzles are left; {why}")
+        return chosen, test
+
+    def _why_none_left(self, workers: Workers) -> str:
+        if not self.bad.count:
+            return "loosen the recipe"
+        if workers.show_progress:
+            for line in self._skipped():
+                print(line, file=sys.stderr)
+        some = self.bad.listed()[:3]
+        more = f"; and {self.bad.count - len(some)} more" if self.bad.count > len(some) else ""
+        return f"{self.bad.count} bad rows were skipped: {'; '.join(some)}{more}"
+
+    def _without(self, rows: Rows, in_test: RowSet) -> Rows:
+        dropped = in_test.contains(rows.questions)
+        self._num_groups_in_test += int(dropped.sum())
+        return rows.take(~dropped)
+
+    def _generate(self, workers: Workers) -> tuple[Rows, Rows]:
+        """Generated train and test puzzles, all distinct. Test comes first: it does not change with num_train."""
+        recipe, seq_len = self.recipe, self.task.seq_len
+        assert recipe.num_train is not None and recipe.num_test is not None
+        num_wanted = recipe.num_train + recipe.num_test
+        make = partial(_generate_block, self.generator())
+        questions = answers = np.empty((0, seq_len), np.uint8)
+        next_index = 0
+        while len(questions) < num_wanted:
+            if next_index > 20 * num_wanted + 10_000:
+                raise UserError(self.too_few(len(questions), num_wanted))
+            # A few more than are missing, since some will be duplicates; doubled, so that the last need few rounds.
+            num_more = max(int(1.02 * (num_wanted - len(questions))) + 64, next_index)
+            indices = np.arange(next_index, next_index + num_more)
+            next_index = int(indices[-1]) + 1
+            blocks = [
+                pa.table({"index": indices[i : i + _GENERATED_PER_TASK]})
+                for i in range(0, len(indices), _GENERATED_PER_TASK)
+            ]
+            made = list(workers.map(make, blocks, total=len(indices), label="generate"))
+            questions = np.concatenate([questions, *(to_tokens(block["inputs"]) for block in made)])
+            answers = np.concatenate([answers, *(to_tokens(block["labels"]) for block in made)])
+            if not questions.any(axis=1).all():
+                raise UserError(self.none_found())
+            # Of equal puzzles the first made stays, whatever was made together with it.
+            first = np.sort(np.unique(questions, axis=0, return_index=True)[1])
+            questions, answers = questions[first], answers[first]
+        numbers = np.arange(num_wanted)
+        rows = Rows(questions[:num_wanted], answers[:num_wanted], np.full(num_wanted, -1), numbers)
+        return rows.take(numbers >= recipe.num_test), rows.take(numbers < recipe.num_test)
+
+    # Writing
+
+    def _part(self, name: str, rows: Rows, num_copies: int, in_test: RowSet | None, workers: Workers) -> Part:
+        """Each row is a group, followed by its copies. Copies that are in `in_test` are dropped and counted."""
+        blocks = self._augmented(rows, num_copies, in_test, f"write {name}", workers)
+        return Part(
+            name, np.full(len(rows), 1 + num_copies), self._numbered(blocks, len(rows) * (1 + num_copies))
+        )
+
+    def _numbered(
+        self, blocks: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]], num_made: int
+    ) -> Iterator[Examples]:
+        """Every row is a puzzle of its own."""
+        num_written = 0
+        for inputs, labels, groups in blocks:
+            puzzles = np.arange(num_written, num_written + len(groups))
+            yield Examples(inputs, labels, np.zeros(len(groups), np.int32), puzzles, groups)
+            num_written += len(groups)
+        self._num_examples_in_test += num_made - num_written
+
+    def _augmented(
+        self, rows: Rows, num_copies: int, in_test: RowSet | None, label: str, workers: Workers
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        groups = np.arange(len(rows))
+        if not num_copies:
+            yield rows.questions, rows.answers, groups
+            return
+        per_task = max(1, _BYTES_PER_TASK // (2 * self.task.seq_len * (1 + num_copies)))
+        blocks = [
+            pa.table(
+                {
+                    "inputs": from_tokens(rows.questions[i : i + per_task]),
+                    "labels": from_tokens(rows.answers[i : i + per_task]),
+                    "group": groups[i : i + per_task],
+                }
+            )
+            for i in range(0, len(rows), per_task)
+        ]
+        augment = partial(_augment_block, self.augmenter(), 1 + num_copies, workers.share(in_test))
+        for block in workers.map(augment, blocks, total=len(rows) * (1 + num_copies), label=label):
+            yield to_tokens(block["inputs"]), to_tokens(block["labels"]), block["group"].to_numpy()
+
+    # Telling
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "bad_rows_skipped": self.bad.count,
+            "bad_rows": self.bad.listed(),
+            "train_puzzles_dropped_in_test": self._num_groups_in_test,
+            "train_augmentations_dropped_in_test": self._num_examples_in_test,
+        }
+
+    def notes(self) -> Iterator[str]:
+        yield from self._skipped()
+        yield (
+            f"dropped because they equal a test example: {self._num_groups_in_test} training puzzles, "
+            f"{self._num_examples_in_test} augmentations"
+        )
+
+    def _skipped(self) -> Iterator[str]:
+        if not self.bad.count:
+            return
+        listed = self.bad.listed()
+        yield f"skipped {self.bad.count} bad rows:"
+        yield from (f"  {line}" for line in listed)
+        if self.bad.count > len(listed):
+            yield f"  and {self.bad.count - len(listed)} more"
+
+
+# What runs in Ray's workers
+
+
+def _generate_block(make: Callable[[int, int], tuple[np.ndarray, np.ndarray]], block: pa.Table) -> pa.Table:
+    questions, answers = make(block["index"][0].as_py(), block.num_rows)
+    return pa.table({"inputs": from_tokens(questions), "labels": from_tokens(answers)})
+
+
+def _augment_block(
+    augment: Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    copies: int,
+    in_test: Callable[[], RowSet],
+    block: pa.Table,
+) -> pa.Table:
+    groups = block["group"].to_numpy()
+    inputs, labels = augment(to_tokens(block["inputs"]), to_tokens(block["labels"]), groups)
+    groups = np.repeat(groups, copies)
+    kept = ~in_test().contains(inputs)
+    return pa.table(
+        {"inputs": from_tokens(inputs[kept]), "labels": from_tokens(labels[kept]), "group": groups[kept]}
+    )

@@ -1,0 +1,190 @@
+"""Mazes: find a shortest path from the start to the goal of a square grid.
+
+Tokens, as published: 0 pad, 1 wall `#`, 2 free ` `, 3 start `S`, 4 goal `G`, 5 path `o`. The answer is the whole maze
+with the path drawn in; a step goes to one of four neighbours.
+"""
+
+from functools import cached_property
+from types import ModuleType
+
+import numpy as np
+
+from hrm_ray.data.dihedral import COUNT, cells_of
+from hrm_ray.data.tasks.base import Symmetry, WrittenTask
+from hrm_ray.errors import UserError, shown
+
+WALL, FREE, START, GOAL, PATH = 1, 2, 3, 4, 5
+SYMBOLS = "# SGo"  # of tokens 1 to 5
+LARGEST = 100
+_SHOWN = {WALL: "█", FREE: " ", START: "S", GOAL: "G", PATH: "•"}
+
+
+class Maze(WrittenTask):
+    """See the module. `size` is the number of rows, and of columns."""
+
+    name = "maze"
+    keeps_spaces = True
+
+    def __init__(self, size: int = 30):
+        if not 2 <= size <= LARGEST:
+            raise UserError(f"maze has no size {size}; choose 2 to {LARGEST}")
+        self.options = {"size": size}
+        self.size = size
+        self.vocab_size = 1 + len(SYMBOLS)
+        self.seq_len = size * size
+        self._token_of_char = np.zeros(256, np.uint8)
+        self._token_of_char[[ord(symbol) for symbol in SYMBOLS]] = np.arange(len(SYMBOLS)) + 1
+        self._token_of_char[ord(".")] = FREE  # where a space would be lost
+
+    # Text
+
+    def parse(self, text: str) -> np.ndarray:
+        """A maze in one line of size * size characters, or in lines of `size`; a free cell is a space or a dot."""
+        rows = text.strip("\r\n").splitlines()
+        if len(rows) > 1:  # at the end of a line spaces are easily lost
+            rows = [row.ljust(self.size) for row in rows]
+        chars = "".join(rows)
+        if len(chars) != self.seq_len:
+            raise UserError(f"{len(chars)} characters; a {self.size}x{self.size} maze has {self.seq_len}")
+        for position, char in enumerate(chars):
+            if ord(char) > 255 or not self._token_of_char[ord(char)]:
+                raise UserError(
+                    f"impossible character '{shown(char)}' in {self._place(position)}; allowed: # wall, space or . "
+                    "free, S start, G goal, o path"
+                )
+        return self._token_of_char[[ord(char) for char in chars]]
+
+    def _place(self, cell: int) -> str:
+        row, col = divmod(cell, self.size)
+        return f"row {row + 1}, column {col + 1}"
+
+    def encode(self, codes: np.ndarray) -> np.ndarray:
+        return self._token_of_char[codes]
+
+    def to_text(self, tokens: np.ndarray) -> str:
+        return "".join(SYMBOLS[t - 1] if 1 <= t <= len(SYMBOLS) else "?" for t in tokens.tolist())
+
+    def render(self, tokens: np.ndarray, given: np.ndarray | None = None) -> str:
+        """A picture in a frame. A cell in which the answer changes what was given, but for the path, shows `!`."""
+        cells = [_SHOWN.get(token, "?") for token in tokens.tolist()]
+        if given is not None:
+            for cell in np.flatnonzero((tokens != given) & ~((given == FREE) & (tokens == PATH))):
+                cells[cell] = "!"
+        line = "-" * (2 * self.size)
+        rows = (cells[start : start + self.size] for start in range(0, self.seq_len, self.size))
+        inside = ["|" + "".join(2 * c if c == _SHOWN[WALL] else f"{c} " for c in row) + "|" for row in rows]
+        return "\n".join([f"+{line}+", *inside, f"+{line}+"])
+
+    # Rules
+
+    @cached_property
+    def _kernels(self) -> ModuleType:
+        from hrm_ray.data.tasks.maze import kernels  # numba: seconds to import, not needed to read and show
+
+        return kernels
+
+    def accepts(self, questions: np.ndarray) -> np.ndarray:
+        """One start, one goal, no path; whether there is a way is seen from the answer."""
+        return (
+            ((questions == START).sum(1) == 1)
+            & ((questions == GOAL).sum(1) == 1)
+            & ~((questions == PATH) | (questions == 0)).any(1)
+        )
+
+    def is_solution(self, inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+        """A valid path: nothing but free cells is changed, and only into path; start, goal and path are connected."""
+        return self._kernels.is_valid(*self._as_tokens(inputs, outputs), self.size)
+
+    def is_shortest(self, inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+        """A valid path (see `is_solution`) than which there is no shorter one; bool [n]."""
+        return self._kernels.is_shortest(*self._as_tokens(inputs, outputs), self.size)
+
+    def _as_tokens(self, inputs: np.ndarray, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """uint8; values of other types that no token has become pads, which no answer has."""
+        inputs, outputs = np.asarray(inputs), np.asarray(outputs)
+        known = (outputs >= 0) & (outputs < self.vocab_size)
+        return (
+            np.ascontiguousarray(inputs, np.uint8),
+            np.ascontiguousarray(np.where(known, outputs, 0), np.uint8),
+        )
+
+    def problem(self, question: str, answer: str | None = None) -> str | None:
+        try:
+            inputs = self.parse(question)
+        except UserError as error:
+            return f"question: {error}"
+        if contradiction := self.contradiction(inputs):
+            return f"question: {contradiction}"
+        if not answer:
+            return None
+        try:
+            outputs = self.parse(answer)
+        except UserError as error:
+            return f"answer: {error}"
+        if self.is_solution(inputs[None], outputs[None])[0]:
+            return None
+        changed = np.flatnonzero((inputs != outputs) & ~((inputs == FREE) & (outputs == PATH)))
+        if len(changed):
+            return f"answer: {self._place(int(changed[0]))} is not as in the question"
+        return "answer: the path does not connect start and goal"
+
+    def contradiction(self, question: np.ndarray) -> str | None:
+        for token, what in ((START, "start (S)"), (GOAL, "goal (G)")):
+            count = int((question == token).sum())
+            if count != 1:
+                return f"it has {count or 'no'} {what}; one is needed"
+        if (question == PATH).any():
+            return "it has a path (o) already; is it the answer of another?"
+        return None if self.num_solutions(question) else "there is no way from start to goal"
+
+    def num_solutions(self, question: np.ndarray) -> int | None:
+        """Shortest paths: 0, 1, or 2 for several."""
+        try:
+            kernels = self._kernels
+        except ImportError:  # no numba
+            return None
+        return int(kernels.num_shortest(np.ascontiguousarray(question, np.uint8), self.size))
+
+    # Symmetries
+
+    @cached_property
+    def turns(self) -> np.ndarray:
+        """int64 [8, seq_len]: cell i of the maze turned by symmetry k is cell turns[k, i] of it (see `dihedral`)."""
+        return np.stack([cells_of(symmetry, self.size, self.size) for symmetry in range(COUNT)])
+
+    def symmetries(self, count: int) -> list[Symmetry]:
+        """Rotations and mirror images."""
+        if count > COUNT:
+            raise UserError(f"votes={count}: a maze has only {COUNT} rotations and mirror images")
+        tokens = np.arange(self.vocab_size)
+        return [Symmetry(cells, tokens) for cells in self.turns[:count]]
+
+    def generate(
+        self,
+        seed: int,
+        first: int,
+        count: int,
+        *,
+        walls: tuple[float, float],
+        unique: bool,
+        path: tuple[int, int],
+        max_tries: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mazes number first..first+count-1 of `seed`.
+
+        Args:
+            walls: least and greatest share of cells that are walls.
+            unique: whether there is one shortest path only.
+            path: least and greatest number of steps of it.
+
+        Returns:
+            Questions and answers, uint8 [count, seq_len]; a question is all zeros if `max_tries` grids did not yield
+            it, and so are all after it.
+        """
+        return self._kernels.generate(seed, first, count, self.size, *walls, unique, *path, max_tries)
+
+    def augment(
+        self, inputs: np.ndarray, labels: np.ndarray, groups: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Each maze (rows uint8 [n, seq_len]) in all eight positions, the given one first; [8 n, seq_len] twice."""
+        return tuple(tokens[:, self.turns].reshape(-1, self.seq_len) for tokens in (inputs, labels))  # type: ignore

@@ -1,0 +1,44 @@
+"""Data sets of a family that we know nothing else about, such as imported arrays."""
+
+import numpy as np
+
+from hrm_ray.data.tasks.base import Task
+from hrm_ray.errors import UserError, shown
+
+
+class Tokens(Task):
+    """A data set of an unknown family (imported): shown as numbers, answers cannot be checked."""
+
+    name = "tokens"
+    checkable = False
+
+    def __init__(self, vocab_size: int, seq_len: int):
+        self.options = {"vocab_size": vocab_size, "seq_len": seq_len}
+        self.vocab_size = vocab_size
+        self.seq_len = seq_len
+
+    def parse(self, text: str) -> np.ndarray:
+        """Numbers separated by spaces or commas."""
+        words = text.replace(",", " ").split()
+        for position, word in enumerate(words, start=1):
+            if not word.isdecimal() or int(word) >= self.vocab_size:
+                raise UserError(
+                    f"token '{shown(word)}' at position {position}; allowed: 0..{self.vocab_size - 1}"
+                )
+        if len(words) != self.seq_len:
+            raise UserError(f"{len(words)} tokens; {self.seq_len} are needed")
+        return np.array(words, dtype=np.uint8)
+
+    def to_text(self, tokens: np.ndarray) -> str:
+        return " ".join(str(int(token)) for token in tokens)
+
+    def render(self, tokens: np.ndarray, given: np.ndarray | None = None) -> str:
+        """As a square if the length is a square number, else in lines of 32."""
+        side = round(self.seq_len**0.5)
+        width = side if side * side == self.seq_len else 32
+        cell = len(str(self.vocab_size - 1))
+        words = [f"{int(token):>{cell}}" for token in tokens]
+        return "\n".join(" ".join(words[start : start + width]) for start in range(0, len(words), width))
+
+    def is_solution(self, inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+        raise UserError("a data set of unknown task cannot tell whether an answer solves its question")
