@@ -30,7 +30,8 @@ FORMAT_VERSION = 1
 UNFINISHED = "unfinished"  # a file that marks the folder of a build
 # All that a build writes; of a file that is being written, the name that it has until then.
 OUR_FILES = re.compile(
-    r"((manifest|identifiers)\.json|[^/]+/shard-[0-9]{5,}\.arrow)((\.[0-9a-f]{8})?\.tmp)?|" + UNFINISHED
+    r"((manifest|identifiers|test_puzzles)\.json|[^/]+/shard-[0-9]{5,}\.arrow)((\.[0-9a-f]{8})?\.tmp)?|"
+    + UNFINISHED
 )
 IDS = ("puzzle_identifier", "puzzle", "group")
 

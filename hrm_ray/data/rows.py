@@ -74,12 +74,14 @@ class RowBuilder(Builder):
         generator_version: named in the manifest in place of a source's digest; counts up when the generator's output
             changes.
         num_copies: of every training puzzle, beside the original.
+        copies_on_ray: whether making them takes longer than sending them between processes.
     """
 
     recipe: RowRecipe
     task: WrittenTask
     generator_version: str = "generator-1"
     num_copies: int = 0
+    copies_on_ray: bool = True
 
     def __init__(self, recipe: RowRecipe):
         super().__init__(recipe)
@@ -253,8 +255,11 @@ class RowBuilder(Builder):
             )
             for i in range(0, len(rows), per_task)
         ]
-        augment = partial(_augment_block, self.augmenter(), 1 + num_copies, workers.share(in_test))
-        for block in workers.map(augment, blocks, total=len(rows) * (1 + num_copies), label=label):
+        on_ray = self.copies_on_ray
+        in_test_there = workers.share(in_test) if on_ray else partial(_same, in_test)
+        augment = partial(_augment_block, self.augmenter(), 1 + num_copies, in_test_there)
+        total = len(rows) * (1 + num_copies)
+        for block in workers.map(augment, blocks, total=total, label=label, on_ray=on_ray):
             yield to_tokens(block["inputs"]), to_tokens(block["labels"]), block["group"].to_numpy()
 
     # Telling
@@ -305,3 +310,7 @@ def _augment_block(
     return pa.table(
         {"inputs": from_tokens(inputs[kept]), "labels": from_tokens(labels[kept]), "group": groups[kept]}
     )
+
+
+def _same(value: Any) -> Any:
+    return value

@@ -31,8 +31,10 @@ class Arc(Task):
     seq_len = SIDE * SIDE
     checkable = False
 
-    def __init__(self) -> None:
-        self.options = {}
+    def __init__(self, translate: bool = False) -> None:
+        """`translate`: in training, the grids lie at another place on every visit."""
+        self.options = {"translate": translate}
+        self.translates = translate
 
     def parse(self, text: str) -> np.ndarray:
         """A grid as JSON, ``[[0,1],[2,3]]``, or its rows of digits, ``01/23``, or one row a line."""

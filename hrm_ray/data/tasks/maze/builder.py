@@ -1,6 +1,6 @@
 """Builds mazes: from the published table (columns question and answer) or a generator."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from math import isqrt
 from typing import Annotated, Literal, Self
@@ -8,13 +8,13 @@ from typing import Annotated, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from hrm_ray.data.builder import Part, Workers
 from hrm_ray.data.recipe import GENERATOR, RowRecipe
-from hrm_ray.data.rows import MAX_TRIES, RowBuilder
+from hrm_ray.data.rows import RowBuilder
 from hrm_ray.data.sources import Source
 from hrm_ray.data.tasks.maze import LARGEST, Maze
 from hrm_ray.errors import UserError
 
+MAX_TRIES = 20_000  # grids for one maze, half a second at most
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -62,14 +62,12 @@ class MazeBuilder(RowBuilder, recipe=MazeRecipe):
 
     recipe: MazeRecipe
     task: Maze
+    copies_on_ray = False
 
     def __init__(self, recipe: MazeRecipe):
         super().__init__(recipe)
         self.num_copies = 7 if recipe.aug else 0
         self.task = recipe.make_task() or Maze(_size_of(self.source))
-
-    def parts(self, workers: Workers) -> Iterator[Part]:
-        return super().parts(workers)
 
     def generator(self) -> Callable[[int, int], tuple[np.ndarray, np.ndarray]]:
         recipe = self.recipe
@@ -89,7 +87,7 @@ class MazeBuilder(RowBuilder, recipe=MazeRecipe):
         recipe = self.recipe
         return (
             f"no {recipe.size}x{recipe.size} maze with a path of {recipe.path[0]} to {recipe.path[1]} steps found in "
-            f"{MAX_TRIES} tries; lower min_path, or change walls"
+            f"{MAX_TRIES} tries; lower min_path, change walls, or give unique=false"
         )
 
 
