@@ -107,7 +107,11 @@ class Tokens(Task):
 
 
 # Where each family lives; imported when asked for.
-_TASKS = {"sudoku": "hrm_ray.data.tasks.sudoku:Sudoku", "tokens": "hrm_ray.data.tasks.base:Tokens"}
+_TASKS = {
+    "arc": "hrm_ray.data.tasks.arc:Arc",
+    "sudoku": "hrm_ray.data.tasks.sudoku:Sudoku",
+    "tokens": "hrm_ray.data.tasks.base:Tokens",
+}
 
 
 def get_task(name: str, **options: Any) -> Task:
