@@ -43,7 +43,8 @@ def vote(args: argparse.Namespace) -> None:
         check_replaceable(out)
     held_out = read_held_out(options.data)
     outputs = [SavedOutputs(file) for file in files]
-    with tqdm(total=sum(saved.num_rows for saved in outputs), unit="row", disable=args.json) as bar:
+    num_rows = sum(saved.num_rows for saved in outputs)
+    with tqdm(total=num_rows, unit="row", disable=args.json, delay=1) as bar:
         votes = count_votes(outputs, held_out, bar.update)
     if out:
         write_submission(out, submission(votes, held_out))

@@ -78,7 +78,7 @@ class SavedOutputs:
                 ]
             except zipfile.BadZipFile:
                 raise UserError(f"{self.file} is no .npz file; make one with: {_HOW}") from None
-            except (UserError, OSError):
+            except (UserError, PermissionError):
                 raise
             except Exception as error:  # of any kind where the bytes are damaged
                 raise self._damaged(error) from None

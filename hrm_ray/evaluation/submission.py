@@ -42,7 +42,7 @@ def check_replaceable(file: Path) -> None:
 def _is_submission(file: Path) -> bool:
     try:
         content = json.loads(file.read_bytes()) if file.is_file() else None
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, OSError):
         return False
     return isinstance(content, dict) and all(
         isinstance(pairs, list) and all(isinstance(pair, dict) and "attempt_1" in pair for pair in pairs)

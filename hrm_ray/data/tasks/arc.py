@@ -171,7 +171,9 @@ def read_name(name: str) -> tuple[str, Plan | None]:
         if len(plan) == 2 and re.fullmatch("t[0-7]", plan[0]) and sorted(plan[1]) == list("0123456789"):
             return task, Plan(int(plan[0][1]), tuple(map(int, plan[1])))
     if "|||" in name:
-        raise UserError(f"'{shown(name)}' names no augmentation; ID|||t0|||0123456789 would")
+        raise UserError(
+            f"identifiers.json: '{shown(name)}' names no augmentation; ID|||t0|||0123456789 would"
+        )
     return name, None
 
 
