@@ -151,7 +151,10 @@ def count_votes(
     num_votes = 0
     for saved in files:
         for batch in saved.batches():
-            votes.add(*batch)
+            try:
+                votes.add(*batch)
+            except UserError as error:
+                raise UserError(f"{saved.file}: {error}") from None
             if on_rows:
                 on_rows(len(batch[0]))
         before, num_votes = num_votes, _num_votes(votes, held_out)

@@ -151,7 +151,7 @@ def without(name: str) -> dict[str, np.ndarray]:
         ({key: value[:0] for key, value in arrays().items()}, "outputs.npz holds no rows"),
         (
             arrays() | {"puzzle_identifiers": np.array([1, 2, 1])},
-            "puzzle identifier 2, but identifiers.json names 0..1: identifiers of another build",
+            "outputs.npz: puzzle identifier 2, but identifiers.json names 0..1: identifiers of another build",
         ),
         (arrays() | {"puzzle_identifiers": np.array([1, -1, 1])}, "puzzle identifier -1"),
         (arrays() | {"q_halt_logits": np.array([0, 0, np.nan])}, "q_halt_logits of row 2 is not a number"),
