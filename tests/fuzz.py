@@ -20,6 +20,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
+
 from hrm_ray import cli
 from hrm_ray.config.compose import ALIASES, GROUPS
 from hrm_ray.config.inference import Inference
@@ -27,11 +29,12 @@ from hrm_ray.config.published_words import ABSENT, KEYS
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import known_keys
 from hrm_ray.data.recipe import recipe_classes, recipe_folders, recipe_names
+from hrm_ray.data.tasks.arc import place
 from hrm_ray.errors import LONGEST
 from hrm_ray.scale.work import Model, Pass
 from hrm_ray.training.plan import Plan
 from hrm_ray.tuning.config import SweepConfig, sweep_folders, sweep_names
-from tests.damage import damaged
+from tests.damage import MANIFEST, damaged
 from tests.toy import toy_config, toy_dataset
 
 CPU_S = 20  # of one input, before it counts as a hang
@@ -276,6 +279,12 @@ class Inputs:
             (["tune", "quickstart_lr"], [*sweep, *train], ["budget.cpu_hours=2", "sampler=random"]),
             (["tune", "set", str(folder / "nowhere")], sweep, []),
             (["scale"], [*train, "machine", "workers"], [data, "workers=[1,4]", "machine=l40s", "--json"]),
+            (
+                ["vote", str(folder / "votes/outputs.npz"), f"data={folder / 'votes'}"],
+                ["data", "submission"],
+                ["submission=s.json", "--json"],
+            ),
+            (["vote", str(folder / "votes/outputs.npz")], ["data", "submission"], []),
             (["doctor", "x"], ["lr"], []),
             ([], ["lr"], ["train", "eval", "data", "tune"]),
         ]
@@ -348,7 +357,7 @@ class Inputs:
 
 
 def make_files(folder: Path) -> None:
-    """A data set and a run of a few steps, to be named and damaged."""
+    """A data set, a run of a few steps, and saved outputs with what they are compared to, to be named and damaged."""
     from hrm_ray.training import trainer
 
     toy_dataset(folder / "data", num_train=8, num_test=8, rows_per_shard=8)
@@ -362,6 +371,20 @@ def make_files(folder: Path) -> None:
     }
     config = toy_config(folder / "data", folder, run_name="run", arch=arch, max_steps=1, lr_warmup_steps=0)
     trainer.train(TrainConfig(**config), show_progress=False)
+    votes = folder / "votes"
+    votes.mkdir()
+    shutil.copy(folder / "data" / MANIFEST, votes)
+    (votes / "identifiers.json").write_text('["<blank>", "a", "a|||t1|||0213456789"]')
+    pairs = '[{"input": [[1, 2]], "output": [[3]]}, {"input": [[4]], "output": [[5, 6]]}]'
+    (votes / "test_puzzles.json").write_text(f'{{"a": {{"train": [], "test": {pairs}}}}}')
+    tokens = np.stack([place(np.array([[1, 2]]))] * 4)
+    np.savez(
+        votes / "outputs.npz",
+        inputs=tokens,
+        preds=tokens,
+        puzzle_identifiers=np.ones(4, np.int32),
+        q_halt_logits=np.zeros(4, np.float32),
+    )
 
 
 @contextlib.contextmanager
@@ -390,6 +413,7 @@ def no_work(folder: Path) -> Iterator[None]:
             "hrm_ray.interop.checkpoint.import_checkpoint": begin,
             "hrm_ray.interop.checkpoint.export_checkpoint": begin,
             "hrm_ray.interop.dataset.import_npy": begin,
+            "hrm_ray.evaluation.votes.Votes.add": begin,
             "hrm_ray.scale.work.Model.of": lambda *args: counted,
             "hrm_ray.doctor.report": begin,
         }.items():
@@ -454,8 +478,13 @@ def fuzz(seed: int, count: int, say: Callable[[str], object] = print) -> tuple[C
     try:
         make_files(folder)
         inputs = Inputs(seed, folder)
-        on_files = [["data", kind, str(folder / "data")] for kind in ("info", "verify", "show")]
-        on_checkpoint = [["eval", str(folder / "run"), f"data={folder / 'data'}"]]
+        checkpoint = next((folder / "run" / "checkpoints").iterdir())
+        votes = folder / "votes"
+        on_folders = [  # a folder, and command lines that read it
+            (folder / "data", [["data", kind, str(folder / "data")] for kind in ("info", "verify", "show")]),
+            (checkpoint, [["eval", str(folder / "run"), f"data={folder / 'data'}"]]),
+            (votes, [["vote", str(votes / "outputs.npz"), f"data={votes}"]]),
+        ]
         with no_work(folder), contextlib.chdir(folder):
             for number in range(count):
                 signal.setitimer(signal.ITIMER_VIRTUAL, CPU_S)
@@ -468,9 +497,8 @@ def fuzz(seed: int, count: int, say: Callable[[str], object] = print) -> tuple[C
                     about, shrink = f" holding {file.read_bytes()!r:.600}", False
                     found = outcome(line)
                 elif number % 10 == 1:
-                    on_data = number % 20 == 1
-                    line = inputs.rng.choice(on_files if on_data else on_checkpoint)
-                    there = folder / "data" if on_data else next((folder / "run" / "checkpoints").iterdir())
+                    there, lines = on_folders[number // 10 % len(on_folders)]
+                    line = inputs.rng.choice(lines)
                     with damaged(there, inputs.rng.randrange(10**6)) as what:
                         found, about, shrink = outcome(line), f" after {what}", False
                 else:

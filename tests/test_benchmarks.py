@@ -76,6 +76,7 @@ def test_a_wrong_word_is_one_line(words, said):
         ("checkpoint", ["lr=high"]),
         ("startup", ["rounds=-1"]),
         ("ray_overhead", ["word"]),
+        ("votes", ["copies=0"]),
         ("data", ["repeats=0"]),
         ("data", ["source=/missing", "repeats=1"]),
         ("step", ["threads=1000000"]),
@@ -149,6 +150,13 @@ def test_attention_measures(monkeypatch, capsys):
     code, out, _ = command(monkeypatch, capsys, "attention", *words, "--json")
     assert code == 0
     assert json.loads(out)["ms"].keys() >= {"sdpa", "matmul"}
+
+
+def test_votes_are_measured(monkeypatch, capsys):
+    code, out, _ = command(monkeypatch, capsys, "votes", "tasks=2", "copies=3", "--json")
+    result = json.loads(out)
+    assert (code, result["rows"]) == (0, 6)
+    assert result["wall_s"] > 0 and result["cpu_s"] > 0 and result["peak_rss_mb"] > 10
 
 
 class FakeGPU:

@@ -14,9 +14,13 @@ CORE = (
     "hrm_ray.data.shards",
     "hrm_ray.data.writer",
     "hrm_ray.data.sources",
+    "hrm_ray.data.tasks.arc",
     "hrm_ray.data.tasks.sudoku",
     "hrm_ray.data.tasks.sudoku.builder",
     "hrm_ray.doctor",
+    "hrm_ray.evaluation.pass_at_k",
+    "hrm_ray.evaluation.saved_outputs",
+    "hrm_ray.evaluation.submission",
     "hrm_ray.interop.checkpoint",
     "hrm_ray.interop.dataset",
     "hrm_ray.models.registry",
@@ -48,7 +52,17 @@ def test_trains_and_solves(tmp_path):
     )
 
 
-@pytest.mark.parametrize("room", ["hrm_ray.models.trm", "hrm_ray.optim.adam_atan2", "hrm_ray.data.shards"])
+@pytest.mark.parametrize(
+    "room",
+    [
+        *("hrm_ray.models.trm", "hrm_ray.optim.adam_atan2", "hrm_ray.data.shards"),
+        *(
+            "hrm_ray.evaluation.saved_outputs",
+            "hrm_ray.evaluation.pass_at_k",
+            "hrm_ray.evaluation.submission",
+        ),
+    ],
+)
 def test_rooms_below_do_not_import_training(room):
     run(
         f"import importlib; importlib.import_module({room!r}); "

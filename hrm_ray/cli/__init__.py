@@ -9,7 +9,20 @@ import sys
 from collections.abc import Sequence
 
 from hrm_ray import __version__
-from hrm_ray.cli import config, data, doctor, evaluate, interop, scale, solve, streams, submit, train, tune
+from hrm_ray.cli import (
+    config,
+    data,
+    doctor,
+    evaluate,
+    interop,
+    scale,
+    solve,
+    streams,
+    submit,
+    train,
+    tune,
+    vote,
+)
 from hrm_ray.cli.command import Parser
 from hrm_ray.errors import UserError, about_file, notes, shown
 
@@ -25,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for room in (data, train, tune, submit, evaluate, solve, interop, scale, config, doctor):
+    for room in (data, train, tune, submit, evaluate, vote, solve, interop, scale, config, doctor):
         room.register(commands)
     return parser
 

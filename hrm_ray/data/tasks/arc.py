@@ -1,0 +1,182 @@
+"""ARC-AGI: coloured grids of up to 30x30 cells, and the names of their augmented copies.
+
+A grid is uint8[h, w] of colours 0..9. As tokens it lies in a frame of 30x30 cells, row by row: 0 pad, 1 end of the
+grid (the row below it and the column to its right), colour k is k + 2. All numbers and names are those of the
+published data sets.
+"""
+
+import json
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hrm_ray.data.dihedral import INVERSE, turned
+from hrm_ray.data.tasks.base import Task
+from hrm_ray.errors import UserError, shown
+
+SIDE = 30
+NUM_COLOURS = 10
+PAD, END, FIRST_COLOUR = 0, 1, 2
+BLANK_NAME = "<blank>"  # of identifiers that stand for no task
+
+_SYMBOLS = ".+0123456789"  # of the tokens, for people
+
+
+class Arc(Task):
+    """See the module. Its answers cannot be checked: the rule of a task is what is to be found."""
+
+    name = "arc"
+    vocab_size = FIRST_COLOUR + NUM_COLOURS
+    seq_len = SIDE * SIDE
+    checkable = False
+
+    def __init__(self) -> None:
+        self.options = {}
+
+    def parse(self, text: str) -> np.ndarray:
+        """A grid as JSON, ``[[0,1],[2,3]]``, or its rows of digits, ``01/23``, or one row a line."""
+        text = text.strip()
+        if text.startswith("["):
+            try:
+                rows = json.loads(text)
+            except (ValueError, RecursionError):
+                raise UserError(f"'{shown(text)}' is no grid; write [[0,1],[2,3]] or 01/23") from None
+        else:
+            rows = [_digits(row) for row in re.split(r"[/\n]", text)]
+        return place(as_grid(rows))
+
+    def to_text(self, tokens: np.ndarray) -> str:
+        """The rows of the grid (see `crop`) with / between them."""
+        return "/".join("".join(map(str, row)) for row in crop(tokens).tolist())
+
+    def render(self, tokens: np.ndarray, given: np.ndarray | None = None) -> str:
+        """All that is in the frame, wherever it lies: digits for colours, + for an end mark, . for a pad."""
+        frame = np.asarray(tokens).reshape(SIDE, SIDE)
+        used = np.argwhere(frame != PAD)
+        height, width = used.max(axis=0) + 1 if len(used) else (1, 1)
+        rows = frame[:height, :width].tolist()
+        return "\n".join(
+            " ".join(_SYMBOLS[token] if token < len(_SYMBOLS) else "?" for token in row) for row in rows
+        )
+
+    def is_solution(self, inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+        raise UserError(
+            "an ARC task does not say whether an answer solves its question; compare with the label"
+        )
+
+
+def _digits(row: str) -> list[Any]:
+    """The cells of a row of digits; what is no digit stays as it is, for `as_grid` to refuse."""
+    return [int(char) if char in "0123456789" else char for char in "".join(row.split())]
+
+
+# Grids
+
+
+def as_grid(rows: Any) -> np.ndarray:
+    """A grid from lists of whole numbers, as in JSON; uint8[h, w].
+
+    Raises:
+        UserError: no list of rows, empty, ragged, larger than 30x30, or a colour outside 0..9.
+    """
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        raise UserError("a grid is a list of rows of colours, such as [[0,1],[2,3]]")
+    if not rows or not rows[0]:
+        raise UserError("a grid without cells")
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(rows[0]):
+            raise UserError(f"row {number} has {len(row)} cells, row 1 has {len(rows[0])}; all need as many")
+    if max(len(rows), len(rows[0])) > SIDE:
+        raise UserError(f"a grid of {len(rows)}x{len(rows[0])} cells; at most {SIDE}x{SIDE} are possible")
+    for number, row in enumerate(rows, start=1):
+        for column, colour in enumerate(row, start=1):
+            if type(colour) is not int or not 0 <= colour < NUM_COLOURS:
+                raise UserError(
+                    f"colour '{shown(str(colour))}' in row {number}, column {column}; allowed: 0..9"
+                )
+    return np.array(rows, np.uint8)
+
+
+def place(grid: np.ndarray, row: int = 0, col: int = 0) -> np.ndarray:
+    """The tokens of a grid uint8[h, w] whose first cell lies at (row, col); uint8[900].
+
+    The row below it and the column to its right hold end marks, where the frame has them; their common corner does not.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    height, width = grid.shape
+    bottom, right = row + height, col + width
+    if min(row, col) < 0 or max(bottom, right) > SIDE:
+        raise ValueError(f"{height}x{width} cells do not fit at ({row}, {col})")
+    frame = np.full((SIDE + 1, SIDE + 1), PAD, np.uint8)
+    frame[row:bottom, col:right] = grid + FIRST_COLOUR
+    frame[bottom, col:right] = END
+    frame[row:bottom, right] = END
+    return frame[:SIDE, :SIDE].reshape(-1)
+
+
+def crop_shapes(tokens: np.ndarray) -> np.ndarray:
+    """Height and width of the grid that each row of tokens (integers [n, 900]) holds; int64[n, 2].
+
+    It is the largest rectangle of colours whose first cell is the first of the frame; of equally large ones the one
+    with the fewest rows; (0, 0) if there is none.
+    """
+    is_colour = (tokens >= FIRST_COLOUR) & (tokens < FIRST_COLOUR + NUM_COLOURS)
+    is_colour = is_colour.reshape(len(tokens), SIDE, SIDE)
+    runs = np.where(is_colour.all(axis=2), SIDE, is_colour.argmin(axis=2))
+    widths = np.minimum.accumulate(runs, axis=1)
+    heights = (widths * np.arange(1, SIDE + 1)).argmax(axis=1) + 1
+    shapes = np.stack([heights, widths[np.arange(len(tokens)), heights - 1]], axis=1)
+    return np.where(shapes[:, 1:] == 0, 0, shapes)
+
+
+def crop(tokens: np.ndarray) -> np.ndarray:
+    """The grid that tokens (integers [900]) hold, see `crop_shapes`; uint8[h, w]."""
+    tokens = np.asarray(tokens)
+    height, width = crop_shapes(tokens[None])[0]
+    return (tokens.reshape(SIDE, SIDE)[:height, :width] - FIRST_COLOUR).astype(np.uint8)
+
+
+# Augmented copies
+
+
+class Plan(NamedTuple):
+    """How a task was augmented: every colour k becomes `colours[k]`, then the grid is turned (see `dihedral`)."""
+
+    symmetry: int
+    colours: tuple[int, ...]
+
+    def apply(self, grid: np.ndarray) -> np.ndarray:
+        """The augmented copy of a grid uint8[h, w]."""
+        return turned(np.array(self.colours, np.uint8)[grid], self.symmetry)
+
+    def undo(self, grid: np.ndarray) -> np.ndarray:
+        """The grid uint8[h, w] whose augmented copy is `grid`."""
+        return np.argsort(self.colours).astype(np.uint8)[turned(grid, INVERSE[self.symmetry])]
+
+
+def read_name(name: str) -> tuple[str, Plan | None]:
+    """The task and the augmentation (None: the task as it is) that a name in `identifiers.json` means.
+
+    An augmented name is ``ID|||tK|||DDDDDDDDDD`` (TRM's data sets) or ``ID_tK_DDDDDDDDDD`` (HRM's): symmetry K and the
+    ten images of the colours. Only the last two parts are looked at, so that an ID may contain the separator.
+
+    Raises:
+        UserError: a name with ``|||`` that is not of this form.
+    """
+    for separator in ("|||", "_"):
+        task, *plan = name.rsplit(separator, 2)
+        if len(plan) == 2 and re.fullmatch("t[0-7]", plan[0]) and sorted(plan[1]) == list("0123456789"):
+            return task, Plan(int(plan[0][1]), tuple(map(int, plan[1])))
+    if "|||" in name:
+        raise UserError(
+            f"identifiers.json: '{shown(name)}' names no augmentation; ID|||t0|||0123456789 would"
+        )
+    return name, None
+
+
+def format_name(task: str, plan: Plan | None) -> str:
+    """The name of a task under an augmentation, as in TRM's data sets."""
+    return task if plan is None else f"{task}|||t{plan.symmetry}|||{''.join(map(str, plan.colours))}"
