@@ -25,7 +25,7 @@ CORE = (
     "hrm_ray.interop.dataset",
     "hrm_ray.models.registry",
     "hrm_ray.scale.report",
-    "hrm_ray.training.evaluate",
+    "hrm_ray.evaluation.evaluate",
     "hrm_ray.training.loop",
     "hrm_ray.training.trainer",
 )

@@ -171,10 +171,8 @@ class TrainConfig(Settings):
     """Newest checkpoints that are kept."""
     keep_best: PositiveInt = 1
     """Checkpoints with the best best_metric that are kept beside them."""
-    best_metric: Literal["eval/exact_accuracy", "eval/accuracy", "eval/q_halt_accuracy"] = (
-        "eval/exact_accuracy"
-    )
-    """What the best checkpoint is best in."""
+    best_metric: str = "eval/exact_accuracy"
+    """What the best checkpoint is best in: a metric of the evaluations that is better when it is higher."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Whether to report to Weights & Biases."""
     wandb_group: str | None = None

@@ -49,8 +49,8 @@ from hrm_ray.training.loop import Hooks, Progress, Trainer
 from hrm_ray.training.shared import check_seen
 from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import Driver
-from hrm_ray.training.world import World
 from hrm_ray.worker_logs import last_words
+from hrm_ray.world import World
 
 if TYPE_CHECKING:
     from ray import ObjectRef

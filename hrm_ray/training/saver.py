@@ -29,7 +29,7 @@ from hrm_ray.training.checkpoint import (
     write_tensors,
 )
 from hrm_ray.training.storage import Storage, is_full
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 
 SPARE_BYTES = 64 * 2**20  # to leave on the disk, for records and whatever else writes there
 

@@ -32,7 +32,7 @@ from hrm_ray.training.checkpoint import (
     carry_name,
 )
 from hrm_ray.training.saver import Snapshot
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 
 REPLAY = "replay."  # before the names of the memory's tensors, which lie beside the carry's
 PER_PUZZLE = {"puzzle_emb.weights"}  # tensors whose size follows from the data set

@@ -78,7 +78,7 @@ class Run:
 
         from hrm_ray.training.loop import Hooks, Progress, Trainer
         from hrm_ray.training.trainer import StopRequest
-        from hrm_ray.training.world import World
+        from hrm_ray.world import World
 
         deadline = StopRequest(self._config.max_time_s)
 

@@ -13,7 +13,7 @@ from hrm_ray.training.channel import Channel
 from hrm_ray.training.loop import Progress
 from hrm_ray.training.ray_train import TimeLimits
 from hrm_ray.training.trainer import Driver
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 
 
 class FakeChannel:

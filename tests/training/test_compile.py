@@ -22,7 +22,7 @@ from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import run_folder
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 from tests.toy import TRM, toy_config, toy_dataset
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

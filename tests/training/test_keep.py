@@ -39,7 +39,7 @@ from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.resume import set_aside, weights_source
 from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import run_folder
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 from tests.toy import ARCH, toy_config, toy_dataset
 
 SMALL = {**ARCH, "hidden_size": 16, "puzzle_emb_ndim": 16, "halt_max_steps": 2}

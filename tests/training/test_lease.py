@@ -20,7 +20,7 @@ from hrm_ray.training.lock import NAME, Lease, LeaseLost
 from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import run_folder
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 from tests.toy import toy_config, toy_dataset
 
 

@@ -19,7 +19,7 @@ from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import run_folder, train
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 from tests.s3 import PAGE
 from tests.toy import ARCH, toy_config, toy_dataset
 
