@@ -24,6 +24,7 @@ class PassAtK(Score, task="arc"):
     }
 
     def __init__(self, dataset: Dataset, inference: Inference, device: torch.device):
+        super().__init__(dataset, inference, device)
         self.held_out: HeldOut | None = None
         if (dataset.root / TEST_PUZZLES).is_file():
             self.held_out = read_held_out(str(dataset.root))

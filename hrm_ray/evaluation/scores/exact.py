@@ -29,7 +29,7 @@ class Exact(Score):
     }
 
     def __init__(self, dataset: Dataset, inference: Inference, device: torch.device):
-        self._halts_early = inference.halt == "learned"
+        super().__init__(dataset, inference, device)
         self._sums = torch.zeros(1 + len(self.names), dtype=torch.float64, device=device)
 
     def add(self, batch: Batch, answers: Answers) -> None:
@@ -55,6 +55,6 @@ class Exact(Score):
     def metrics(self, states: Sequence[Tensor]) -> dict[str, float]:
         count, *sums = sum(states, torch.zeros(1)).tolist()
         means = {name: value / max(count, 1) for name, value in zip(self.names, sums, strict=True)}
-        if self._halts_early:  # then they say the same
+        if self.inference.halt == "learned":  # then they say the same
             means = {name: mean for name, mean in means.items() if not name.startswith(_LEARNED)}
         return means

@@ -29,6 +29,7 @@ class Path(Score, task="maze"):
     }
 
     def __init__(self, dataset: Dataset, inference: Inference, device: torch.device):
+        super().__init__(dataset, inference, device)
         assert isinstance(dataset.task, Maze)
         self._task = dataset.task
         self._sums = np.zeros(1 + len(self.names))
