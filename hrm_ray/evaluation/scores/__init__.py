@@ -76,7 +76,7 @@ def scores_of(task: str) -> list[type[Score]]:
 
 
 def directions(task: str | None = None) -> dict[str, Direction]:
-    """The metrics of evaluations, of a task or of all, by name (``eval/exact_accuracy``), and which way each is better."""
+    """The metrics of evaluations, of a task or of all, by name (``eval/steps``), and the way each is better."""
     chosen = scores_of(task) if task else [score for _, score in _all()]
     return {f"eval/{name}": way for score in chosen for name, way in score.names.items()}
 
