@@ -126,7 +126,7 @@ class TrainConfig(Settings):
     """Where tensors live; auto: on a GPU where there is one that works."""
     forward_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations and products; auto: bfloat16 where it is fast."""
-    attention: Literal["auto", "fused", "flash3", "flash2", "sdpa", "matmul"] = "auto"
+    attention: Literal["auto", "flash2", "sdpa", "matmul"] = "auto"
     """Kernel of attention; auto: the fastest that is here."""
     optimizer_backend: Literal["auto", "cuda", "fused", "foreach", "reference"] = "auto"
     """Code of AdamATan2; auto: the fastest that is here."""
