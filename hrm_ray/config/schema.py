@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from hrm_ray.config.arch import DEFAULT_ARCH, Arch, arch_class
 from hrm_ray.config.halting import HaltingConfig
+from hrm_ray.config.optimizer import Optimizer, default_optimizer
 from hrm_ray.config.validate import MANY, NonNegativeFloat, PositiveFloat, PositiveInt, Seconds, Settings
 
 
@@ -64,6 +65,8 @@ class TrainConfig(Settings):
     """The model; arch=NAME chooses one."""
     halting: HaltingConfig = HaltingConfig()
     """How a puzzle comes to halt in training; halting=NAME chooses a way. Its keys may be given without halting."""
+    optimizer: Optimizer = Field(default_factory=default_optimizer)
+    """What moves the weights, but for puzzle embeddings; optimizer=NAME chooses one."""
 
     # length
     global_batch_size: int = Field(default=768, gt=0, le=2**24)
@@ -105,9 +108,9 @@ class TrainConfig(Settings):
     weight_decay_anneal_ratio: float = Field(default=1.0, ge=0, le=1)
     """Share of the run after which weight_decay_end is reached."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of AdamATan2's first moment."""
+    """Decay of the optimizer's first moment."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of AdamATan2's second moment."""
+    """Decay of the optimizer's second moment."""
     puzzle_emb_lr: NonNegativeFloat = 1e-2
     """Learning rate of puzzle embeddings."""
     puzzle_emb_weight_decay: NonNegativeFloat = 0.1

@@ -278,8 +278,8 @@ class Stepper:
     def _move(self, step: int, parts: Sequence[Learned]) -> None:
         """Let the optimizers move by the gradients of all workers. Collective."""
         config, state = self.config, self.state
-        group = state.optimizer.param_groups[0]
-        group["lr"], group["weight_decay"] = self.plan.lr(step), self.plan.weight_decay(step)
+        for group in state.optimizer.param_groups:
+            group["lr"], group["weight_decay"] = self.plan.lr(step), self.plan.weight_decay(step)
         state.optimizer.step()
         if self._recordings:
             torch._foreach_zero_(self._gradients)  # they stay where they are
