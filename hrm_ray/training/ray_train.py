@@ -219,11 +219,12 @@ def _watch_run(
     has_ended = False
     while not has_ended:
         has_ended = bool(ray.wait([training], timeout=POLL_S)[0])
-        for loss in channel.taken("losses")[-1:]:  # of several the last is shown
-            driver.last_words = last_words(**loss)
         summary = channel.get("summary")  # before the events and reports, of which the last comes first
         for entry in channel.taken("events"):
-            driver.event(entry)
+            if entry["event"] == "lost":
+                driver.last_words = last_words(**entry["worker"])
+            else:
+                driver.event(entry)
         if driver.wants_reports:
             for record in channel.taken("reports"):
                 driver.report(record)
