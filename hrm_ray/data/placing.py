@@ -2,7 +2,7 @@
 
 An object storage cannot rename a folder. So a dataset for a URI is built on this machine's disk, checked there, and
 copied; its manifest, without which nothing is a dataset, comes last, and only if there is none. While it is built and
-copied, a lease keeps other builds off that place (see `training.lock`), and a lock those of this machine, also where
+copied, a lease keeps other builds off that place (see `storage.lock`), and a lock those of this machine, also where
 the storage can hold no lease. A finished dataset that could not be copied stays on the disk: the same command again
 copies it. If that command never comes, another build deletes it after some days.
 """
@@ -28,7 +28,7 @@ from hrm_ray.manifest import MANIFEST
 from hrm_ray.remote import StorageError
 
 if TYPE_CHECKING:
-    from hrm_ray.training.storage import Storage
+    from hrm_ray.storage.storage import Storage
 
 AT_ONCE = 4  # files that are copied at the same time
 KEPT_S = 7 * 24 * 3600.0  # how long a build that was not copied stays on the disk
@@ -130,7 +130,7 @@ def _say(text: str) -> None:
 
 
 def _storage(out: str | Path) -> "Storage":
-    from hrm_ray.training.storage import Storage
+    from hrm_ray.storage.storage import Storage
 
     return Storage(out)
 
@@ -141,7 +141,7 @@ def _check_replaceable(place: "Storage", overwrite: bool) -> dict[str, int]:
     Raises:
         UserError: something else is there, or a dataset without `overwrite`.
     """
-    from hrm_ray.training.lock import NAME as LEASE
+    from hrm_ray.storage.lock import NAME as LEASE
 
     files = place.files()
     files.pop(LEASE, None)

@@ -44,10 +44,10 @@ from hrm_ray.nodes import (
 )
 from hrm_ray.ray_metrics import RunMetrics
 from hrm_ray.ray_session import cluster_address, ray_session
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.channel import Channel
 from hrm_ray.training.loop import Hooks, Progress, Trainer
 from hrm_ray.training.shared import check_seen
-from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import Driver
 from hrm_ray.worker_logs import last_words
 from hrm_ray.world import World

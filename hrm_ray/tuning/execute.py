@@ -27,8 +27,8 @@ from hrm_ray.every import Every
 from hrm_ray.memory import ONE_ARENA
 from hrm_ray.nodes import Growth, Request, fit, growth, living, most, room
 from hrm_ray.ray_session import cluster_address, ray_session
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.ray_train import absolute, where_not_set
-from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import run_folder
 from hrm_ray.tuning.trial import Trial
 from hrm_ray.tuning.view import View

@@ -20,8 +20,8 @@ from hrm_ray.data.shards import open_dataset
 from hrm_ray.errors import UserError
 from hrm_ray.manifest import MANIFEST
 from hrm_ray.remote import StorageError
-from hrm_ray.training import lock
-from hrm_ray.training.storage import Storage
+from hrm_ray.storage import lock
+from hrm_ray.storage.storage import Storage
 from tests.toy import toy_dataset
 
 
@@ -178,7 +178,7 @@ def test_a_manifest_is_never_written_over(s3):
 BUILD = """
 import os, signal, sys
 from hrm_ray.data import placing
-from hrm_ray.training import lock, storage
+from hrm_ray.storage import lock, storage
 from tests.data.test_placing import put
 lock.RENEW_S, lock.TAKE_OVER_S, lock.LOOK_S = 0.3, 2.0, 0.05
 written, write = [], storage.Storage.write

@@ -350,7 +350,7 @@ def states(folder: Path) -> list[str]:
 
 
 def status_folder(folder: Path):
-    from hrm_ray.training.storage import Storage
+    from hrm_ray.storage.storage import Storage
 
     return Storage(folder)
 
