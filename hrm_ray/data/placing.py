@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from tqdm import tqdm
 
@@ -26,9 +26,8 @@ from hrm_ray.data.shards import read_manifest
 from hrm_ray.errors import UserError
 from hrm_ray.manifest import MANIFEST
 from hrm_ray.remote import StorageError
-
-if TYPE_CHECKING:
-    from hrm_ray.storage.storage import Storage
+from hrm_ray.storage.lock import NAME as LEASE
+from hrm_ray.storage.storage import Storage
 
 AT_ONCE = 4  # files that are copied at the same time
 KEPT_S = 7 * 24 * 3600.0  # how long a build that was not copied stays on the disk
@@ -46,7 +45,7 @@ def manifest_at(out: str | Path) -> Manifest | None:
     if not is_remote(out):
         folder = Path(out)
         return read_manifest(folder) if (folder / MANIFEST).is_file() else None
-    content = _storage(out).read(MANIFEST)
+    content = Storage(out).read(MANIFEST)
     return (content and parse_manifest(content, f"{out}: {MANIFEST}", "give overwrite=true")) or None
 
 
@@ -63,7 +62,7 @@ def placed(out: str | Path, *, overwrite: bool = False, show_progress: bool = Tr
     if not is_remote(out):
         yield Path(out)
         return
-    place = _storage(out)
+    place = Storage(out)
     _check_replaceable(place, overwrite)
     taken = f"another process is building {out}; wait for it, or pick another out="
     staged = cache_dir() / "builds" / hashlib.sha256(str(out).encode()).hexdigest()[:16]
@@ -79,9 +78,7 @@ def placed(out: str | Path, *, overwrite: bool = False, show_progress: bool = Tr
 
 
 @contextmanager
-def _copied(
-    staged: Path, place: "Storage", overwrite: bool, show_progress: bool, taken: str
-) -> Iterator[None]:
+def _copied(staged: Path, place: Storage, overwrite: bool, show_progress: bool, taken: str) -> Iterator[None]:
     """Moves the dataset `staged` to `place` when the block has made it; a lease holds the place as long."""
     lock = place.lock(taken=taken, say=_say)
     try:
@@ -129,20 +126,12 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _storage(out: str | Path) -> "Storage":
-    from hrm_ray.storage.storage import Storage
-
-    return Storage(out)
-
-
-def _check_replaceable(place: "Storage", overwrite: bool) -> dict[str, int]:
+def _check_replaceable(place: Storage, overwrite: bool) -> dict[str, int]:
     """The files in a place where a dataset is to be put; all are of a dataset, or of a build that has ended.
 
     Raises:
         UserError: something else is there, or a dataset without `overwrite`.
     """
-    from hrm_ray.storage.lock import NAME as LEASE
-
     files = place.files()
     files.pop(LEASE, None)
     if strange := [name for name in files if not OUR_FILES.fullmatch(name)]:
@@ -154,7 +143,7 @@ def _check_replaceable(place: "Storage", overwrite: bool) -> dict[str, int]:
     return files
 
 
-def _copy(staged: Path, place: "Storage", overwrite: bool, show_progress: bool) -> None:
+def _copy(staged: Path, place: Storage, overwrite: bool, show_progress: bool) -> None:
     """Copy a finished dataset to `place`. Raises UserError, StorageError; then no dataset is there."""
     before = _check_replaceable(place, overwrite)  # somebody may have put something there meanwhile
     manifest = read_manifest(staged)
