@@ -49,7 +49,7 @@ test: $(READY) lint
 test-all: $(READY) lint
 	@$(BIN)/python -m pytest -m ''
 
-CLUSTER_TESTS := tests/jobs tests/training/test_preemption.py tests/training/test_shared.py tests/training/test_lease.py \
+CLUSTER_TESTS := tests/jobs tests/training/test_preemption.py tests/training/test_shared.py tests/storage/test_lease.py \
 	tests/tuning/test_cluster.py tests/tuning/test_remote.py tests/data/test_placing.py tests/data/test_cluster_lost.py
 
 test-cluster: $(READY)

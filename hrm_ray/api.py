@@ -28,8 +28,8 @@ from hrm_ray.evaluation.evaluate import OUTPUTS, copies_on, evaluate
 from hrm_ray.models.act import IGNORE, Batch
 from hrm_ray.models.inference import think_and_vote, thinking_for
 from hrm_ray.models.registry import build_model
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import Checkpoint, find
-from hrm_ray.training.storage import Storage
 from hrm_ray.world import World
 
 if TYPE_CHECKING:

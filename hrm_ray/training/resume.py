@@ -7,8 +7,8 @@ from hrm_ray.config.optimizer import DEFAULT_OPTIMIZER
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset
 from hrm_ray.errors import UserError
+from hrm_ray.storage.storage import Storage, numbered
 from hrm_ray.training.checkpoint import Checkpoint, finished, newest_whole
-from hrm_ray.training.storage import Storage, numbered
 
 BEFORE = "before"  # runs that were set aside are RUN_NAME-before-1, ...
 

@@ -17,13 +17,13 @@ from tqdm import tqdm
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.evaluation.scores import check_best_metric
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import Checkpoint, finished, newest_whole
 from hrm_ray.training.logging import check_places, last_summary
 from hrm_ray.training.loop import Hooks, Progress, Trainer
 from hrm_ray.training.plan import Plan
 from hrm_ray.training.resume import mismatch, resume_point, set_aside
 from hrm_ray.training.state import check_weights_fit
-from hrm_ray.training.storage import Storage
 from hrm_ray.world import World
 
 

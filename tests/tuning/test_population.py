@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import FOLDER, Checkpoint, finished, step_name
 from hrm_ray.training.loop import Hooks, Trainer
-from hrm_ray.training.storage import Storage
 from hrm_ray.tuning import lineage, population
 from hrm_ray.tuning.config import sweep_config
 from hrm_ray.tuning.explore import changeable, mutated
