@@ -420,7 +420,7 @@ class Trainer:
         Raises:
             WorkersDisagree, LossDiverged.
         """
-        weights = list(self.state.model.inner.state_dict().values())
+        weights = self.state.take_touched()
         sums = self.world.gather_objects(bit_sum(weights))
         step = self.state.global_step
         if len(set(sums)) > 1:

@@ -40,7 +40,11 @@ PER_PUZZLE = {"puzzle_emb.weights"}  # tensors whose size follows from the data 
 
 @dataclass
 class TrainState:
-    """The parts; `averages` maps parameter names to their moving averages, empty without EMA."""
+    """The parts; `averages` maps parameter names to their moving averages, empty without EMA.
+
+    `touched` bool [N] marks the rows of the puzzle embedding that have moved since the last `take_touched`; None if
+    there is no such embedding.
+    """
 
     model: ACT
     optimizer: optim.Optimizer
@@ -51,6 +55,7 @@ class TrainState:
     learner: QLearner | None = None  # if halting is learned by Q-learning, from `begin` on
     skipped_steps: frozenset[int] = frozenset()  # steps that are left out, after a loss that was not finite
     num_rollbacks: int = 0
+    touched: Tensor | None = None
 
     @classmethod
     def initial(cls, config: TrainConfig, dataset: Dataset, setup: Setup) -> "TrainState":
@@ -59,7 +64,21 @@ class TrainState:
         model = build_model(config.arch, dataset_info(dataset), setup, config.halting)
         optimizer = config.optimizer.build(list(model.parameters()), config, setup.optimizer_backend)
         averages = {n: p.detach().clone() for n, p in model.inner.named_parameters()} if config.ema else {}
-        return cls(model, optimizer, averages, None, 0, 0.0)
+        touched = None
+        if config.arch.puzzle_emb_ndim:
+            table = model.inner.puzzle_emb.weights
+            touched = torch.zeros(len(table), dtype=torch.bool, device=table.device)
+        return cls(model, optimizer, averages, None, 0, 0.0, touched=touched)
+
+    def take_touched(self) -> list[Tensor]:
+        """The weights, of the puzzle embedding only the rows that have moved since the last call: with a million
+        puzzles, all of them would be gigabytes."""
+        weights = dict(self.model.inner.state_dict())
+        if self.touched is not None:
+            (name,) = PER_PUZZLE
+            weights[name] = weights[name][self.touched]
+            self.touched.zero_()
+        return list(weights.values())
 
     def begin(self, batch: Batch, config: TrainConfig) -> None:
         """Make the carry of the first step, whose puzzles are `batch`."""

@@ -287,9 +287,13 @@ class Stepper:
             state.optimizer.zero_grad()
         if config.arch.puzzle_emb_ndim:
             looked_up = zip(*((part.emb_rows, part.emb_gradients) for part in parts), strict=True)
+            rows, gradients = (self._of_all_slots(torch.cat(some)) for some in looked_up)
+            assert state.touched is not None
+            state.touched[rows] = True
             sparse_sign_sgd(
                 state.model.inner.puzzle_emb.weights,
-                *(self._of_all_slots(torch.cat(rows)) for rows in looked_up),
+                rows,
+                gradients,
                 lr=config.puzzle_emb_lr * self.plan.lr_share(step),
                 weight_decay=config.puzzle_emb_weight_decay,
                 backend=config.optimizer_backend,

@@ -112,3 +112,24 @@ def test_no_step_waits_for_the_gpu(tmp_path, halting):
     finally:
         torch.cuda.set_sync_debug_mode("default")
         trainer._close()
+
+
+def test_the_rows_of_the_puzzle_embedding_that_moved_are_known(tmp_path):
+    """What is compared and scanned at checkpoints is these rows, not the whole table."""
+    toy_dataset(tmp_path / "data", num_identifiers=50)
+    config = TrainConfig(**toy_config(tmp_path / "data", tmp_path / "runs", max_steps=3, eval_interval=None))
+    trainer = Trainer(config, run_folder(config), World(), Hooks())
+    state, table = trainer.state, trainer.state.model.inner.puzzle_emb.weights
+    before = table.clone()
+    trainer._step(1)
+    moved = (table != before).any(1)
+    assert 0 < moved.sum() <= 8
+    assert torch.equal(state.touched, moved)
+    (rows,) = (
+        tensor
+        for tensor in state.take_touched()
+        if tensor.shape[1:] == table.shape[1:] and len(tensor) == moved.sum()
+    )
+    assert torch.equal(rows, table[moved])
+    assert not state.touched.any()
+    trainer._close()
