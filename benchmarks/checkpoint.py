@@ -1,14 +1,17 @@
 """What a checkpoint costs training: the time it stops for, and how much slower the steps are while it is written.
 
     python -m benchmarks.checkpoint [arch=hrm_v1 global_batch_size=32 checkpoints=6] --json
+    python -m benchmarks.checkpoint checkpoints=3 interval=100 identifiers=1000000 arch.hidden_size=128 \
+        arch.num_heads=4 arch.puzzle_emb_ndim=512 global_batch_size=32
 
 Trains on random puzzles with a checkpoint every few steps. A checkpoint's cost is the time that the loop is blocked
 (copying the state, making the checkpoint valid) and the excess of the steps during its writing over the median of the
-others; `percent_at_50` is that cost against 50 steps. Beside it, `synchronous_ms`: what training would wait for if
+others; `percent_at_50` is that cost against 50 steps, `percent_at_5_min` against five minutes. Beside it, `synchronous_ms`: what training would wait for if
 the same files were written in the step.
 """
 
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -24,8 +27,6 @@ from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.trainer import run_folder
 from hrm_ray.world import World
 from tests.toy import toy_dataset
-
-INTERVAL = 4  # steps between checkpoints; one is written in less than one step of the 27M model
 
 
 class TimedTrainer(Trainer):
@@ -71,11 +72,18 @@ class TimedTrainer(Trainer):
             self.write_s.append(started - self._began)
 
 
-def measure(checkpoints: int, words: list[str]) -> dict:
+def measure(checkpoints: int, interval: int, identifiers: int, words: list[str]) -> dict:
     words = words or ["arch=hrm_v1", "global_batch_size=32"]
     torch.set_num_threads(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:
-        toy_dataset(Path(folder) / "data", num_train=2000, num_test=1, seq_len=81, vocab_size=11)
+        toy_dataset(
+            Path(folder) / "data",
+            num_train=2000,
+            num_test=1,
+            seq_len=81,
+            vocab_size=11,
+            num_identifiers=identifiers,
+        )
         config = train_config(
             [
                 *words,
@@ -85,8 +93,8 @@ def measure(checkpoints: int, words: list[str]) -> dict:
                 "scaling=local",
                 "epochs=100000",
                 "eval_interval=null",
-                f"max_steps={INTERVAL * (checkpoints + 1)}",
-                f"checkpoint_interval={INTERVAL}",
+                f"max_steps={interval * (checkpoints + 1)}",
+                f"checkpoint_interval={interval}",
                 "checkpoint_interval_s=null",
                 "tensorboard=false",
             ]
@@ -109,6 +117,8 @@ def measure(checkpoints: int, words: list[str]) -> dict:
         "write_s": round(statistics.median(trainer.write_s), 2),
         "synchronous_ms": round(trainer.synchronous_s * 1e3, 1),
         "percent_at_50": round(cost_s / (50 * quiet_s) * 100, 2),
+        "percent_at_5_min": round(cost_s / 300 * 100, 2),
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
         "checkpoints": checkpoints,
         "global_batch_size": config.global_batch_size,
     }
@@ -123,7 +133,8 @@ def tell(result: dict) -> str:
 
 
 def main() -> None:
-    front.run(__doc__, measure, tell, {"checkpoints": 6}, for_train=True)
+    # One is written in less than four steps of the 27M model.
+    front.run(__doc__, measure, tell, {"checkpoints": 6, "interval": 4, "identifiers": 1}, for_train=True)
 
 
 if __name__ == "__main__":
