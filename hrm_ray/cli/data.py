@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import NonNegativeInt
 
 from hrm_ray.cli.command import KEY_VALUE, add, options_of
+from hrm_ray.cli.streams import in_colour
 from hrm_ray.config.validate import Settings, read_words, split_word, validated
 from hrm_ray.errors import UserError
 from hrm_ray.jobs.copy import check_lasts
@@ -84,9 +85,10 @@ def data_verify(args: argparse.Namespace) -> int:
 
 def data_show(args: argparse.Namespace) -> None:
     from hrm_ray.data.inspect import show
+    from hrm_ray.interop.look import open_any
 
     options: ShowOptions = options_of(args)
-    print(show(args.dir, options.split, options.index))
+    print(show(open_any(args.dir), options.split, options.index, in_colour=in_colour()))
 
 
 def data_import_npy(args: argparse.Namespace) -> None:
@@ -121,7 +123,7 @@ def register(commands: Any) -> None:
     p = add(
         kinds, "show", data_show, "render one example", "hrm-ray data show data/sudoku-4x4 split=test index=7"
     )
-    p.add_argument("dir", help="dataset folder or URI")
+    p.add_argument("dir", help="dataset folder or URI, or a folder in the published layout")
     p.add_argument("words", **KEY_VALUE, help="split=train index=0")
     p.set_defaults(options=ShowOptions)
     p = add(
