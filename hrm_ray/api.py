@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.data.tasks.base import Symmetry, Task, get_task
 from hrm_ray.errors import UserError
 from hrm_ray.models.act import IGNORE, Batch
-from hrm_ray.models.inference import think_and_vote, thinking_for
+from hrm_ray.models.inference import every_step, think_and_vote, thinking_for
 from hrm_ray.models.registry import build_model
 from hrm_ray.training.checkpoint import Checkpoint, find
 from hrm_ray.training.evaluate import OUTPUTS, copies_on, evaluate
@@ -56,6 +56,18 @@ class Solution:
     confidence: float
     num_steps: int
     is_valid: bool | None
+
+
+class Steps(NamedTuple):
+    """A model's answers to n puzzles after each of its S ACT steps.
+
+    tokens uint8 [n, S, seq_len]; confidence float32 [n, S], see `Solution`; halts bool [n, S], whether its Q head would
+    stop there.
+    """
+
+    tokens: np.ndarray
+    confidence: np.ndarray
+    halts: np.ndarray
 
 
 class Solver:
@@ -103,7 +115,7 @@ class Solver:
             UserError: the dataset is of another kind than the model's, or has no such examples.
         """
         dataset = open_dataset(data)
-        self._check(dataset)
+        self.check(dataset)
         examples = dataset.split(split)
         if not 0 <= index < index + count <= examples.num_examples:
             raise UserError(
@@ -129,6 +141,35 @@ class Solver:
             for start in range(0, len(questions), batch_size):
                 solutions += self._solve_batch(np.stack(questions[start : start + batch_size]), use)
         return solutions
+
+    def every_step(
+        self,
+        questions: np.ndarray,
+        puzzle_identifiers: np.ndarray,
+        *,
+        batch_size: int = 256,
+        on_batch: Callable[[int], object] | None = None,
+    ) -> Steps:
+        """What the model answers to questions uint8 [n, seq_len], with identifiers int32 [n], step by step.
+
+        Args:
+            on_batch: called with the number of questions after each batch.
+        """
+        parts: list[Steps] = []
+        with self._room_for(batch_size):
+            for start in range(0, len(questions), batch_size):
+                inputs, identifiers = (
+                    torch.from_numpy(rows[start : start + batch_size].astype(np.int32))
+                    for rows in (questions, puzzle_identifiers)
+                )
+                batch = Batch(inputs, torch.full(inputs.shape, IGNORE), identifiers).to(self.setup.device)
+                answers, halts = zip(*every_step(self.model, batch), strict=True)
+                tokens = torch.stack([answer.tokens.to(torch.uint8) for answer in answers], 1)
+                confidence = torch.stack([answer.q_halt.sigmoid() for answer in answers], 1)
+                parts.append(Steps(*(t.cpu().numpy() for t in (tokens, confidence, torch.stack(halts, 1)))))
+                if on_batch:
+                    on_batch(len(inputs))
+        return Steps(*map(np.concatenate, zip(*parts, strict=True)))
 
     def _symmetries(self, use: Inference) -> list[Symmetry] | None:
         return self.task.symmetries(use.votes) if use.votes > 1 else None
@@ -179,7 +220,7 @@ class Solver:
         if unknown:
             raise UserError(f"save_outputs: unknown '{unknown[0]}'; known: {', '.join(OUTPUTS)}")
         dataset = open_dataset(data)
-        self._check(dataset)
+        self.check(dataset)
         examples = dataset.split(split)
         examples.check_files()
         with self._room_for(batch_size):
@@ -201,7 +242,8 @@ class Solver:
         what = f"{batch_size} puzzles at once on {self.setup.device}"
         return memory.needed_for(what, "give a smaller batch_size")
 
-    def _check(self, dataset: Dataset) -> None:
+    def check(self, dataset: Dataset) -> None:
+        """Raise UserError if `dataset` is of another kind than the model's."""
         trained, given = self.checkpoint.manifest.dataset, dataset.manifest
         keys = ["task", "vocab_size", "seq_len"]
         if self.checkpoint.manifest.arch.puzzle_emb_ndim:
