@@ -150,7 +150,7 @@ def _write_page(folder: str, out: Path, options: ShowOptions) -> None:
                 steps = solver.every_step(
                     questions, identifiers, batch_size=options.batch_size, on_batch=bar.update
                 )
-        run = str(solver.checkpoint.folder) if solver else ""
+        run = f"{options.run} ({Path(str(solver.checkpoint.folder)).name})" if solver else ""
         file.write(page(dataset, options.split, choice, steps, run).encode())
     print(f"{out}: {len(choice.groups):,} groups, {len(choice.rows['inputs']):,} examples")
 

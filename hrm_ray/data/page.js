@@ -41,11 +41,12 @@ const groupFails = group => group.puzzles.some(fails);
 function verdict(example, step) {
   const { numRight, numScored, isExact, isOk } = judged(example, step);
   const words = [];
-  if (isExact) words.push("right");
+  if (!numScored) words.push("no label to compare with");
+  else if (isExact) words.push("right");
   else if (data.checkable) words.push(isOk ? "valid, though not the label" : "not valid");
   else words.push("wrong");
   words.push(`${numRight} of ${numScored} cells right`);
-  words.push(`confidence ${(100 * example.confidence[step]).toFixed(1)} %`);
+  words.push(`confidence ${(100 * example.confidence[step]).toFixed(1)}\u00a0%`);
   if (example.halts === step) words.push("its Q head would stop here");
   return words.join(", ");
 }

@@ -268,7 +268,7 @@ def test_a_browser_draws_it(arc, tmp_path):
     steps = SimpleNamespace(tokens=answers, confidence=np.full((n, 2), 0.5), halts=np.zeros((n, 2), bool))
     html = page(dataset, "train", choice, steps, "a <b>run</b>")
     plain = drawn(html, tmp_path)
-    assert plain.count("<canvas") == 2 * 3 and "wrong, 7 of 8 cells right, confidence 50.0 %" in plain
+    assert plain.count("<canvas") == 2 * 3 and "wrong, 7 of 8 cells right, confidence 50.0&nbsp;%" in plain
     assert "1 of 2</span>" in plain and "a &lt;b&gt;run&lt;/b&gt;" in plain and "<title>harm" not in plain
     press = "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: KEY, bubbles: true}));"
     pressed = drawn(html, tmp_path, "".join(press.replace("KEY", repr(key)) for key in ("f", ",")))
