@@ -2,7 +2,6 @@
 # make test         the tests            make lint   style and types
 # make test-all     all tests, the long ones too
 # make test-cluster all tests of clusters: jobs, Slurm, nodes that come and go, storage that machines share (half an hour)
-# make test-triton  those of the Triton kernel, without a GPU (fetches 200 MB)
 # make fuzz         50,000 random words and damaged files for all commands; FUZZ="--seed 1 --count 5000" for others
 # make cluster-up   start a cluster on this machine whose nodes come and go (cluster/local.yaml; CLUSTER=FILE for another)
 # make cluster-down end it
@@ -16,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-cluster test-triton fuzz chaos cluster-up cluster-down lint format clean
+.PHONY: help quickstart test test-all test-cluster fuzz chaos cluster-up cluster-down lint format clean
 
 help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
@@ -50,19 +49,11 @@ test: $(READY) lint
 test-all: $(READY) lint
 	@$(BIN)/python -m pytest -m ''
 
-CLUSTER_TESTS := tests/jobs tests/training/test_preemption.py tests/training/test_shared.py tests/training/test_lease.py \
+CLUSTER_TESTS := tests/jobs tests/training/test_preemption.py tests/training/test_shared.py tests/storage/test_lease.py \
 	tests/tuning/test_cluster.py tests/tuning/test_remote.py tests/data/test_placing.py tests/data/test_cluster_lost.py
 
 test-cluster: $(READY)
 	@$(BIN)/python -m pytest -m '' $(CLUSTER_TESTS)
-
-# Apart, since nothing else needs it on a machine without a GPU. The version is of torch 2.11, the oldest supported.
-$(VENV)/triton/.ready: $(READY)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(VENV)/triton triton==3.6.0
-	@touch $@
-
-test-triton: $(VENV)/triton/.ready
-	@PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest tests/models/test_fused_attention.py
 
 fuzz: $(READY)
 	@$(BIN)/python -m tests.fuzz $(FUZZ)

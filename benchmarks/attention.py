@@ -26,8 +26,7 @@ def measure(
     batch: int, heads: int, head_dim: int, tokens: int, rounds: int, dtype: str, compile: bool
 ) -> dict:
     setup = machine.resolve(forward_dtype=dtype, num_tokens=tokens, head_dim=head_dim)
-    shape = {"num_tokens": tokens, "head_dim": head_dim}
-    names = [name for name in KERNELS if not obstacle(name, setup.device, setup.dtype, **shape)]
+    names = [name for name in KERNELS if not obstacle(name, setup.device, setup.dtype, head_dim=head_dim)]
     qkv = torch.randn(batch, tokens, 3, heads, head_dim, device=setup.device).to(setup.dtype).requires_grad_()
     rope = tuple(table.to(setup.device) for table in rope_tables(tokens, head_dim))
     gradient = torch.randn_like(qkv[:, :, 0])

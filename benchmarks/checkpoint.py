@@ -22,7 +22,7 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.trainer import run_folder
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 from tests.toy import toy_dataset
 
 INTERVAL = 4  # steps between checkpoints; one is written in less than one step of the 27M model

@@ -45,7 +45,7 @@ from hrm_ray.scale.model import OPTIMIZER_BYTES, step
 from hrm_ray.scale.work import Work, puzzles_of
 from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.trainer import run_folder
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 
 BURST = 5  # steps, or all-reduces, that are timed together; the interval of the reports of real training
 BURSTS = 3  # a round

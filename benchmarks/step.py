@@ -16,7 +16,7 @@ not, see `machine.compiles`.) All are measured in turns in this process; the fig
 the ratios and the medians. `share_of_products` is the share of the rate at which this machine does a large
 matrix product, in turns with the steps, `share_of_peak` that of a known GPU's data sheet. The dtype is what training
 takes on this machine, for the plain step the same; with `plain_dtype=bfloat16` that one takes what the published code
-takes everywhere. `attention=fused`, or another kernel, changes that of our steps.
+takes everywhere. `attention=NAME` changes that of our steps.
 
 For CPUs: `keep_memory=false` takes kept memory from all steps. With `products=false` none multiplies matrices (the
 results are uninitialised memory), so that only the time between the products remains; attention is then two products

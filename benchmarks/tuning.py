@@ -31,9 +31,9 @@ import yaml
 from benchmarks import front
 from hrm_ray.config.compose import train_config
 from hrm_ray.errors import RunFailed
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training import trainer
 from hrm_ray.training.checkpoint import finished
-from hrm_ray.training.storage import Storage
 from hrm_ray.tuning.config import plain, sweep_config
 from hrm_ray.tuning.sweep import run_sweep, trial_name
 from tests.toy import ARCH, toy_dataset

@@ -22,19 +22,31 @@ from hrm_ray.config.inference import Inference
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import as_text, validated
 from hrm_ray.data.shards import Dataset, open_dataset
-from hrm_ray.data.tasks.base import Symmetry, Task, get_task
+from hrm_ray.data.tasks.base import Task, get_task
 from hrm_ray.errors import UserError
+from hrm_ray.evaluation.evaluate import OUTPUTS, copies_on, evaluate
 from hrm_ray.models.act import IGNORE, Batch
 from hrm_ray.models.inference import every_step, think_and_vote, thinking_for
 from hrm_ray.models.registry import build_model
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import Checkpoint, find
-from hrm_ray.training.evaluate import OUTPUTS, copies_on, evaluate
-from hrm_ray.training.storage import Storage
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 
 if TYPE_CHECKING:
     from hrm_ray.tuning.config import SweepConfig
     from hrm_ray.tuning.sweep import SweepResult
+
+
+class Puzzle(NamedTuple):
+    """A question of a data set.
+
+    Attributes:
+        tokens: uint8 [seq_len].
+        identifier: number of its puzzle identifier, by which a model may know it.
+    """
+
+    tokens: np.ndarray
+    identifier: int
 
 
 @dataclass(frozen=True)
@@ -108,8 +120,8 @@ class Solver:
 
     def questions(
         self, data: str | Path, *, split: str = "test", index: int = 0, count: int = 1
-    ) -> list[np.ndarray]:
-        """Puzzles number index..index+count-1 of a dataset, as tokens, to be solved.
+    ) -> list[Puzzle]:
+        """Puzzles number index..index+count-1 of a dataset, to be solved.
 
         Raises:
             UserError: the dataset is of another kind than the model's, or has no such examples.
@@ -121,12 +133,15 @@ class Solver:
             raise UserError(
                 f"index={index} count={count}: split {split} holds examples 0..{examples.num_examples - 1}"
             )
-        return list(examples.rows(np.arange(index, index + count))["inputs"])
+        rows = examples.rows(np.arange(index, index + count))
+        return list(map(Puzzle, rows["inputs"], rows["puzzle_identifiers"].tolist()))
 
     def solve(
-        self, puzzles: Sequence[str | np.ndarray], *, batch_size: int = 256, **inference: Any
+        self, puzzles: Sequence[str | np.ndarray | Puzzle], *, batch_size: int = 256, **inference: Any
     ) -> list[Solution]:
-        """Answer puzzles given as texts or as tokens (integers [seq_len]).
+        """Answer puzzles given as texts, as tokens (integers [seq_len]) or with their identifiers (`Puzzle`).
+
+        To a model that knows puzzles by their identifiers, the first two are unknown ones.
 
         Args:
             inference: `halt`, `halt_max_steps`, `votes`; see `Inference`.
@@ -135,11 +150,11 @@ class Solver:
             UserError: a text that is no puzzle of this task, or has no solution; or the task has no copies to vote.
         """
         use = validated(Inference, inference, "solve")
-        questions = [self.parse(p) if isinstance(p, str) else np.asarray(p, np.uint8) for p in puzzles]
+        questions = [self._as_puzzle(puzzle) for puzzle in puzzles]
         solutions = []
         with thinking_for(self.model, use.halt_max_steps), self._room_for(batch_size):
             for start in range(0, len(questions), batch_size):
-                solutions += self._solve_batch(np.stack(questions[start : start + batch_size]), use)
+                solutions += self._solve_batch(questions[start : start + batch_size], use)
         return solutions
 
     def every_step(
@@ -163,26 +178,33 @@ class Solver:
                     for rows in (questions, puzzle_identifiers)
                 )
                 batch = Batch(inputs, torch.full(inputs.shape, IGNORE), identifiers).to(self.setup.device)
-                answers, halts = zip(*every_step(self.model, batch), strict=True)
-                tokens = torch.stack([answer.tokens.to(torch.uint8) for answer in answers], 1)
-                confidence = torch.stack([answer.q_halt.sigmoid() for answer in answers], 1)
-                parts.append(Steps(*(t.cpu().numpy() for t in (tokens, confidence, torch.stack(halts, 1)))))
+                by_step = [  # without the logits, which are large
+                    (answer.tokens.to(torch.uint8), answer.q_halt.sigmoid(), halts)
+                    for answer, halts in every_step(self.model, batch)
+                ]
+                parts.append(
+                    Steps(*(torch.stack(part, 1).cpu().numpy() for part in zip(*by_step, strict=True)))
+                )
                 if on_batch:
                     on_batch(len(inputs))
         return Steps(*map(np.concatenate, zip(*parts, strict=True)))
 
-    def _symmetries(self, use: Inference) -> list[Symmetry] | None:
-        return self.task.symmetries(use.votes) if use.votes > 1 else None
+    def _as_puzzle(self, puzzle: str | np.ndarray | Puzzle) -> Puzzle:
+        if isinstance(puzzle, Puzzle):
+            return puzzle
+        tokens = self.parse(puzzle) if isinstance(puzzle, str) else np.asarray(puzzle, np.uint8)
+        return Puzzle(tokens, self.task.blank_identifier_id)
 
-    def _solve_batch(self, questions: np.ndarray, use: Inference) -> list[Solution]:
+    def _solve_batch(self, puzzles: Sequence[Puzzle], use: Inference) -> list[Solution]:
+        questions = np.stack([puzzle.tokens for puzzle in puzzles])
         inputs = torch.from_numpy(questions.astype(np.int32))
-        blank = torch.full((len(inputs),), self.task.blank_identifier_id, dtype=torch.int32)
-        batch = Batch(inputs, torch.full(inputs.shape, IGNORE), blank).to(self.setup.device)
+        identifiers = torch.tensor([puzzle.identifier for puzzle in puzzles], dtype=torch.int32)
+        batch = Batch(inputs, torch.full(inputs.shape, IGNORE), identifiers).to(self.setup.device)
         answer = think_and_vote(
             self.model,
             batch,
             stops_early=use.halt == "learned",
-            copies=copies_on(self.setup.device, self._symmetries(use)),
+            copies=copies_on(self.setup.device, self.task.symmetries(use.votes) if use.votes > 1 else None),
         ).last
         answers = answer.tokens.cpu().numpy().astype(np.uint8)
         valid = (
@@ -202,6 +224,7 @@ class Solver:
         split: str = "test",
         num_examples: int | None = None,
         batch_size: int = 256,
+        hides_identifiers: bool = False,
         save_outputs: Sequence[str] = (),
         on_batch: Callable[[int], object] | None = None,
         **inference: Any,
@@ -209,6 +232,7 @@ class Solver:
         """Metrics over a split of the dataset `data`, and the arrays named in `save_outputs` (see `OUTPUTS`).
 
         Args:
+            hides_identifiers: the model is not told which puzzle it sees.
             inference: `halt`, `halt_max_steps`, `votes`; see `Inference`.
 
         Raises:
@@ -221,18 +245,17 @@ class Solver:
             raise UserError(f"save_outputs: unknown '{unknown[0]}'; known: {', '.join(OUTPUTS)}")
         dataset = open_dataset(data)
         self.check(dataset)
-        examples = dataset.split(split)
-        examples.check_files()
+        dataset.split(split).check_files()
         with self._room_for(batch_size):
             return evaluate(
                 self.model,
-                examples,
-                ignore_label_id=dataset.manifest.ignore_label_id,
+                dataset,
+                split=split,
                 inference=use,
-                symmetries=self._symmetries(use),
                 batch_size=batch_size,
                 num_examples=num_examples,
                 world=World(),
+                hides_identifiers=hides_identifiers,
                 save_outputs=save_outputs,
                 on_batch=on_batch,
             )

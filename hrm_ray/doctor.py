@@ -64,8 +64,7 @@ def _attention(setup: machine.Setup) -> str:
     said = [f"{name} is used for {', '.join(sizes)}" for name, sizes in used.items()]
     for name in KERNELS:
         if name not in used:
-            shape = {"num_tokens": max(TOKENS.values()), "head_dim": 64}
-            said.append(f"{name} {obstacle(name, setup.device, setup.dtype, **shape) or 'can run'}")
+            said.append(f"{name} {obstacle(name, setup.device, setup.dtype, head_dim=64) or 'can run'}")
     return "; ".join(said)
 
 

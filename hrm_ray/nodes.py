@@ -5,6 +5,7 @@ which lies on the head. So it is read there.
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -75,9 +76,9 @@ def amounts(resources: Resources) -> str:
 
 
 def bundles_in(resources: Resources, bundle: Resources) -> int:
-    """How many such bundles fit in so much."""
-    parts = (resources.get(name, 0) / needed for name, needed in bundle.items() if needed)
-    return int(min(parts) + 1e-6)  # 1 / 0.1 is a little less than 10
+    """How many such bundles fit in so much; of those that need nothing, as many as an index can count."""
+    parts = [resources.get(name, 0) / needed for name, needed in bundle.items() if needed]
+    return int(min(parts) + 1e-6) if parts else sys.maxsize  # 1 / 0.1 is a little less than 10
 
 
 def fit(nodes: Iterable[Resources], bundle: Resources) -> int:
@@ -126,21 +127,28 @@ def growth(stop: Callable[[], object] = lambda: None) -> Growth | None:
         return None
 
 
-def most(bundle: Resources, growth: Growth) -> int:
-    """How many such bundles the cluster can hold when it has grown."""
-    import ray
+def most(bundle: Resources, growth: Growth, there: Sequence[Resources] | None = None) -> int:
+    """How many such bundles the cluster can hold when it has grown.
 
-    heads = [node["Resources"] for node in ray.nodes() if node["Alive"] and ON_HEAD in node["Resources"]]
-    return max(fit(living(), bundle), fit(heads, bundle) + growth.bundles(bundle))
+    Args:
+        there: what `living` has answered; None: it is asked.
+    """
+    nodes = living() if there is None else there
+    heads = [node for node in nodes if ON_HEAD in node]
+    return max(fit(nodes, bundle), fit(heads, bundle) + growth.bundles(bundle))
 
 
-def room(growth: Growth | None) -> str:
-    """What is there and what may come, for a person: "it has 2 nodes (4 CPU) and may start 2 x gpu (4 CPU, 1 GPU)"."""
-    nodes = living()
+def room(growth: Growth | None, there: Sequence[Resources] | None = None) -> str:
+    """What is there and what may come, for a person: "it has 2 nodes (4 CPU) and may start 2 x gpu (4 CPU, 1 GPU)".
+
+    Args:
+        there: what `living` has answered; None: it is asked.
+    """
+    nodes = living() if there is None else there
     total = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
-    there = f"it has {len(nodes)} node{'s' * (len(nodes) > 1)} ({amounts(total)})"
+    has = f"it has {len(nodes)} node{'s' * (len(nodes) > 1)} ({amounts(total)})"
     more = growth.describe() if growth else ""
-    return f"{there} and may start {more}" if more else there
+    return f"{has} and may start {more}" if more else has
 
 
 def waiting_for(bundle: Resources, count: int, growth: Growth | None) -> str | None:

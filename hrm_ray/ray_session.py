@@ -196,6 +196,7 @@ def check_answers(address: str) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     with _talking_to(address):
         host, port = _resolved(address, named)
+    check_token()
     try:
         socket.create_connection((host.strip("[]"), port), timeout=ANSWER_S).close()
     except (OSError, UnicodeError, OverflowError) as error:
@@ -253,6 +254,28 @@ def _metadata(place: str, named: str) -> bytes:
             f"{named} answers, but not as Ray does ({error.code().name}); give the port of `ray start --head` "
             "(6379 if it was given none), or unset RAY_ADDRESS"
         ) from None
+
+
+def check_token() -> None:
+    """Raise UserError if the token that Ray is to send cannot be sent; its core would end this process."""
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+    from ray.exceptions import AuthenticationError
+
+    if not is_token_auth_enabled():
+        return
+    try:
+        headers = AuthenticationTokenLoader.instance().get_token_for_http_header().values()
+        can_be_sent = all(value.isascii() and value.isprintable() for value in headers)
+    except AuthenticationError:  # there is none, which is for others to say
+        return
+    except UnicodeDecodeError:
+        can_be_sent = False
+    if not can_be_sent:
+        raise UserError(
+            "the token for Ray, of RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, holds something "
+            "else than printable ASCII; set the cluster's token there"
+        )
 
 
 def no_token(named: str, error: BaseException) -> UserError:
@@ -396,6 +419,7 @@ def _own_token() -> Iterator[None]:
     `ray start` does.
     """
     if "RAY_AUTH_MODE" in os.environ:
+        check_token()
         yield
         return
     with _environment({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}, _reload_token):

@@ -5,7 +5,9 @@ cluster's dashboard, whose agents hand it out.
 """
 
 import re
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +22,7 @@ NUM_LINES = 20  # that are shown
 MAX_FRAMES = 8  # of a stack that begins with the innermost, as `faulthandler` prints it
 TAIL_BYTES = 2**16  # that are read of a file
 TAIL_LINES = 200  # that are asked for
-ANSWER_S = 5  # how long another node may take
+ANSWER_S = 5  # how long the cluster may take to hand out a log of another node
 WIDTH = 200  # of a line
 KINDS = ("out", "err")
 # What Ray writes itself (its marks for the driver, its own log, frames of its core), and lines without words.
@@ -41,7 +43,7 @@ def last_words(name: str, host: str, ip: str, pid: int) -> str:
     """
     where = f"{name} (process {pid} on {host})"
     try:
-        place, texts = _local(pid) if _is_here(ip) else _remote(ip, pid)
+        place, texts = _local(pid) if _is_here(ip) else _in_time(lambda: _remote(ip, pid))
     except Exception as error:  # of many kinds: there is no dashboard, the node is gone, the file too
         why = shown(str(error).strip().partition("\n")[0])
         return f"{where}: its log, among Ray's on that node, cannot be read from here ({why})"
@@ -55,6 +57,23 @@ def _is_here(ip: str) -> bool:
     import ray.util
 
     return ip == ray.util.get_node_ip_address()
+
+
+def _in_time(call: Callable[[], T]) -> T:
+    """What `call` returns. If that takes longer than `ANSWER_S`, it is left alone, and a TimeoutError is raised."""
+    answer: Future[T] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(call())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, name="log of a worker", daemon=True).start()
+    try:
+        return answer.result(ANSWER_S)
+    except TimeoutError:
+        raise TimeoutError(f"there was no answer in {ANSWER_S:g} s") from None
 
 
 def _local(pid: int) -> tuple[str, list[str]]:

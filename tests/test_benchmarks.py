@@ -64,7 +64,6 @@ def test_a_wrong_word_is_one_line(words, said):
         ("step", ["arch=unknown"]),
         ("optimizer", ["threads=none"]),
         ("attention", ["dtype=float8"]),
-        ("fused_attention", ["head_dim=48"]),
         ("evaluation", ["data=d"]),
         ("evaluation", ["data=/missing", "checkpoint=/missing"]),
         ("scaling", ["unknown=1"]),

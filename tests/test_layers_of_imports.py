@@ -27,7 +27,8 @@ CORE = (
     "hrm_ray.interop.look",
     "hrm_ray.models.registry",
     "hrm_ray.scale.report",
-    "hrm_ray.training.evaluate",
+    "hrm_ray.evaluation.evaluate",
+    "hrm_ray.storage.storage",
     "hrm_ray.training.loop",
     "hrm_ray.training.trainer",
 )
@@ -57,7 +58,8 @@ def test_trains_and_solves(tmp_path):
 @pytest.mark.parametrize(
     "room",
     [
-        *("hrm_ray.models.trm", "hrm_ray.optim.adam_atan2", "hrm_ray.data.shards"),
+        *("hrm_ray.models.trm", "hrm_ray.optim.adam_atan2", "hrm_ray.storage.storage"),
+        *("hrm_ray.data.shards", "hrm_ray.data.placing"),
         *(
             "hrm_ray.evaluation.saved_outputs",
             "hrm_ray.evaluation.pass_at_k",

@@ -95,7 +95,7 @@ def test_a_gpu_whose_memory_another_process_has(gpu, monkeypatch, device):
     assert rows["problem"].strip().startswith("cuda:0, Some GPU, has no free memory")
     assert rows["problem"].endswith("or use device=cpu; below is the CPU")
     assert rows["training uses"].strip().startswith("cpu, bfloat16")
-    assert "fused needs a GPU" in rows["attention"]
+    assert "flash2 needs a GPU" in rows["attention"]
 
 
 def test_doctor_where_a_gpu_has_too_little_memory_to_try_kernels(gpu, monkeypatch):

@@ -1,5 +1,6 @@
 """What clusters have and can have, by their own files; requests to an autoscaler."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,6 +85,12 @@ def test_what_fits_is_what_can_be_taken_one_by_one(there, cpus, gpus):
 def test_parts_of_a_gpu():
     assert bundles_in({"CPU": 8, "GPU": 1}, {"CPU": 1, "GPU": 0.1}) == 8
     assert bundles_in({"CPU": 16, "GPU": 1}, {"CPU": 1, "GPU": 0.1}) == 10
+
+
+def test_what_needs_nothing_fits_as_often_as_one_likes():
+    for nothing in ({}, {"CPU": 0, "GPU": 0}):
+        assert bundles_in(CPU, nothing) == bundles_in({}, nothing) == sys.maxsize
+    assert growth_of("local.yaml").bundles({}) >= sys.maxsize and fit([], {}) == 0
 
 
 def test_words():

@@ -179,6 +179,35 @@ def test_a_head_that_wants_another_token(head):
         check_answers(head(None))
 
 
+BUILD = ["data", "build", "recipe=sudoku_4x4", "out=data"]
+
+
+@pytest.mark.parametrize(
+    ("address", "words", "variables"),
+    [
+        ("127.0.0.1:9", BUILD, {"RAY_AUTH_TOKEN": "t\xf6ken"}),
+        ("", BUILD, {"RAY_AUTH_TOKEN_PATH": "token"}),  # by a private Ray, whose core would abort
+        ("", ["submit", "--address", "http://127.0.0.1:9", "--", "train"], {"RAY_AUTH_TOKEN": "a\x01"}),
+    ],
+)
+def test_a_token_that_cannot_be_sent(address, words, variables, tmp_path):
+    """In a process of its own, since a Ray that runs in this one would send it."""
+    (tmp_path / "token").write_bytes(b"\xff\xfe")
+    ours = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "RAY_ADDRESS": address}
+    done = subprocess.run(
+        [sys.executable, "-m", "hrm_ray", *words],
+        env={**ours, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "", **variables},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "holds something else than printable ASCII; set the cluster's token there" in line
+    assert not (tmp_path / "data").exists()
+
+
 def test_no_token_where_one_is_to_be_sent(head):
     said = r"RAY_ADDRESS=\S+: RAY_AUTH_TOKEN_PATH is set but .* /no/such; set RAY_AUTH_TOKEN to the cluster's token"
     with (

@@ -4,13 +4,17 @@ import ctypes
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
+from ray.experimental import internal_kv
 
 from hrm_ray import worker_logs
 from hrm_ray.config.schema import TrainConfig
@@ -83,6 +87,28 @@ def test_a_log_that_cannot_be_had_is_said(monkeypatch):
     assert worker_logs.last_words("worker 3", "far", "10.0.0.1", 7) == (
         "worker 3 (process 7 on far): its log, among Ray's on that node, cannot be read from here (no dashboard)"
     )
+
+
+def test_a_dashboard_that_hangs_holds_nobody_up(monkeypatch):
+    """It takes requests, and answers none."""
+    with socket.create_server(("127.0.0.1", 0)) as dashboard, ThreadPoolExecutor(1) as pool:
+        address = f"127.0.0.1:{dashboard.getsockname()[1]}"
+        monkeypatch.setattr(internal_kv, "_internal_kv_get", lambda *_, **__: address.encode())
+        monkeypatch.setattr(worker_logs, "_is_here", lambda ip: False)
+        monkeypatch.setattr(worker_logs, "ANSWER_S", 0.2)
+        asked = pool.submit(dashboard.accept)
+        said = worker_logs.last_words("worker 3", "far", "10.0.0.1", 7)
+        asked.result()[0].close()
+    assert "cannot be read from here (" in said
+
+
+def test_what_takes_too_long_is_not_waited_for(monkeypatch):
+    """Also where no request has a limit of its own."""
+    monkeypatch.setattr(worker_logs, "ANSWER_S", 0.01)
+    ends = threading.Event()
+    with pytest.raises(TimeoutError, match=r"no answer in 0\.01 s"):
+        worker_logs._in_time(ends.wait)
+    ends.set()
 
 
 # Real workers

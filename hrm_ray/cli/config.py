@@ -19,6 +19,7 @@ USE = {
     "experiments": "hrm-ray train experiment=NAME",
     "architectures": "hrm-ray train ... arch=NAME",
     "ways of halting": "hrm-ray train ... halting=NAME",
+    "optimizers": "hrm-ray train ... optimizer=NAME",
     "recipes": "hrm-ray data build recipe=NAME out=DIR",
     "sweeps": "hrm-ray tune NAME",
     "machines": "hrm-ray scale machine=NAME",
@@ -32,7 +33,7 @@ def _shipped() -> dict[str, dict[str, Path]]:
 
     tree = Path(str(files("hrm_ray.config")))
     folders = (
-        *([tree / name] for name in ("experiment", "arch", "halting")),
+        *([tree / name] for name in ("experiment", "arch", "halting", "optimizer")),
         recipe_folders(),
         sweep_folders(),
         [tree / "machine"],
@@ -71,7 +72,9 @@ def _show_values(words: Sequence[str]) -> None:
 
     config = train_config(words)
     values = dict(_flat(config.model_dump(mode="json")))
-    for key, field in all_fields(TrainConfig, arch=type(config.arch)).items():
+    for key, field in all_fields(
+        TrainConfig, arch=type(config.arch), optimizer=type(config.optimizer)
+    ).items():
         if key in values:
             _print(f"{key}={abbreviated(values[key]).strip(QUOTES)}", field)
 
@@ -108,6 +111,7 @@ def _show(name: str) -> None:
 def _keys() -> dict[str, dict[str, FieldInfo]]:
     """All keys, by the kind of configuration that they belong to: train, an architecture, recipe, sweep, machine."""
     from hrm_ray.config.arch import architectures
+    from hrm_ray.config.optimizer import optimizer_class, optimizer_names
     from hrm_ray.config.schema import TrainConfig
     from hrm_ray.data.recipe import recipe_classes
     from hrm_ray.scale.machine import Machine
@@ -116,6 +120,7 @@ def _keys() -> dict[str, dict[str, FieldInfo]]:
     return {
         "train": all_fields(TrainConfig),
         **{name: all_fields(kind, "arch.") for name, kind in architectures().items()},
+        **{name: all_fields(optimizer_class(name), "optimizer.") for name in optimizer_names()},
         "recipe": {key: field for kind in recipe_classes() for key, field in all_fields(kind).items()},
         **{f"recipe:{kind.model_fields['task'].default}": all_fields(kind) for kind in recipe_classes()},
         "sweep": all_fields(SweepConfig),

@@ -6,7 +6,7 @@ import os
 import zipfile
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class EvalOptions(Inference):
-    """Of ``eval``; names in `save_outputs` are those of `hrm_ray.training.evaluate.OUTPUTS`."""
+    """Of ``eval``; names in `save_outputs` are those of `hrm_ray.evaluation.evaluate.OUTPUTS`."""
 
     data: str
     """Data set, a folder or URI."""
@@ -31,6 +31,8 @@ class EvalOptions(Inference):
     """Only the first so many; null: all."""
     batch_size: int = Field(default=256, gt=0, le=10**6)
     """Puzzles at once."""
+    ablate: Literal["puzzle_id"] | None = None
+    """puzzle_id: the model is not told which puzzle it sees; what is then lost, it knew by heart."""
     save_outputs: tuple[str, ...] = ()
     """What of the model's answers to save."""
     out: str | None = None
@@ -106,6 +108,7 @@ def evaluate(args: argparse.Namespace) -> None:
             split=options.split,
             num_examples=options.num_examples,
             batch_size=options.batch_size,
+            hides_identifiers=options.ablate == "puzzle_id",
             save_outputs=options.save_outputs,
             on_batch=bar.update,
             **inference_of(options),
@@ -136,7 +139,7 @@ def register(commands: Any) -> None:
         "words",
         **KEY_VALUE,
         help="data=DIR [split=test] [num_examples=N] [batch_size=N] [halt=max|learned] [halt_max_steps=N] [votes=K] "
-        "[save_outputs=[NAME,...] out=FILE.npz]",
+        "[ablate=puzzle_id] [save_outputs=[NAME,...] out=FILE.npz]",
     )
     p.set_defaults(options=EvalOptions)
     p.add_argument("--json", action="store_true", help="print one JSON object")

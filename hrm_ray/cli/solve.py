@@ -21,9 +21,7 @@ from hrm_ray.data.puzzle_files import PuzzleFile
 from hrm_ray.errors import UserError, shown
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from hrm_ray.api import Solver
+    from hrm_ray.api import Puzzle, Solver
 
 _KEY_VALUE = re.compile(r"[A-Za-z_][\w.]*=")  # not a puzzle with = for its blanks
 
@@ -49,15 +47,15 @@ def solve(args: argparse.Namespace) -> None:
             row = {"puzzle": s.puzzle, "answer": s.answer, "confidence": s.confidence, "steps": s.num_steps}
             print(json.dumps(row | {"valid": s.is_valid}))
         return
-    for question, s in zip(puzzles, solutions, strict=True):
+    for puzzle, s in zip(puzzles, solutions, strict=True):
         verdict = {True: "valid", False: "NOT valid", None: "cannot be checked"}[s.is_valid]
-        print(draw(solver.task, s.tokens, question, in_colour=in_colour()))
+        print(draw(solver.task, s.tokens, puzzle.tokens, in_colour=in_colour()))
         print(f"{verdict}, confidence {s.confidence:.1%}: {s.answer}\n")
     if len(solutions) > 1 and solver.task.checkable:
         print(f"{sum(bool(s.is_valid) for s in solutions)} of {len(solutions)} valid")
 
 
-def _read_puzzles(solver: "Solver", words: Sequence[str], options: SolveOptions) -> list["np.ndarray"]:
+def _read_puzzles(solver: "Solver", words: Sequence[str], options: SolveOptions) -> list["Puzzle"]:
     """The puzzles that are meant: one puzzle, a file of them, or examples of a dataset. A file's name is the file."""
     if options.data is not None and not words:
         return solver.questions(options.data, split=options.split, index=options.index, count=options.count)
@@ -80,12 +78,14 @@ def _is_file(word: str) -> bool:
         return False
 
 
-def _read_puzzle(solver: "Solver", text: str, where: str) -> "np.ndarray":
+def _read_puzzle(solver: "Solver", text: str, where: str) -> "Puzzle":
+    from hrm_ray.api import Puzzle
+
     question = solver.parse(text, where)
     if solver.task.num_solutions(question) == 2:
         puzzle = solver.task.to_text(question)
         print(f"note: '{puzzle}' has several solutions; any of them counts as valid", file=sys.stderr)
-    return question
+    return Puzzle(question, solver.task.blank_identifier_id)
 
 
 def register(commands: Any) -> None:

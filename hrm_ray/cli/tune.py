@@ -14,7 +14,7 @@ from hrm_ray.errors import UserError
 from hrm_ray.jobs.copy import check_lasts
 
 if TYPE_CHECKING:
-    from hrm_ray.training.storage import Storage
+    from hrm_ray.storage.storage import Storage
 
 
 class PromoteOptions(Settings):
@@ -60,7 +60,7 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _sweep(folder: str) -> "Storage":
-    from hrm_ray.training.storage import Storage
+    from hrm_ray.storage.storage import Storage
 
     return Storage(folder)
 

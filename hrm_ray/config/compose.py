@@ -18,8 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 from hrm_ray.config import published_words
 from hrm_ray.config.arch import arch_class, architectures
 from hrm_ray.config.halting import OLD_STEP_COUNTS, HaltingConfig
+from hrm_ray.config.optimizer import optimizer_class, optimizer_names
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import (
+    Settings,
     abbreviated,
     in_one_line,
     is_folder_name,
@@ -33,7 +35,7 @@ from hrm_ray.config.validate import (
 )
 from hrm_ray.errors import UserError, first_line
 
-GROUPS = ("arch", "halting", "scaling", "experiment")
+GROUPS = ("arch", "halting", "optimizer", "scaling", "experiment")
 ALIASES = {"data": "data_path"} | {
     key: f"halting.{key}" for key in HaltingConfig.model_fields if key != "name"
 }
@@ -109,7 +111,13 @@ def _with_words(values: dict[str, Any], given: Mapping[str, str]) -> dict[str, A
     """`values` with words on top, and with ``${KEY}`` replaced. Raises UserError for unknown keys."""
     if "arch.name" in given:
         values["arch"]["name"] = read_value("arch.name", given["arch.name"])
-    known = known_keys(TrainConfig, arch=arch_class(values["arch"]["name"]))
+    if "optimizer.name" in given:
+        values["optimizer"]["name"] = read_value("optimizer.name", given["optimizer.name"])
+    known = known_keys(
+        TrainConfig,
+        arch=arch_class(values["arch"]["name"]),
+        optimizer=optimizer_class(values["optimizer"]["name"]),
+    )
     texts = {}
     for key, text in given.items():
         if key not in known:
@@ -128,10 +136,13 @@ def _with_words(values: dict[str, Any], given: Mapping[str, str]) -> dict[str, A
 
 def _hint(key: str, known: Sequence[str]) -> str:
     """What a key that this configuration does not have may be."""
-    name = key.removeprefix("arch.")
-    having = [arch for arch, kind in architectures().items() if name in kind.model_fields]
-    if name != key and having:
-        return f"arch={' or arch='.join(having)} has it"
+    optimizers = {name: optimizer_class(name) for name in optimizer_names()}
+    kinds: Mapping[str, Mapping[str, type[Settings]]] = {"arch": architectures(), "optimizer": optimizers}
+    for group, of in kinds.items():
+        name = key.removeprefix(f"{group}.")
+        having = [choice for choice, kind in of.items() if name in kind.model_fields]
+        if name != key and having:
+            return f"{group}={f' or {group}='.join(having)} has it"
     wanted = published_words.USUAL.get(key, key)
     return nearest(wanted, {*known, *GROUPS}, TrainConfig.listed_by)
 
@@ -173,7 +184,9 @@ def _composed(chosen: Mapping[str, str]) -> dict[str, Any]:
 
 @cache
 def _compose(overrides: tuple[str, ...]) -> dict[str, Any]:
-    defaults = TrainConfig(data_path="").model_dump(mode="json", exclude={"arch"}) | {"data_path": None}
+    defaults = TrainConfig(data_path="").model_dump(mode="json", exclude={"arch", "optimizer"}) | {
+        "data_path": None
+    }
     ConfigStore.instance().store(name="schema", node=defaults)
     with initialize_config_module("hrm_ray.config", version_base="1.3"):
         values = OmegaConf.to_container(compose("train", overrides=list(overrides)))

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from hrm_ray.config.arch import DEFAULT_ARCH, Arch, arch_class
 from hrm_ray.config.halting import HaltingConfig
+from hrm_ray.config.optimizer import Optimizer, default_optimizer
 from hrm_ray.config.validate import MANY, NonNegativeFloat, PositiveFloat, PositiveInt, Seconds, Settings
 
 
@@ -64,6 +65,8 @@ class TrainConfig(Settings):
     """The model; arch=NAME chooses one."""
     halting: HaltingConfig = HaltingConfig()
     """How a puzzle comes to halt in training; halting=NAME chooses a way. Its keys may be given without halting."""
+    optimizer: Optimizer = Field(default_factory=default_optimizer)
+    """What moves the weights, but for puzzle embeddings; optimizer=NAME chooses one."""
 
     # length
     global_batch_size: int = Field(default=768, gt=0, le=2**24)
@@ -105,9 +108,9 @@ class TrainConfig(Settings):
     weight_decay_anneal_ratio: float = Field(default=1.0, ge=0, le=1)
     """Share of the run after which weight_decay_end is reached."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of AdamATan2's first moment."""
+    """Decay of the optimizer's first moment."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of AdamATan2's second moment."""
+    """Decay of the optimizer's second moment."""
     puzzle_emb_lr: NonNegativeFloat = 1e-2
     """Learning rate of puzzle embeddings."""
     puzzle_emb_weight_decay: NonNegativeFloat = 0.1
@@ -126,7 +129,7 @@ class TrainConfig(Settings):
     """Where tensors live; auto: on a GPU where there is one that works."""
     forward_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations and products; auto: bfloat16 where it is fast."""
-    attention: Literal["auto", "fused", "flash3", "flash2", "sdpa", "matmul"] = "auto"
+    attention: Literal["auto", "flash2", "sdpa", "matmul"] = "auto"
     """Kernel of attention; auto: the fastest that is here."""
     optimizer_backend: Literal["auto", "cuda", "fused", "foreach", "reference"] = "auto"
     """Code of AdamATan2; auto: the fastest that is here."""
@@ -171,10 +174,8 @@ class TrainConfig(Settings):
     """Newest checkpoints that are kept."""
     keep_best: PositiveInt = 1
     """Checkpoints with the best best_metric that are kept beside them."""
-    best_metric: Literal["eval/exact_accuracy", "eval/accuracy", "eval/q_halt_accuracy"] = (
-        "eval/exact_accuracy"
-    )
-    """What the best checkpoint is best in."""
+    best_metric: str = "eval/exact_accuracy"
+    """What the best checkpoint is best in: a metric of the evaluations that is better when it is higher."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Whether to report to Weights & Biases."""
     wandb_group: str | None = None

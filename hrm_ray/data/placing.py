@@ -2,32 +2,35 @@
 
 An object storage cannot rename a folder. So a dataset for a URI is built on this machine's disk, checked there, and
 copied; its manifest, without which nothing is a dataset, comes last, and only if there is none. While it is built and
-copied, a lease keeps other builds off that place (see `training.lock`). A finished dataset that could not be copied
-stays on the disk: the same command again copies it.
+copied, a lease keeps other builds off that place (see `storage.lock`), and a lock those of this machine, also where
+the storage can hold no lease. A finished dataset that could not be copied stays on the disk: the same command again
+copies it. If that command never comes, another build deletes it after some days.
 """
 
+import fcntl
 import hashlib
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO
 
 from tqdm import tqdm
 
 from hrm_ray.cache import cache_dir
-from hrm_ray.data.files import delete_matching
+from hrm_ray.data.files import delete_matching, writing
 from hrm_ray.data.format import OUR_FILES, UNFINISHED, Manifest, parse_manifest
 from hrm_ray.data.shards import read_manifest
 from hrm_ray.errors import UserError
 from hrm_ray.manifest import MANIFEST
 from hrm_ray.remote import StorageError
-
-if TYPE_CHECKING:
-    from hrm_ray.training.storage import Storage
+from hrm_ray.storage.lock import NAME as LEASE
+from hrm_ray.storage.storage import Storage
 
 AT_ONCE = 4  # files that are copied at the same time
+KEPT_S = 7 * 24 * 3600.0  # how long a build that was not copied stays on the disk
 
 
 def is_remote(out: str | Path) -> bool:
@@ -42,7 +45,7 @@ def manifest_at(out: str | Path) -> Manifest | None:
     if not is_remote(out):
         folder = Path(out)
         return read_manifest(folder) if (folder / MANIFEST).is_file() else None
-    content = _storage(out).read(MANIFEST)
+    content = Storage(out).read(MANIFEST)
     return (content and parse_manifest(content, f"{out}: {MANIFEST}", "give overwrite=true")) or None
 
 
@@ -59,15 +62,30 @@ def placed(out: str | Path, *, overwrite: bool = False, show_progress: bool = Tr
     if not is_remote(out):
         yield Path(out)
         return
-    place = _storage(out)
+    place = Storage(out)
     _check_replaceable(place, overwrite)
-    lock = place.lock(taken=f"another process is building {out}; wait for it, or pick another out=", say=_say)
+    taken = f"another process is building {out}; wait for it, or pick another out="
+    staged = cache_dir() / "builds" / hashlib.sha256(str(out).encode()).hexdigest()[:16]
+    with writing(staged, "set HRM_RAY_CACHE to another folder"):
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        own = _locked(staged)
+    if own is None:
+        raise UserError(taken)
+    with own:
+        _delete_old(staged.parent)
+        with _copied(staged, place, overwrite, show_progress, taken):
+            yield staged
+
+
+@contextmanager
+def _copied(staged: Path, place: Storage, overwrite: bool, show_progress: bool, taken: str) -> Iterator[None]:
+    """Moves the dataset `staged` to `place` when the block has made it; a lease holds the place as long."""
+    lock = place.lock(taken=taken, say=_say)
     try:
         if lock.weakness is not None:
-            _say(f"warning: {out} cannot keep other builds off ({lock.weakness})")
+            _say(f"warning: {place} cannot keep other builds off ({lock.weakness})")
         held = place.held_by(lock)
-        staged = cache_dir() / "builds" / hashlib.sha256(str(out).encode()).hexdigest()[:16]
-        yield staged
+        yield
         try:
             _copy(staged, held, overwrite, show_progress)
         except StorageError as error:
@@ -81,24 +99,39 @@ def placed(out: str | Path, *, overwrite: bool = False, show_progress: bool = Tr
         lock.close()
 
 
+def _locked(staged: Path) -> IO[str] | None:
+    """The lock of a build on this machine, until it is closed; None if another process has it."""
+    lock = staged.with_name(f"{staged.name.partition('.')[0]}.lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
+def _delete_old(builds: Path) -> None:
+    """Delete builds that nobody is at work on, and has been for `KEPT_S`."""
+    for folder in builds.iterdir():
+        with suppress(OSError):  # another process may do the same, or begin that build
+            if not folder.is_dir() or time.time() - folder.stat().st_mtime < KEPT_S:
+                continue
+            if (lock := _locked(folder)) is not None:
+                with lock:
+                    delete_matching(folder, OUR_FILES)
+                    folder.rmdir()
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _storage(out: str | Path) -> "Storage":
-    from hrm_ray.training.storage import Storage
-
-    return Storage(out)
-
-
-def _check_replaceable(place: "Storage", overwrite: bool) -> dict[str, int]:
+def _check_replaceable(place: Storage, overwrite: bool) -> dict[str, int]:
     """The files in a place where a dataset is to be put; all are of a dataset, or of a build that has ended.
 
     Raises:
         UserError: something else is there, or a dataset without `overwrite`.
     """
-    from hrm_ray.training.lock import NAME as LEASE
-
     files = place.files()
     files.pop(LEASE, None)
     if strange := [name for name in files if not OUR_FILES.fullmatch(name)]:
@@ -110,7 +143,7 @@ def _check_replaceable(place: "Storage", overwrite: bool) -> dict[str, int]:
     return files
 
 
-def _copy(staged: Path, place: "Storage", overwrite: bool, show_progress: bool) -> None:
+def _copy(staged: Path, place: Storage, overwrite: bool, show_progress: bool) -> None:
     """Copy a finished dataset to `place`. Raises UserError, StorageError; then no dataset is there."""
     before = _check_replaceable(place, overwrite)  # somebody may have put something there meanwhile
     manifest = read_manifest(staged)

@@ -16,7 +16,7 @@ from hrm_ray.data.shards import Split
 PADDING = -1  # the id of an empty place in a partial batch
 
 # What a stream of random words is for; part of the key, so that no two purposes share a stream.
-_GROUP_ORDER, _PUZZLE_CHOICE, _EXPLORATION, _CHOICE, _REPLAY = range(5)
+_GROUP_ORDER, _PUZZLE_CHOICE, _EXPLORATION, _CHOICE, _REPLAY, _VISIT = range(6)
 
 
 def _words(seed: int, purpose: int, counter: int, count: int) -> np.ndarray:
@@ -115,3 +115,8 @@ def replay_draws(seed: int, step: int, global_batch_size: int, count: int) -> np
 
 def _as_uniform(words: np.ndarray) -> np.ndarray:
     return (words >> np.uint64(11)) * 2.0**-53
+
+
+def visit_draws(seed: int, step: int, global_batch_size: int) -> np.ndarray:
+    """A random uint64 for every slot's example at `step`, by which a task may vary it; [global_batch_size]."""
+    return _words(seed, _VISIT, step, global_batch_size)

@@ -23,6 +23,7 @@ from hrm_ray.interop.locate import WEIGHTS_FILE, locate
 from hrm_ray.interop.state_dict import COMPILED, read_weights
 from hrm_ray.models.recursive import RecursiveModel
 from hrm_ray.published import CHECKPOINT_CONFIG
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import (
     EMA_FILE,
     MODEL_FILE,
@@ -35,7 +36,6 @@ from hrm_ray.training.checkpoint import (
     write_tensors,
 )
 from hrm_ray.training.state import dataset_info
-from hrm_ray.training.storage import Storage
 
 LOADABLE = (COMPILED, "model.inner.")  # prefixes that the published code reads
 

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from hrm_ray.config.validate import in_one_line
 from hrm_ray.errors import RunFailed, UserError, first_line, shown
-from hrm_ray.ray_session import no_token, refused
+from hrm_ray.ray_session import check_token, no_token, refused
 
 if TYPE_CHECKING:
     from ray.job_submission import JobInfo, JobSubmissionClient
@@ -213,6 +213,7 @@ def _check_answers(address: str) -> None:
     from ray.exceptions import AuthenticationError
 
     named = f"--address {address}"
+    check_token()
     try:
         headers = get_auth_headers_if_auth_enabled({})
     except AuthenticationError as error:

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from hrm_ray.config.optimizer import OptimizerConfig
+from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError, first_line
 
 BiasCorrection = Literal["outside", "inside"]
@@ -420,3 +422,20 @@ def _check_group(group: dict[str, Any]) -> None:
         raise UserError(f"betas={betas} have to be from 0 to below 1")
     if group["bias_correction"] not in ("outside", "inside"):
         raise UserError(f"bias_correction={group['bias_correction']}: unknown; known: outside, inside")
+
+
+class AdamATan2Config(OptimizerConfig):
+    """AdamATan2; `bias_correction` and `optimizer_backend` are keys of a run."""
+
+    name: Literal["adam_atan2"] = "adam_atan2"
+    """The optimizer; optimizer=NAME chooses it."""
+
+    def build(self, parameters: Sequence[nn.Parameter], config: TrainConfig, backend: str) -> AdamATan2:
+        return AdamATan2(
+            parameters,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            bias_correction=config.bias_correction,
+            backend=backend,
+        )

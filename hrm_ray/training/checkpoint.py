@@ -38,7 +38,7 @@ from hrm_ray.errors import UserError, first_line
 from hrm_ray.manifest import MANIFEST, Damaged, seal, unseal
 from hrm_ray.published import checkpoint_hint
 from hrm_ray.remote import StorageError
-from hrm_ray.training.storage import ASIDE, Storage
+from hrm_ray.storage.storage import ASIDE, Storage
 
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"

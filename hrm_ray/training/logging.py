@@ -19,8 +19,8 @@ import yaml
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError, first_line
+from hrm_ray.storage.storage import Storage, numbered
 from hrm_ray.training.checkpoint import FOLDER
-from hrm_ray.training.storage import Storage, numbered
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"

@@ -16,7 +16,10 @@ from hrm_ray import machine, memory
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.errors import NonFiniteLoss, RunFailed, UserError
+from hrm_ray.evaluation.evaluate import Interrupted, evaluate
 from hrm_ray.models.compiled import STANCE, reason, uncompile
+from hrm_ray.storage.lock import Lock
+from hrm_ray.storage.storage import Storage, is_full
 from hrm_ray.training.agreement import WorkersDisagree, all_finite, bit_sum, odd_ones_out
 from hrm_ray.training.checkpoint import (
     FOLDER,
@@ -27,8 +30,6 @@ from hrm_ray.training.checkpoint import (
     step_name,
     write_manifest,
 )
-from hrm_ray.training.evaluate import Interrupted, evaluate
-from hrm_ray.training.lock import Lock
 from hrm_ray.training.logging import RECORDS, Records, check_places, note_event
 from hrm_ray.training.meter import LossDiverged, Meter
 from hrm_ray.training.plan import Plan, stops_early
@@ -36,9 +37,8 @@ from hrm_ray.training.resume import check_fits, weights_source
 from hrm_ray.training.saver import Saver
 from hrm_ray.training.state import TrainState
 from hrm_ray.training.step import Stepper
-from hrm_ray.training.storage import Storage, is_full
 from hrm_ray.training.watchdog import Watchdog
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 
 
 @dataclass
@@ -373,8 +373,7 @@ class Trainer:
             with self._meter.excluded(), self.state.averaged_weights():
                 metrics, _ = evaluate(
                     self.state.model,
-                    self.dataset.split("test"),
-                    ignore_label_id=self.dataset.manifest.ignore_label_id,
+                    self.dataset,
                     batch_size=min(at_once, config.micro_batch_size or at_once),
                     num_examples=config.num_eval_examples,
                     world=self.world,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hrm_ray.models.losses import METRICS
 from hrm_ray.training.step import Outcome
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 
 NEVER = 2**31 - 1  # a step that no run reaches
 

@@ -225,7 +225,7 @@ class Workers(WorkerGroup):
             rank = min(dead or errors)
             at = self.get_workers()[rank].metadata
             loss = {"name": f"worker {rank}", "host": at.hostname, "ip": at.node_ip, "pid": at.pid}
-            Channel(self._loop_config["channel"]).add("losses", loss)
+            Channel(self._loop_config["channel"]).add("events", {"event": "lost", "worker": loss})
         return status
 
     @property

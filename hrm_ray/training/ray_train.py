@@ -44,13 +44,13 @@ from hrm_ray.nodes import (
 )
 from hrm_ray.ray_metrics import RunMetrics
 from hrm_ray.ray_session import cluster_address, ray_session
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.channel import Channel
 from hrm_ray.training.loop import Hooks, Progress, Trainer
 from hrm_ray.training.shared import check_seen
-from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import Driver
-from hrm_ray.training.world import World
 from hrm_ray.worker_logs import last_words
+from hrm_ray.world import World
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -219,11 +219,12 @@ def _watch_run(
     has_ended = False
     while not has_ended:
         has_ended = bool(ray.wait([training], timeout=POLL_S)[0])
-        for loss in channel.taken("losses"):
-            driver.last_words = last_words(**loss)
         summary = channel.get("summary")  # before the events and reports, of which the last comes first
         for entry in channel.taken("events"):
-            driver.event(entry)
+            if entry["event"] == "lost":
+                driver.last_words = last_words(**entry["worker"])
+            else:
+                driver.event(entry)
         if driver.wants_reports:
             for record in channel.taken("reports"):
                 driver.report(record)
@@ -424,8 +425,12 @@ def resources_of(config: TrainConfig, grows: Growth | None) -> tuple[int, bool]:
     """
     scaling = config.scaling
     least, at_most = scaling.min_workers, scaling.max_workers
-    grows_to = grows or Growth()
-    total_cpus, total_gpus = most({"CPU": 1}, grows_to), most({"GPU": 1}, grows_to)
+    there = living()
+
+    def can_have(bundle: Resources) -> int:
+        return most(bundle, grows or Growth(), there)
+
+    total_cpus, total_gpus = can_have({"CPU": 1}), can_have({"GPU": 1})
     use_gpu = total_gpus >= least if scaling.use_gpu == "auto" else scaling.use_gpu
     if config.device != "auto":
         use_gpu = config.device == "cuda"
@@ -433,7 +438,7 @@ def resources_of(config: TrainConfig, grows: Growth | None) -> tuple[int, bool]:
         cpus = scaling.cpus_per_worker
     else:
         cpus = 1 if use_gpu else max(1, total_cpus // at_most)
-        while cpus > 1 and most({"CPU": cpus}, grows_to) < at_most:  # each on one node
+        while cpus > 1 and can_have({"CPU": cpus}) < at_most:  # each on one node
             cpus -= 1
     if grows is None:
         return cpus, use_gpu
@@ -453,10 +458,10 @@ def resources_of(config: TrainConfig, grows: Growth | None) -> tuple[int, bool]:
             f"scaling.num_workers={least} needs {least * cpus} CPUs, {has} {total_cpus}; use {fewer}"
         )
     bundle = {"CPU": cpus, "GPU": int(use_gpu)}
-    if (can := most(bundle, grows)) < least:
+    if (can := can_have(bundle)) < least:
         raise UserError(
             f"scaling.num_workers={least} needs {least} x ({amounts(bundle)}), each on one node, {has} room for {can}: "
-            f"{room(grows)}; lower scaling.num_workers or scaling.cpus_per_worker"
+            f"{room(grows, there)}; lower scaling.num_workers or scaling.cpus_per_worker"
         )
     return cpus, use_gpu
 

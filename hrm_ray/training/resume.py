@@ -3,11 +3,12 @@
 from typing import Any
 
 from hrm_ray.config.halting import HaltingConfig
+from hrm_ray.config.optimizer import DEFAULT_OPTIMIZER
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset
 from hrm_ray.errors import UserError
+from hrm_ray.storage.storage import Storage, numbered
 from hrm_ray.training.checkpoint import Checkpoint, finished, newest_whole
-from hrm_ray.training.storage import Storage, numbered
 
 BEFORE = "before"  # runs that were set aside are RUN_NAME-before-1, ...
 
@@ -46,6 +47,8 @@ def mismatch(checkpoint: Checkpoint, config: TrainConfig, dataset: Dataset) -> s
     keys = ("seed", "global_batch_size", "supervision_steps", "ema")
     there |= {key: manifest.config.get(key, TrainConfig.model_fields[key].default) for key in keys}
     here |= {key: getattr(config, key) for key in keys}
+    before = manifest.config.get("optimizer", {"name": DEFAULT_OPTIMIZER})
+    there["optimizer"], here["optimizer"] = before["name"], config.optimizer.name
     own = HaltingConfig.model_validate(manifest.config.get("halting", {}))
     for key in ("name", "replay_max_age") if config.halting.name == "q_learning" else ("name",):
         there[f"halting.{key}"], here[f"halting.{key}"] = getattr(own, key), getattr(config.halting, key)

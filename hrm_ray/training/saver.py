@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from hrm_ray.errors import RunFailed, UserError, first_line
 from hrm_ray.remote import StorageError
+from hrm_ray.storage.storage import Storage, is_full
 from hrm_ray.training.checkpoint import (
     FOLDER,
     SAVED,
@@ -28,8 +29,7 @@ from hrm_ray.training.checkpoint import (
     write_manifest,
     write_tensors,
 )
-from hrm_ray.training.storage import Storage, is_full
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 
 SPARE_BYTES = 64 * 2**20  # to leave on the disk, for records and whatever else writes there
 

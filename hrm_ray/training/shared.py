@@ -6,7 +6,7 @@ Else a worker would train into a folder of its own machine, which nobody looks a
 import socket
 
 from hrm_ray.errors import Unseen
-from hrm_ray.training.storage import Storage
+from hrm_ray.storage.storage import Storage
 
 
 def check_seen(key: str, path: str, inside: Storage | None = None) -> None:

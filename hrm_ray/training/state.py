@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 from hrm_ray import machine
 from hrm_ray.config.schema import TrainConfig
@@ -21,7 +21,6 @@ from hrm_ray.models.act import ACT, Batch, Carry
 from hrm_ray.models.q_learning import Head, Memory, QLearner
 from hrm_ray.models.recursive import State
 from hrm_ray.models.registry import build_model
-from hrm_ray.optim.adam_atan2 import AdamATan2
 from hrm_ray.training.checkpoint import (
     EMA_FILE,
     MODEL_FILE,
@@ -32,9 +31,10 @@ from hrm_ray.training.checkpoint import (
     carry_name,
 )
 from hrm_ray.training.saver import Snapshot
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 
 REPLAY = "replay."  # before the names of the memory's tensors, which lie beside the carry's
+STEP = "step"  # the optimizer's count of steps, which stays on the CPU
 PER_PUZZLE = {"puzzle_emb.weights"}  # tensors whose size follows from the data set
 
 
@@ -43,7 +43,7 @@ class TrainState:
     """The parts; `averages` maps parameter names to their moving averages, empty without EMA."""
 
     model: ACT
-    optimizer: AdamATan2
+    optimizer: optim.Optimizer
     averages: Tensors
     carry: Carry | None  # None: of a new run, until `begin`
     global_step: int
@@ -57,14 +57,7 @@ class TrainState:
         """A new run; the weights are a function of (config, seed)."""
         torch.manual_seed(config.seed)
         model = build_model(config.arch, dataset_info(dataset), setup, config.halting)
-        optimizer = AdamATan2(
-            model.parameters(),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            bias_correction=config.bias_correction,
-            backend=setup.optimizer_backend,
-        )
+        optimizer = config.optimizer.build(list(model.parameters()), config, setup.optimizer_backend)
         averages = {n: p.detach().clone() for n, p in model.inner.named_parameters()} if config.ema else {}
         return cls(model, optimizer, averages, None, 0, 0.0)
 
@@ -129,9 +122,9 @@ class TrainState:
         return Snapshot(manifest, {name: _copied(tensors) for name, tensors in files.items()})
 
     def moments(self) -> list[Tensor]:
-        """The optimizer's first and second moments."""
+        """All that the optimizer remembers of the weights, but for how many steps it has taken."""
         states = self.optimizer.state.values()
-        return [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+        return [value for state in states for key, value in state.items() if key != STEP]
 
     def _optimizer_tensors(self) -> Tensors:
         return {
@@ -150,13 +143,14 @@ class TrainState:
         self.model.inner.load_state_dict(checkpoint.tensors(MODEL_FILE))
         moments = checkpoint.tensors("optimizer.safetensors")
         for name, parameter in self.model.inner.named_parameters():
-            if f"{name}.step" not in moments:  # every step so far was left out
-                continue
-            self.optimizer.state[parameter].update(
-                step=moments[f"{name}.step"],
-                exp_avg=moments[f"{name}.exp_avg"].to(device),
-                exp_avg_sq=moments[f"{name}.exp_avg_sq"].to(device),
-            )
+            # Nothing, if every step so far was left out.
+            own = {
+                key.rpartition(".")[2]: value
+                for key, value in moments.items()
+                if key.rpartition(".")[0] == name
+            }
+            state = {key: value if key == STEP else value.to(device) for key, value in own.items()}
+            self.optimizer.state[parameter].update(state)
         if self.averages:
             averages = checkpoint.tensors(EMA_FILE)
             self.averages = {name: averages[name].to(device) for name in self.averages}

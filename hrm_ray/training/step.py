@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
+from hrm_ray.batch import make_batch
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.prefetch import Prefetcher
-from hrm_ray.data.sampler import Sampler, choice_draws, min_halt_steps, replay_draws
+from hrm_ray.data.sampler import Sampler, choice_draws, min_halt_steps, replay_draws, visit_draws
 from hrm_ray.data.shards import Dataset
 from hrm_ray.models.act import ACT, Batch, Carry, send
 from hrm_ray.models.compiled import compile_recursion
@@ -30,10 +31,9 @@ from hrm_ray.models.layers import Linear
 from hrm_ray.models.losses import METRICS, LossType, act_loss, count_right
 from hrm_ray.optim.sign_sgd import sparse_sign_sgd
 from hrm_ray.training.cuda_graph import Recordings, is_the_same
-from hrm_ray.training.evaluate import make_batch
 from hrm_ray.training.plan import Plan
 from hrm_ray.training.state import TrainState
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 
 ReplayLoss = Callable[[Linear], Tensor]
 
@@ -109,7 +109,7 @@ class Stepper:
         self.slots = world.slots(config.global_batch_size)
         self._batches = Prefetcher(
             # Not a method: the thread would keep this worker's model alive.
-            partial(_read, dataset, self.sampler, self.slots),
+            partial(_read, dataset, self.sampler, self.slots, config.seed, config.global_batch_size),
             last=plan.last_step * config.supervision_steps,
         )
         self.device = next(state.model.parameters()).device
@@ -278,8 +278,8 @@ class Stepper:
     def _move(self, step: int, parts: Sequence[Learned]) -> None:
         """Let the optimizers move by the gradients of all workers. Collective."""
         config, state = self.config, self.state
-        group = state.optimizer.param_groups[0]
-        group["lr"], group["weight_decay"] = self.plan.lr(step), self.plan.weight_decay(step)
+        for group in state.optimizer.param_groups:
+            group["lr"], group["weight_decay"] = self.plan.lr(step), self.plan.weight_decay(step)
         state.optimizer.step()
         if self._recordings:
             torch._foreach_zero_(self._gradients)  # they stay where they are
@@ -342,9 +342,18 @@ class Stepper:
         return send(torch.from_numpy(np.ascontiguousarray(values[self.slots])), self.device)
 
 
-def _read(dataset: Dataset, sampler: Sampler, slots: slice, supervision_step: int) -> Batch:
+def _read(
+    dataset: Dataset, sampler: Sampler, slots: slice, seed: int, global_batch_size: int, supervision_step: int
+) -> Batch:
     ids, manifest = sampler.ids(supervision_step)[slots], dataset.manifest
-    return make_batch(dataset.split("train"), ids, manifest.ignore_label_id, manifest.blank_identifier_id)
+    return make_batch(
+        dataset.split("train"),
+        ids,
+        manifest.ignore_label_id,
+        manifest.blank_identifier_id,
+        task=dataset.task,
+        keys=visit_draws(seed, supervision_step, global_batch_size)[slots],
+    )
 
 
 def _other(tensor: Tensor) -> Tensor:

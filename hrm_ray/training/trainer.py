@@ -16,14 +16,15 @@ from tqdm import tqdm
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset, open_dataset
+from hrm_ray.evaluation.scores import check_best_metric
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import Checkpoint, finished, newest_whole
 from hrm_ray.training.logging import check_places, last_summary
 from hrm_ray.training.loop import Hooks, Progress, Trainer
 from hrm_ray.training.plan import Plan
 from hrm_ray.training.resume import mismatch, resume_point, set_aside
 from hrm_ray.training.state import check_weights_fit
-from hrm_ray.training.storage import Storage
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 
 
 class ProgressBar:
@@ -188,10 +189,16 @@ def run_folder(config: TrainConfig) -> Storage:
     return Storage(config.storage) / (config.run_name or "train")
 
 
+def _dataset_and_plan(config: TrainConfig) -> tuple[Dataset, Plan]:
+    """Raises UserError if they do not fit the configuration."""
+    dataset = open_dataset(config.data_path)
+    check_best_metric(config.best_metric, dataset.task.name)
+    return dataset, Plan.of(config, dataset.split("train"))
+
+
 def announce(config: TrainConfig) -> str:
     """Lines to print before training: where, what, how long, and when each schedule ends."""
-    dataset = open_dataset(config.data_path)
-    plan = Plan.of(config, dataset.split("train"))
+    dataset, plan = _dataset_and_plan(config)
     run = run_folder(config)
     check_places(run)
     point = None if _starts_from_weights(config, dataset) else resume_point(config, run, dataset)
@@ -250,8 +257,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> tuple[dict[str,
         UserError: before anything starts, if the data or an earlier checkpoint does not fit.
         RunFailed: the loss is not finite, or more workers were lost than `failure.max_failures`.
     """
-    dataset = open_dataset(config.data_path)
-    plan = Plan.of(config, dataset.split("train"))
+    dataset, plan = _dataset_and_plan(config)
     run = run_folder(config)
     check_places(run)
     bar = ProgressBar(config.global_batch_size * config.supervision_steps)

@@ -85,9 +85,9 @@ def measure(run: TrainConfig, cpus: int) -> Probe:
     import torch
 
     from hrm_ray.data.shards import open_dataset
+    from hrm_ray.storage.storage import Storage
     from hrm_ray.training.loop import Hooks, Progress, Trainer
-    from hrm_ray.training.storage import Storage
-    from hrm_ray.training.world import World
+    from hrm_ray.world import World
 
     test = open_dataset(run.data_path).splits.get("test")
     num_test = test.num_examples if test else 0

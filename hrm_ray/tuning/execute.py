@@ -12,7 +12,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +22,13 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import Unseen, UserError
+from hrm_ray.errors import Unseen, UserError, about_file
 from hrm_ray.every import Every
 from hrm_ray.memory import ONE_ARENA
 from hrm_ray.nodes import Growth, Request, fit, growth, living, most, room
 from hrm_ray.ray_session import cluster_address, ray_session
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.ray_train import absolute, where_not_set
-from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import run_folder
 from hrm_ray.tuning.trial import Trial
 from hrm_ray.tuning.view import View
@@ -202,12 +202,12 @@ class Executor:
 
     def config_of(self, live: Live) -> dict[str, Any]:
         """The configuration that its actor gets."""
-        run = live.run
+        run, unmade = live.run, None
         if folder := run_folder(run).local_path:
-            with suppress(OSError):  # the trial will say so
-                folder.mkdir(
-                    exist_ok=True
-                )  # an actor that does not see it is on a machine without this storage
+            try:  # an actor that does not see it is on a machine without this storage
+                folder.mkdir(exist_ok=True)
+            except OSError as error:
+                unmade = str(about_file(error))
         values = run.model_dump(mode="json") | {"data_path": absolute(run.data_path)}
         if not self.slot.gpus:  # Ray hides no GPU from an actor that asked for none
             values["device"] = "cpu"
@@ -217,6 +217,7 @@ class Executor:
             "cpus": self.slot.cpus,
             "metrics": self.book.metrics,
             "copy": live.copy,
+            "unmade": unmade,
             "owner": self.owner,
             "sweep": self.book.folder.name,
         }

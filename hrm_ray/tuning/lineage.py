@@ -17,6 +17,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from hrm_ray.manifest import MANIFEST, Damaged
+from hrm_ray.storage.storage import Storage, numbered
 from hrm_ray.training.checkpoint import (
     FOLDER,
     SAVED,
@@ -29,7 +30,6 @@ from hrm_ray.training.checkpoint import (
     write_manifest,
 )
 from hrm_ray.training.logging import METRICS_FILE, note_event, reports
-from hrm_ray.training.storage import Storage, numbered
 from hrm_ray.tuning.space import Point
 
 HISTORY = "history"  # attribute of a trial: [{step, from_trial, from_step, point}]

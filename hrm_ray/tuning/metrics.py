@@ -1,20 +1,12 @@
 """What a trial can be judged by, and which way is better."""
 
-from typing import Literal
-
 from hrm_ray.config.validate import nearest
 from hrm_ray.errors import UserError
+from hrm_ray.evaluation.scores import Direction, directions
 
-Direction = Literal["maximize", "minimize"]
-
-# Of an evaluation, of the training between two reports, and of a run as a whole.
+# Of evaluations, of the training between two reports, and of a run as a whole.
 DIRECTIONS: dict[str, Direction] = {
-    "eval/accuracy": "maximize",
-    "eval/exact_accuracy": "maximize",
-    "eval/q_halt_accuracy": "maximize",
-    "eval/steps": "minimize",
-    "eval/learned_exact_accuracy": "maximize",
-    "eval/learned_steps": "minimize",
+    **directions(),
     "train/accuracy": "maximize",
     "train/exact_accuracy": "maximize",
     "train/q_halt_accuracy": "maximize",

@@ -14,6 +14,7 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import abbreviated, as_text, known_keys, nearest, split_word
 from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.errors import UserError
+from hrm_ray.evaluation.scores import directions
 from hrm_ray.training.plan import Plan
 from hrm_ray.tuning.config import SweepConfig
 from hrm_ray.tuning.metrics import AT_THE_END
@@ -61,8 +62,7 @@ class Points:
     def _best_metric(self) -> str | None:
         """That of the sweep, if a run can choose its best checkpoint by it."""
         metric, direction = next(iter(self.config.metric.items()))
-        choices = TrainConfig.model_fields["best_metric"].annotation.__args__  # type: ignore[union-attr]
-        return metric if metric in choices and direction == "maximize" else None
+        return metric if metric.startswith("eval/") and direction == "maximize" else None
 
     def run(self, point: Point, storage: str, run_name: str) -> TrainConfig:
         """The configuration of a trial.
@@ -88,6 +88,11 @@ class Points:
             raise UserError(
                 f"metric {evaluated[0]} is never reported: {config.data_path} has no test part; build it with "
                 "num_test=N, or give a metric of training, such as metric=train/lm_loss"
+            )
+        reported = directions(dataset.task.name)
+        if strange := [name for name in evaluated if name not in reported]:
+            raise UserError(
+                f"metric {strange[0]} is not reported for task {dataset.task.name}; {nearest(strange[0], reported)}"
             )
         try:
             return Plan.of(config, dataset.split("train"))

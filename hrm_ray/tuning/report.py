@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 
-from hrm_ray.training.storage import Storage
+from hrm_ray.storage.storage import Storage
 from hrm_ray.tuning.estimate import Spent
 from hrm_ray.tuning.lineage import history, point_of
 from hrm_ray.tuning.page import page

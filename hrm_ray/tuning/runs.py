@@ -10,7 +10,7 @@ from typing import Any
 from hrm_ray.config.compose import train_config
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import split_word
-from hrm_ray.training.storage import Storage
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.trainer import last_summary
 from hrm_ray.tuning.execute import Book, Live
 from hrm_ray.tuning.points import Points, value_of

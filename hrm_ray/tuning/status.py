@@ -7,8 +7,8 @@ from typing import Any
 from optuna.trial import TrialState
 
 from hrm_ray.errors import UserError
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.logging import reports
-from hrm_ray.training.storage import Storage
 from hrm_ray.tuning import report
 from hrm_ray.tuning.config import SETTABLE, override, plain, with_settings
 from hrm_ray.tuning.estimate import Spent

@@ -21,9 +21,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hrm_ray.config.validate import as_text
 from hrm_ray.errors import UserError, first_line
-from hrm_ray.training import lock
-from hrm_ray.training.lock import Unconditional
-from hrm_ray.training.storage import Storage
+from hrm_ray.storage import lock
+from hrm_ray.storage.lock import Unconditional
+from hrm_ray.storage.storage import Storage
 from hrm_ray.tuning import samplers
 from hrm_ray.tuning.config import SETTABLE, SweepConfig, plain, with_settings
 from hrm_ray.tuning.journal import ObjectJournal

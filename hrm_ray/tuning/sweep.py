@@ -33,10 +33,10 @@ from hrm_ray.nodes import Growth, waiting_for
 from hrm_ray.ray_metrics import SweepMetrics
 from hrm_ray.ray_session import check_cluster
 from hrm_ray.remote import StorageError
+from hrm_ray.storage.lock import LeaseLost
+from hrm_ray.storage.storage import Storage, numbered
 from hrm_ray.training.checkpoint import discard_all
-from hrm_ray.training.lock import LeaseLost
 from hrm_ray.training.logging import is_dumped, keep_changed
-from hrm_ray.training.storage import Storage, numbered
 from hrm_ray.training.trainer import StopRequest
 from hrm_ray.tuning import report
 from hrm_ray.tuning.config import Repeat, SweepConfig, plain, with_settings

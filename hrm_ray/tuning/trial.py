@@ -35,10 +35,12 @@ class Run:
         cpus: threads of this process, if it trains itself.
         owner: see `Hooks`.
         sweep: of which it is a trial.
+        unmade: why the driver could not make its folder; None: it did, or there is none to make.
     """
 
-    def __init__(self, config: TrainConfig, cpus: int, owner: str, sweep: str):
+    def __init__(self, config: TrainConfig, cpus: int, owner: str, sweep: str, unmade: str | None):
         self._config, self._cpus, self._owner, self._sweep = config, cpus, owner, sweep
+        self._unmade = unmade
         self._stop: str | None = None
         self.reports: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.step, self.phase = 0, "start"
@@ -78,7 +80,7 @@ class Run:
 
         from hrm_ray.training.loop import Hooks, Progress, Trainer
         from hrm_ray.training.trainer import StopRequest
-        from hrm_ray.training.world import World
+        from hrm_ray.world import World
 
         deadline = StopRequest(self._config.max_time_s)
 
@@ -89,6 +91,8 @@ class Run:
             return self._stop or deadline.reason()
 
         run = run_folder(self._config)
+        if self._unmade is not None:
+            raise UserError(self._unmade)
         check_seen("data", self._config.data_path)
         check_seen("storage", self._config.storage, run)
         for _, record in reports(run):  # of which the driver may have been killed before it heard
@@ -112,7 +116,8 @@ class Run:
 
 class Trial(tune.Trainable):
     """Its `config`: `number`, `run` (a TrainConfig as a mapping), `cpus`, `metrics` to report, the `owner` (the sweep's
-    driver), the name of the `sweep`, and for a population the number of the `copy` that it goes on from."""
+    driver), the name of the `sweep`, why its folder is `unmade` (or None), and for a population the number of the
+    `copy` that it goes on from."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self._run: Run | None = None
@@ -132,7 +137,8 @@ class Trial(tune.Trainable):
         if self._run is None:
             config = TrainConfig.model_validate(self._point["run"])
             take_over(run_folder(config), self._point["copy"], STOP_TIMEOUT_S)
-            self._run = Run(config, self._point["cpus"], self._point["owner"], self._point["sweep"])
+            given = (self._point[name] for name in ("cpus", "owner", "sweep", "unmade"))
+            self._run = Run(config, *given)
         run = self._run
         reports = self._new_reports(run)
         result: dict[str, Any] = {

@@ -9,9 +9,9 @@ from typing import Any
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import OutOfMemory, RunFailed
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.loop import Progress
 from hrm_ray.training.ray_train import train_on_ray
-from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import Driver, StopRequest
 
 

@@ -10,7 +10,7 @@ from hrm_ray.errors import UserError
 from hrm_ray.manifest import seal
 from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.trainer import run_folder
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 from tests.damage import assert_every_damage_is_refused
 from tests.toy import toy_config, toy_dataset
 

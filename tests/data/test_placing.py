@@ -20,8 +20,8 @@ from hrm_ray.data.shards import open_dataset
 from hrm_ray.errors import UserError
 from hrm_ray.manifest import MANIFEST
 from hrm_ray.remote import StorageError
-from hrm_ray.training import lock
-from hrm_ray.training.storage import Storage
+from hrm_ray.storage import lock
+from hrm_ray.storage.storage import Storage
 from tests.toy import toy_dataset
 
 
@@ -49,7 +49,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def builds_left(tmp_path: Path) -> list[Path]:
-    return list((tmp_path / "cache/builds").glob("*"))
+    return [path for path in (tmp_path / "cache/builds").glob("*") if path.is_dir()]
 
 
 def test_the_same_bytes_as_a_local_dataset(s3, tmp_path):
@@ -127,6 +127,35 @@ def test_a_second_build_is_refused_while_one_is_at_work(s3):
     assert open_dataset(s3("data"))
 
 
+def test_where_no_lease_can_be_held_this_machine_has_one_build_at_a_time(s3, s3_proxy, capsys, tmp_path):
+    """Both would use one folder."""
+    s3_proxy.fault = lambda method, path: "unconditional"
+    with placed(s3("data"), show_progress=False) as folder:
+        assert "cannot keep other builds off" in capsys.readouterr().err
+        toy_dataset(folder)
+        with pytest.raises(UserError, match=r"another process is building s3://.*; wait for it"):
+            put(s3("data"))
+        put(s3("other"))
+        assert open_dataset(folder)
+    assert open_dataset(s3("data")) and open_dataset(s3("other")) and builds_left(tmp_path) == []
+
+
+def test_old_builds_are_deleted_by_the_next_one(s3, tmp_path):
+    builds = tmp_path / "cache/builds"
+    names = ("old", "killed.building", "at-work", "mine", "young")
+    for name in names:
+        toy_dataset(builds / name)
+    (builds / "mine/notes.txt").write_text("a user's")
+    weeks_ago = time.time() - 1.1 * placing.KEPT_S
+    for name in names[:-1]:
+        os.utime(builds / name, (weeks_ago, weeks_ago))
+    with placing._locked(builds / "at-work"):
+        put(s3("data"))
+    assert {path.name for path in builds_left(tmp_path)} == {"at-work", "mine", "young"}
+    assert open_dataset(builds / "at-work") and open_dataset(builds / "young")
+    assert [path.name for path in (builds / "mine").iterdir()] == ["notes.txt"]
+
+
 def test_who_was_taken_over_does_not_finish(s3):
     """Its machine slept while another one built the same place."""
     with pytest.raises(lock.LeaseLost), placed(s3("data"), show_progress=False) as folder:
@@ -149,7 +178,7 @@ def test_a_manifest_is_never_written_over(s3):
 BUILD = """
 import os, signal, sys
 from hrm_ray.data import placing
-from hrm_ray.training import lock, storage
+from hrm_ray.storage import lock, storage
 from tests.data.test_placing import put
 lock.RENEW_S, lock.TAKE_OVER_S, lock.LOOK_S = 0.3, 2.0, 0.05
 written, write = [], storage.Storage.write

@@ -21,8 +21,8 @@ from hrm_ray.cli import main
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
 from hrm_ray.interop.checkpoint import export_checkpoint, import_checkpoint
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import Checkpoint, find
-from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import train
 from tests.golden_cases import batch_of
 from tests.toy import toy_config, toy_dataset

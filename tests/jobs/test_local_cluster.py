@@ -17,8 +17,8 @@ import psutil
 import pytest
 import yaml
 
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import finished
-from hrm_ray.training.storage import Storage
 from tests.toy import toy_config, toy_dataset
 from tests.training.test_ray import command
 from tests.tuning.test_cluster import file_of, running_steps

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from hrm_ray.config.schema import TrainConfig
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training import trainer
 from hrm_ray.training.checkpoint import finished
-from hrm_ray.training.storage import Storage
 from tests.toy import toy_config, toy_dataset
 from tests.training.test_ray import command
 

@@ -25,8 +25,8 @@ from hrm_ray.cli import main
 from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.jobs import submit
 from hrm_ray.jobs.submit import Jobs, Submission, check_paths, check_size, code_of
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import finished
-from hrm_ray.training.storage import Storage
 from tests.toy import toy_config, toy_dataset
 from tests.training.test_preemption import head  # noqa: F401 - a fixture
 from tests.training.test_ray import command

@@ -6,11 +6,11 @@ import torch
 
 from hrm_ray.data.tasks.base import Symmetry, get_task
 from hrm_ray.errors import UserError
+from hrm_ray.evaluation.evaluate import copies_on
 from hrm_ray.models.act import ACT
 from hrm_ray.models.halting import Fixed
 from hrm_ray.models.inference import Answer, every_step, think, think_and_vote, thinking_for, vote
 from hrm_ray.models.recursive import Prediction, State
-from hrm_ray.training.evaluate import copies_on
 from tests.golden_cases import FOLDER as GOLDEN
 from tests.golden_cases import batch_of, model_of
 

@@ -13,7 +13,7 @@ from hrm_ray.training.channel import Channel
 from hrm_ray.training.loop import Progress
 from hrm_ray.training.ray_train import TimeLimits
 from hrm_ray.training.trainer import Driver
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 
 
 class FakeChannel:
@@ -121,6 +121,20 @@ def test_every_record_reaches_who_listens_once_and_in_order(monkeypatch):
 
     assert watch_run(channel, driver, monkeypatch, while_waiting=work) == {"finished": True}
     assert driver.told == records
+
+
+def test_what_a_lost_worker_wrote_follows_the_news_of_those_in_its_place(monkeypatch):
+    """Also if the driver was so busy that it hears of everything at once."""
+    monkeypatch.setattr(ray_train, "last_words", lambda name: f"{name} wrote last")
+    channel, driver, said = FakeChannel(), Listens(), []
+    driver.say = said.append
+    for place in ("step 0", "step 5"):
+        channel.add("events", {"event": "started", "num_workers": 1, "message": f"continues after {place}"})
+        channel.add("events", {"event": "lost", "worker": {"name": f"the worker from {place}"}})
+    channel.put("summary", {})
+    watch_run(channel, driver, monkeypatch)
+    assert said == ["workers were lost or added: continues after step 5", "the worker from step 0 wrote last"]
+    assert driver.last_words == "the worker from step 5 wrote last"
 
 
 def test_nothing_is_sent_to_who_does_not_listen():

@@ -18,11 +18,11 @@ from hrm_ray.models.act import Batch
 from hrm_ray.models.compiled import STANCE, reason
 from hrm_ray.models.inference import think
 from hrm_ray.models.layers import ReasoningModule
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.loop import Hooks, Trainer
-from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import run_folder
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 from tests.toy import TRM, toy_config, toy_dataset
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -25,7 +25,7 @@ from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.meter import LossDiverged, Meter
 from hrm_ray.training.step import Outcome, Stepper
 from hrm_ray.training.trainer import run_folder
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 from tests.toy import TRM, toy_config, toy_dataset
 from tests.training import recorder
 

@@ -16,6 +16,7 @@ from hrm_ray.cli import main
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
 from hrm_ray.manifest import MANIFEST
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import (
     FOLDER,
     SAVED,
@@ -37,9 +38,8 @@ from hrm_ray.training.checkpoint import (
 from hrm_ray.training.logging import check_places, last_summary, reports
 from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.resume import set_aside, weights_source
-from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import run_folder
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 from tests.toy import ARCH, toy_config, toy_dataset
 
 SMALL = {**ARCH, "hidden_size": 16, "puzzle_emb_ndim": 16, "halt_max_steps": 2}

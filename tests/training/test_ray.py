@@ -528,7 +528,9 @@ def test_what_a_worker_takes_follows_from_what_a_cluster_without_workers_can_hav
 ):
     grows = parsed(yaml.safe_load((Path(__file__).parents[2] / "cluster/aws.yaml").read_text()))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {nodes.ON_HEAD: 1.0}}])
+    answers = Mock(return_value=[{"Alive": True, "Resources": {nodes.ON_HEAD: 1.0}}])
+    monkeypatch.setattr("ray.nodes", answers)
     config |= {"global_batch_size": 64, "device": "auto"}
     wanted = TrainConfig(**config | {"scaling": {"mode": "ray", **wish}})
     assert ray_train.resources_of(wanted, grows) == expected
+    answers.assert_called_once_with()  # of two answers, each could be right, but not both

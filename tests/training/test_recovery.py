@@ -20,7 +20,7 @@ from hrm_ray.training.agreement import WorkersDisagree, bit_sum, odd_ones_out
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.plan import stops_early
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 from tests.toy import ARCH, toy_config, toy_dataset
 from tests.training.processes import start
 
@@ -264,7 +264,7 @@ def test_a_process_that_hangs_is_ended_and_says_where(config):
         from hrm_ray.config.schema import TrainConfig
         from hrm_ray.training import trainer
         from hrm_ray.training.loop import Hooks, Trainer
-        from hrm_ray.training.world import World
+        from hrm_ray.world import World
         def hang(progress):
             if progress.step == 5:
                 threading.Event().wait()

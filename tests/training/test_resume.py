@@ -12,11 +12,11 @@ import torch
 from hrm_ray import machine, memory
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import RunFailed, UserError
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import finished, newest_whole
 from hrm_ray.training.loop import Hooks, Trainer
-from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import announce, run_folder
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 from tests.toy import ARCH, TRM, toy_config, toy_dataset
 
 

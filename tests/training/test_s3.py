@@ -15,11 +15,11 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.errors import UserError
 from hrm_ray.remote import StorageError
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.loop import Hooks, Trainer
-from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import run_folder, train
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 from tests.s3 import PAGE
 from tests.toy import ARCH, toy_config, toy_dataset
 

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from hrm_ray.errors import Unseen
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.shared import check_seen
-from hrm_ray.training.storage import Storage
 from hrm_ray.tuning.config import plain
 from tests.faults.nodes import Nodes
 from tests.toy import toy_config, toy_dataset

@@ -7,7 +7,7 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.models.act import IGNORE
 from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.trainer import run_folder
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 from tests.toy import toy_config, toy_dataset
 
 

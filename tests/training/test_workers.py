@@ -15,7 +15,7 @@ from hrm_ray.errors import UserError
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.loop import Hooks, Trainer
 from hrm_ray.training.trainer import run_folder
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 from tests.toy import TRM, toy_config, toy_dataset
 from tests.training.processes import start
 

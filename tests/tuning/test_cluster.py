@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from hrm_ray.errors import UserError
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import finished
-from hrm_ray.training.storage import Storage
 from hrm_ray.tuning.config import plain
 from hrm_ray.tuning.status import status
 from hrm_ray.tuning.sweep import sweep_folder, trial_name

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from hrm_ray.errors import UserError
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import FOLDER
 from hrm_ray.training.logging import is_dumped, keep_changed
-from hrm_ray.training.storage import Storage
 from hrm_ray.tuning import lineage, report, sweep
 from hrm_ray.tuning.lineage import drop_unknown, stage, take_over
 from hrm_ray.tuning.points import Points

@@ -9,7 +9,7 @@ import optuna.visualization.matplotlib as visual
 import pytest
 from matplotlib import pyplot
 
-from hrm_ray.training.storage import Storage
+from hrm_ray.storage.storage import Storage
 from hrm_ray.tuning import report
 from hrm_ray.tuning.config import sweep_config
 from hrm_ray.tuning.console import ending

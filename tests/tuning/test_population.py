@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import FOLDER, Checkpoint, finished, step_name
 from hrm_ray.training.loop import Hooks, Trainer
-from hrm_ray.training.storage import Storage
-from hrm_ray.training.world import World
 from hrm_ray.tuning import lineage, population
 from hrm_ray.tuning.config import sweep_config
 from hrm_ray.tuning.explore import changeable, mutated
@@ -30,6 +29,7 @@ from hrm_ray.tuning.space import Range, as_text, suggest
 from hrm_ray.tuning.status import opened
 from hrm_ray.tuning.sweep import run_sweep, sweep_folder, trial_name
 from hrm_ray.tuning.view import View
+from hrm_ray.world import World
 from tests.toy import toy_config, toy_dataset
 from tests.tuning.toy_sweep import toy_sweep
 

@@ -7,8 +7,8 @@ import pytest
 from optuna.storages import JournalStorage
 
 from hrm_ray.errors import UserError
-from hrm_ray.training import lock
-from hrm_ray.training.storage import Storage
+from hrm_ray.storage import lock
+from hrm_ray.storage.storage import Storage
 from hrm_ray.tuning import journal
 from hrm_ray.tuning.journal import ObjectJournal
 from hrm_ray.tuning.status import status

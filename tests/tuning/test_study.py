@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hrm_ray.errors import UserError
-from hrm_ray.training.storage import Storage
+from hrm_ray.storage.storage import Storage
 from hrm_ray.tuning import samplers
 from hrm_ray.tuning.config import sweep_config
 from hrm_ray.tuning.study import LOG, SweepStudy, forget_stop, is_driven, mend, rehearse, want

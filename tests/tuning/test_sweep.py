@@ -1,6 +1,7 @@
 """Sweeps on a real Ray: every trial once, bit-equal to the run that its words describe, whatever comes between."""
 
 import csv
+import errno
 import json
 import os
 import shlex
@@ -139,6 +140,23 @@ def test_three_alike_failures_of_another_kind_stop_the_sweep(tmp_path, ray_clust
     assert "\n" not in str(info.value)
     rows = rows_of(config)
     assert 3 <= len([row for row in rows if row["state"] == "FAIL"]) <= 4 and len(rows) <= 5
+
+
+def test_why_a_folder_cannot_be_made_is_said(tmp_path, ray_cluster, monkeypatch):
+    """And not that a worker does not see it, which would end the sweep."""
+    config = toy_sweep(tmp_path, num_trials=1, pruner=None)
+    folder = sweep_folder(config).local_path / trial_name(0)
+    make = Path.mkdir
+
+    def mkdir(path, *args, **options):
+        if path == folder:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        make(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    run_sweep(config)
+    (row,) = rows_of(config)
+    assert (row["state"], row["reason"]) == ("FAIL", f"{folder}: Permission denied")
 
 
 @pytest.mark.long
@@ -332,7 +350,7 @@ def states(folder: Path) -> list[str]:
 
 
 def status_folder(folder: Path):
-    from hrm_ray.training.storage import Storage
+    from hrm_ray.storage.storage import Storage
 
     return Storage(folder)
 

@@ -109,6 +109,10 @@ class Task(ABC):
         """Solutions of a question (uint8[seq_len]): 0, 1, or 2 for several; None: the task cannot tell."""
         return None
 
+    def vary(self, inputs: np.ndarray, labels: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Examples (uint8 [n, seq_len] twice) as training sees them on a visit, decided by a random key, uint64 [n]."""
+        return inputs, labels
+
     def symmetries(self, count: int) -> list[Symmetry]:
         """`count` symmetries, whose copies of a puzzle can vote; the first changes nothing, and the others are always
         the same. Raises UserError if the task has not so many."""

@@ -64,6 +64,14 @@ class Arc(Task):
         rows = frame[:height, :width].tolist()
         return "\n".join(" ".join(self.cell(token).symbol for token in row) for row in rows)
 
+    def vary(self, inputs: np.ndarray, labels: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Both grids of an example, which lie in the corner, moved to a place drawn by its key."""
+        if not self.translates:
+            return inputs, labels
+        from hrm_ray.data.tasks.arc import kernels  # numba: seconds to import, not needed otherwise
+
+        return kernels.translated(inputs, labels, keys)
+
     def is_solution(self, inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
         raise UserError(
             "an ARC task does not say whether an answer solves its question; compare with the label"

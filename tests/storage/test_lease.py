@@ -14,13 +14,13 @@ import pytest
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
 from hrm_ray.remote import StorageError
-from hrm_ray.training import lock
+from hrm_ray.storage import lock
+from hrm_ray.storage.lock import NAME, Lease, LeaseLost
+from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import FOLDER, finished, newest_whole, step_name, write_manifest
-from hrm_ray.training.lock import NAME, Lease, LeaseLost
 from hrm_ray.training.loop import Hooks, Trainer
-from hrm_ray.training.storage import Storage
 from hrm_ray.training.trainer import run_folder
-from hrm_ray.training.world import World
+from hrm_ray.world import World
 from tests.toy import toy_config, toy_dataset
 
 

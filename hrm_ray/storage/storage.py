@@ -19,7 +19,7 @@ from pyarrow import fs as pafs
 
 from hrm_ray.errors import UserError
 from hrm_ray.remote import filesystem_of, reaching, unreachable
-from hrm_ray.training.lock import FileLock, Lease, Lock, Unconditional, Unlocked, store_of
+from hrm_ray.storage.lock import FileLock, Lease, Lock, Unconditional, Unlocked, store_of
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore

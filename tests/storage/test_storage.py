@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from hrm_ray.errors import UserError
-from hrm_ray.training.storage import Storage, is_full
+from hrm_ray.storage.storage import Storage, is_full
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])

@@ -6,34 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hrm_ray.batch import make_batch
 from hrm_ray.config.inference import AS_TRAINED, Inference
-from hrm_ray.data.sampler import PADDING
-from hrm_ray.data.shards import Split
+from hrm_ray.data.shards import Dataset
 from hrm_ray.data.tasks.base import Symmetry
-from hrm_ray.models.act import ACT, IGNORE, Batch
-from hrm_ray.models.inference import Answer, Answers, Copy, think_and_vote, thinking_for
-from hrm_ray.models.losses import count_right
-from hrm_ray.training.world import World
-
-
-def make_batch(
-    split: Split, ids: np.ndarray, ignore_label_id: int | None, blank_identifier_id: int = 0
-) -> Batch:
-    """The examples `ids` (int64 [B]) as tensors; the rows of `PADDING` ids are padding."""
-    is_padding = ids == PADDING
-    rows = split.rows(np.where(is_padding, 0, ids))
-    labels = rows["labels"].astype(np.int64)
-    if ignore_label_id is not None:
-        labels[labels == ignore_label_id] = IGNORE
-    identifiers = rows["puzzle_identifiers"]
-    if is_padding.any():
-        labels[is_padding] = IGNORE
-        identifiers = np.where(is_padding, np.int32(blank_identifier_id), identifiers)
-    return Batch(
-        torch.from_numpy(rows["inputs"].astype(np.int32)),
-        torch.from_numpy(labels),
-        torch.from_numpy(identifiers),
-    )
+from hrm_ray.evaluation.scores import scores_of
+from hrm_ray.models.act import ACT, Batch
+from hrm_ray.models.inference import Answer, Copy, think_and_vote, thinking_for
+from hrm_ray.world import World
 
 
 class Interrupted(Exception):
@@ -49,14 +29,14 @@ def _spans(num_examples: int, batch_size: int, world: World) -> Iterator[tuple[i
 
 def evaluate(
     model: ACT,
-    split: Split,
+    dataset: Dataset,
     *,
-    ignore_label_id: int | None,
     batch_size: int,
     world: World,
+    split: str = "test",
     inference: Inference = AS_TRAINED,
-    symmetries: Sequence[Symmetry] | None = None,
     num_examples: int | None = None,
+    hides_identifiers: bool = False,
     save_outputs: Sequence[str] = (),
     on_batch: Callable[[int], object] | None = None,
     interrupt: Callable[[], bool] | None = None,
@@ -64,25 +44,28 @@ def evaluate(
     """Evaluate. Collective; the result is the same on every worker.
 
     Args:
+        dataset: the puzzles are those of its `split`; its task says what is scored.
         batch_size: examples a worker computes at once.
         inference: how the model is used.
-        symmetries: as many as votes, see `Task.symmetries`; needed for several votes.
         num_examples: only the first so many; None: all.
+        hides_identifiers: the model is not told which puzzle it sees.
         save_outputs: names from `OUTPUTS` to collect; only with one worker.
         on_batch: called with the number of examples done by this worker after each batch.
         interrupt: asked by all workers alike after each batch; true ends the evaluation with `Interrupted`.
 
     Returns:
-        metrics as means over the examples: `accuracy`, `exact_accuracy`, `q_halt_accuracy`, `steps`; unless
-        `inference.halt` is learned, also `learned_exact_accuracy` and `learned_steps`, which it would give. And the
-        collected arrays, rows in the order of the split.
+        the metrics of the task's scores (see `scores`), and the collected arrays, rows in the order of the split.
+
+    Raises:
+        UserError: the task has not as many symmetric copies as are to vote.
     """
     assert not save_outputs or world.size == 1
-    assert (inference.votes > 1) == (symmetries is not None)
-    num_examples = min(num_examples or split.num_examples, split.num_examples)
+    examples, manifest = dataset.split(split), dataset.manifest
+    num_examples = min(num_examples or examples.num_examples, examples.num_examples)
     device = next(model.parameters()).device
+    symmetries = dataset.task.symmetries(inference.votes) if inference.votes > 1 else None
     copies = copies_on(device, symmetries)
-    totals = torch.zeros(len(SUMS), dtype=torch.float64)
+    scores = [score(dataset, inference, device) for score in scores_of(dataset.task.name)]
     collected: dict[str, list[np.ndarray]] = {name: [] for name in save_outputs}
     was_training = model.training
     model.eval()
@@ -93,22 +76,24 @@ def evaluate(
                     raise Interrupted
                 if start == stop:
                     continue
-                batch = make_batch(split, np.arange(start, stop), ignore_label_id).to(device)
-                answers = think_and_vote(model, batch, stops_early=inference.halt == "learned", copies=copies)
-                totals += _sums(answers, batch.labels).cpu()
+                batch = make_batch(examples, np.arange(start, stop), manifest.ignore_label_id).to(device)
+                seen = batch
+                if hides_identifiers:
+                    blank = torch.full_like(batch.puzzle_identifiers, manifest.blank_identifier_id)
+                    seen = batch._replace(puzzle_identifiers=blank)
+                answers = think_and_vote(model, seen, stops_early=inference.halt == "learned", copies=copies)
+                for score in scores:
+                    score.add(batch, answers)
                 for name in save_outputs:
                     collected[name].append(OUTPUTS[name](batch, answers.last).cpu().numpy())
                 if on_batch:
                     on_batch(stop - start)
     finally:
         model.train(was_training)
-    totals = world.sum(totals.to(device) if world.size > 1 else totals).cpu()
-    sums = dict(zip(SUMS, totals.tolist(), strict=True))
-    count = max(sums.pop("count"), 1)
-    if inference.halt == "learned":
-        del sums["learned_exact_accuracy"], sums["learned_steps"]
-    means = {name: value / count for name, value in sums.items()}
-    return means, {name: np.concatenate(parts) for name, parts in collected.items()}
+    metrics: dict[str, float] = {}
+    for score in scores:
+        metrics |= score.metrics(world.gather_objects(score.state()))
+    return metrics, {name: np.concatenate(parts) for name, parts in collected.items()}
 
 
 def copies_on(device: torch.device, symmetries: Sequence[Symmetry] | None) -> list[Copy] | None:
@@ -116,36 +101,6 @@ def copies_on(device: torch.device, symmetries: Sequence[Symmetry] | None) -> li
     if symmetries is None:
         return None
     return [Copy(*(torch.from_numpy(part).to(device) for part in symmetry)) for symmetry in symmetries]
-
-
-SUMS = (
-    "count",
-    "accuracy",
-    "exact_accuracy",
-    "q_halt_accuracy",
-    "steps",
-    "learned_exact_accuracy",
-    "learned_steps",
-)
-
-
-def _sums(answers: Answers, labels: Tensor) -> Tensor:
-    """Sums over the puzzles of a batch in the order of `SUMS`, float64."""
-    last, learned = answers
-    num_right, num_labelled = count_right(last.tokens, labels)
-    exact = num_right == num_labelled
-    num_right_learned, _ = count_right(learned.tokens, labels)
-    parts = (
-        torch.ones_like(exact),
-        num_right / num_labelled.clamp(min=1),
-        exact,
-        (last.q_halt >= 0) == exact,
-        last.steps,
-        num_right_learned == num_labelled,
-        learned.steps,
-    )
-    is_puzzle = num_labelled > 0
-    return torch.stack([(part * is_puzzle).sum(dtype=torch.float64) for part in parts])
 
 
 OUTPUTS: dict[str, Callable[[Batch, Answer], Tensor]] = {

@@ -1,0 +1,88 @@
+"""What an evaluation reports: scores of answers, which register themselves.
+
+A score is a module of this room with a class of `Score`. One that is for a task only says so (`task="maze"`); a task of
+yours may hold its score in its own module. Every worker scores its own puzzles, and their states, taken together in the
+order of the workers' ranks, give the metrics.
+"""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from hrm_ray.config.inference import Inference
+from hrm_ray.config.validate import nearest
+from hrm_ray.data.shards import Dataset
+from hrm_ray.data.tasks.base import import_family
+from hrm_ray.errors import UserError
+from hrm_ray.models.act import Batch
+from hrm_ray.models.inference import Answers
+
+Direction = Literal["maximize", "minimize"]
+
+
+class Score(ABC):
+    """Scores the answers of one evaluation on one worker.
+
+    Attributes:
+        names: the metrics that it may report, and which way each is better. What is not known is left out of a report.
+    """
+
+    classes: ClassVar[list[tuple[str | None, type["Score"]]]] = []
+
+    names: ClassVar[Mapping[str, Direction]]
+
+    def __init_subclass__(cls, task: str | None = None) -> None:
+        Score.classes.append((task, cls))
+
+    def __init__(self, dataset: Dataset, inference: Inference, device: torch.device):
+        """Begins an evaluation.
+
+        Args:
+            dataset: whose answers are scored.
+            inference: how the model is used.
+            device: where batches and answers are.
+        """
+        self.dataset, self.inference, self.device = dataset, inference, device
+
+    @abstractmethod
+    def add(self, batch: Batch, answers: Answers) -> None:
+        """Take note of the answers to a batch without padding."""
+
+    @abstractmethod
+    def state(self) -> Any:
+        """All that `metrics` needs of this worker; small, and can be pickled."""
+
+    @abstractmethod
+    def metrics(self, states: Sequence[Any]) -> dict[str, float]:
+        """The metrics, from the states of all workers in the order of their ranks; the same on every worker."""
+
+
+@cache
+def _all() -> Sequence[tuple[str | None, type[Score]]]:
+    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+        importlib.import_module(module.name)
+    return Score.classes
+
+
+def scores_of(task: str) -> list[type[Score]]:
+    """The scores of a task. Raises UserError: there is no such task."""
+    import_family(task)  # it may bring its own
+    return [score for of, score in _all() if of in (None, task)]
+
+
+def directions(task: str | None = None) -> dict[str, Direction]:
+    """The metrics of evaluations, of a task or of all, by name (``eval/steps``), and the way each is better."""
+    chosen = scores_of(task) if task else [score for _, score in _all()]
+    return {f"eval/{name}": way for score in chosen for name, way in score.names.items()}
+
+
+def check_best_metric(metric: str, task: str) -> None:
+    """Raise UserError unless a run on a data set of `task` can keep its best checkpoint by `metric`."""
+    known = [name for name, way in directions(task).items() if way == "maximize"]
+    if metric not in known:
+        raise UserError(f"best_metric={metric} is no metric of task {task}; {nearest(metric, known)}")

@@ -1,0 +1,47 @@
+"""ARC: the augmented copies of a test pair vote; pass@k of their answers (see `votes` and `pass_at_k`)."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+
+from hrm_ray.config.inference import Inference
+from hrm_ray.data.shards import Dataset
+from hrm_ray.evaluation.held_out import TEST_PUZZLES, HeldOut, read_held_out
+from hrm_ray.evaluation.pass_at_k import KS, pass_at_k
+from hrm_ray.evaluation.scores import Direction, Score
+from hrm_ray.evaluation.votes import State, Votes
+from hrm_ray.models.act import Batch
+from hrm_ray.models.inference import Answers
+
+
+class PassAtK(Score, task="arc"):
+    """Votes of the evaluation's own rows. Nothing is reported where the data set has no test tasks."""
+
+    names: ClassVar[Mapping[str, Direction]] = {
+        **{f"{kind}@{k}": "maximize" for kind in ("pass", "hrm_pass") for k in KS},
+        "row_accuracy": "maximize",
+    }
+
+    def __init__(self, dataset: Dataset, inference: Inference, device: torch.device):
+        super().__init__(dataset, inference, device)
+        self.held_out: HeldOut | None = None
+        if (dataset.root / TEST_PUZZLES).is_file():
+            self.held_out = read_held_out(str(dataset.root))
+        self.votes = Votes(self.held_out.names if self.held_out else [])
+
+    def add(self, batch: Batch, answers: Answers) -> None:
+        if self.held_out is None:
+            return
+        columns = batch.inputs, answers.last.tokens, batch.puzzle_identifiers, answers.last.q_halt
+        self.votes.add(*(tensor.cpu().numpy() for tensor in columns))
+
+    def state(self) -> State:
+        return self.votes.state()
+
+    def metrics(self, states: Sequence[State]) -> dict[str, float]:
+        if self.held_out is None:
+            return {}
+        self.votes = Votes(self.held_out.names)
+        self.votes.merge(states)
+        return pass_at_k(self.votes, self.held_out)

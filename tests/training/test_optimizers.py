@@ -1,0 +1,113 @@
+"""Every optimizer: a run of it continues bit for bit, and on two workers as on one."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hrm_ray.config.compose import train_config
+from hrm_ray.config.optimizer import optimizer_class, optimizer_names
+from hrm_ray.config.schema import TrainConfig
+from hrm_ray.errors import UserError
+from hrm_ray.optim.adam_atan2 import AdamATan2
+from hrm_ray.training import trainer
+from hrm_ray.training.checkpoint import finished
+from tests.toy import toy_config, toy_dataset
+from tests.training.test_workers import run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return toy_dataset(tmp_path_factory.mktemp("optimizers") / "data").path
+
+
+def trained(config):
+    """The files of the last checkpoint of a run."""
+    trainer.train(TrainConfig(**config), show_progress=False)
+    folder = finished(trainer.run_folder(TrainConfig(**config)))[-1]
+    return folder.manifest.global_step, {
+        name: folder.tensors(name) for name in ("model.safetensors", "optimizer.safetensors")
+    }
+
+
+@pytest.mark.parametrize("name", optimizer_names())
+def test_a_run_continues_bit_for_bit(tmp_path, data, name):
+    values = {"optimizer": {"name": name}, "max_steps": 8}
+    step, whole = trained(toy_config(data, tmp_path / "whole", **values))
+    trained(toy_config(data, tmp_path / "parts", **values | {"max_steps": 5}))
+    assert (step, whole) != (5, None)
+    again, parts = trained(toy_config(data, tmp_path / "parts", **values))
+    assert again == step == 8
+    for file, tensors in whole.items():
+        assert tensors.keys() == parts[file].keys()
+        assert all(torch.equal(tensor, parts[file][key]) for key, tensor in tensors.items()), file
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])  # that of the published code is tested elsewhere
+def test_two_workers_do_what_one_does(tmp_path, data, name):
+    config = toy_config(data, tmp_path / "one", optimizer={"name": name}, max_steps=6)
+    one, two = run(1, config), run(2, config | {"storage": str(tmp_path / "two")})
+    # Not to the last bit: sums have another order, which Muon's iterations in bfloat16 enlarge.
+    rtol = {"adamw": 1e-4, "muon": 1e-2}[name]
+    for key, tensor in one.weights().items():
+        assert (two.weights()[key] - tensor).norm() <= rtol * tensor.norm() + 1e-5, key
+
+
+def build(name, parameters, **values):
+    config = TrainConfig(data_path="", optimizer={"name": name, **values}, weight_decay=0.1)
+    return config.optimizer.build(parameters, config, "auto")
+
+
+def test_muon_moves_matrices_by_orthogonal_steps_and_the_rest_as_adamw_does():
+    torch.manual_seed(0)
+    matrix, vector = nn.Parameter(torch.randn(8, 32)), nn.Parameter(torch.randn(8))
+    same = nn.Parameter(vector.detach().clone())
+    optimizer, adamw = build("muon", [matrix, vector], ns_steps=12), build("adamw", [same])
+    before = matrix.detach().clone()
+    matrix.grad = torch.randn(8, 32)
+    vector.grad = same.grad = torch.randn(8)
+    for group in (*optimizer.param_groups, *adamw.param_groups):
+        group["lr"], group["weight_decay"] = 0.5, 0.0  # as the loop sets them at every step
+    optimizer.step()
+    adamw.step()
+    assert torch.equal(vector, same)
+    moved = torch.linalg.svdvals((before - matrix).detach())
+    assert moved.min() / moved.max() > 0.5  # all directions alike, up to the few iterations
+    assert set(optimizer.state[matrix]) == {"momentum_buffer"} and "exp_avg" in optimizer.state[vector]
+    optimizer.zero_grad()
+    assert matrix.grad is None and vector.grad is None
+
+
+def test_an_optimizer_is_chosen_by_name():
+    assert optimizer_names() == ["adam_atan2", "adamw", "muon"]
+    assert isinstance(build("adam_atan2", [nn.Parameter(torch.ones(2))]), AdamATan2)
+    config = train_config(["experiment=quickstart", "optimizer=muon", "optimizer.momentum=0.9"])
+    assert (config.optimizer.name, config.optimizer.momentum) == ("muon", 0.9)
+    assert train_config(["experiment=quickstart"]).optimizer.name == "adam_atan2"
+    assert config == TrainConfig.model_validate(config.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(
+    "words, problem",
+    [
+        (["optimizer=adam"], "unknown optimizer 'adam'; did you mean 'adamw'"),
+        (["optimizer.momentum=0.9"], "unknown key 'optimizer.momentum'; optimizer=muon has it"),
+        (["optimizer=muon", "optimizer.momentun=0.9"], "did you mean 'optimizer.momentum'"),
+        (["optimizer=muon", "optimizer.momentum=1"], "optimizer.momentum=1"),
+        (["optimizer.name=sgd"], "optimizer.name=sgd is unknown"),
+    ],
+)
+def test_a_mistake_is_one_line(words, problem):
+    with pytest.raises(UserError) as caught:
+        train_config(["experiment=quickstart", *words])
+    assert problem in str(caught.value)
+    with pytest.raises(UserError):
+        optimizer_class("sgd")
+
+
+def test_a_run_does_not_change_its_optimizer(tmp_path, data):
+    config = toy_config(data, tmp_path, max_steps=2)
+    trained(config)
+    with pytest.raises(UserError, match="was trained with optimizer=adam_atan2, not adamw"):
+        trained(config | {"optimizer": {"name": "adamw"}, "max_steps": 4})
+    assert np.isfinite(trained(config | {"max_steps": 3})[0])
