@@ -26,7 +26,7 @@ from hrm_ray.data.tasks.base import Task, get_task
 from hrm_ray.errors import UserError
 from hrm_ray.evaluation.evaluate import OUTPUTS, copies_on, evaluate
 from hrm_ray.models.act import IGNORE, Batch
-from hrm_ray.models.inference import think_and_vote, thinking_for
+from hrm_ray.models.inference import every_step, think_and_vote, thinking_for
 from hrm_ray.models.registry import build_model
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import Checkpoint, find
@@ -68,6 +68,18 @@ class Solution:
     confidence: float
     num_steps: int
     is_valid: bool | None
+
+
+class Steps(NamedTuple):
+    """A model's answers to n puzzles after each of its S ACT steps.
+
+    tokens uint8 [n, S, seq_len]; confidence float32 [n, S], see `Solution`; halts bool [n, S], whether its Q head would
+    stop there.
+    """
+
+    tokens: np.ndarray
+    confidence: np.ndarray
+    halts: np.ndarray
 
 
 class Solver:
@@ -115,7 +127,7 @@ class Solver:
             UserError: the dataset is of another kind than the model's, or has no such examples.
         """
         dataset = open_dataset(data)
-        self._check(dataset)
+        self.check(dataset)
         examples = dataset.split(split)
         if not 0 <= index < index + count <= examples.num_examples:
             raise UserError(
@@ -144,6 +156,38 @@ class Solver:
             for start in range(0, len(questions), batch_size):
                 solutions += self._solve_batch(questions[start : start + batch_size], use)
         return solutions
+
+    def every_step(
+        self,
+        questions: np.ndarray,
+        puzzle_identifiers: np.ndarray,
+        *,
+        batch_size: int = 256,
+        on_batch: Callable[[int], object] | None = None,
+    ) -> Steps:
+        """What the model answers to questions uint8 [n, seq_len], with identifiers int32 [n], step by step.
+
+        Args:
+            on_batch: called with the number of questions after each batch.
+        """
+        parts: list[Steps] = []
+        with self._room_for(batch_size):
+            for start in range(0, len(questions), batch_size):
+                inputs, identifiers = (
+                    torch.from_numpy(rows[start : start + batch_size].astype(np.int32))
+                    for rows in (questions, puzzle_identifiers)
+                )
+                batch = Batch(inputs, torch.full(inputs.shape, IGNORE), identifiers).to(self.setup.device)
+                by_step = [  # without the logits, which are large
+                    (answer.tokens.to(torch.uint8), answer.q_halt.sigmoid(), halts)
+                    for answer, halts in every_step(self.model, batch)
+                ]
+                parts.append(
+                    Steps(*(torch.stack(part, 1).cpu().numpy() for part in zip(*by_step, strict=True)))
+                )
+                if on_batch:
+                    on_batch(len(inputs))
+        return Steps(*map(np.concatenate, zip(*parts, strict=True)))
 
     def _as_puzzle(self, puzzle: str | np.ndarray | Puzzle) -> Puzzle:
         if isinstance(puzzle, Puzzle):
@@ -200,7 +244,7 @@ class Solver:
         if unknown:
             raise UserError(f"save_outputs: unknown '{unknown[0]}'; known: {', '.join(OUTPUTS)}")
         dataset = open_dataset(data)
-        self._check(dataset)
+        self.check(dataset)
         dataset.split(split).check_files()
         with self._room_for(batch_size):
             return evaluate(
@@ -221,7 +265,8 @@ class Solver:
         what = f"{batch_size} puzzles at once on {self.setup.device}"
         return memory.needed_for(what, "give a smaller batch_size")
 
-    def _check(self, dataset: Dataset) -> None:
+    def check(self, dataset: Dataset) -> None:
+        """Raise UserError if `dataset` is of another kind than the model's."""
         trained, given = self.checkpoint.manifest.dataset, dataset.manifest
         keys = ["task", "vocab_size", "seq_len"]
         if self.checkpoint.manifest.arch.puzzle_emb_ndim:

@@ -35,7 +35,6 @@ def folder(tmp_path_factory):
         ("train experiment=quickstart data=pub/", DATASET),
         ("data info pub", DATASET),
         ("data verify pub", DATASET),
-        ("data show pub index=1", DATASET),
         ("data build recipe=sudoku_9x9 source=pub out=o", DATASET),
         ("eval ours data=pub", DATASET),
         ("solve ours data=pub", DATASET),

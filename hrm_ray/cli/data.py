@@ -3,12 +3,15 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 
 from hrm_ray.cli.command import KEY_VALUE, add, options_of
-from hrm_ray.config.validate import Settings, read_words, split_word, validated
+from hrm_ray.cli.evaluate import load_solver
+from hrm_ray.cli.streams import in_colour
+from hrm_ray.config.validate import PositiveInt, Settings, read_words, split_word, validated
 from hrm_ray.errors import UserError
 from hrm_ray.jobs.copy import check_lasts
 
@@ -26,10 +29,34 @@ class BuildOptions(Settings):
 
 
 class ShowOptions(Settings):
-    """Of ``data show``."""
+    """Of ``data show``: one example, or a page with `out`."""
 
     split: str = "train"
+    """Part of the data set."""
     index: NonNegativeInt = 0
+    """The example to print."""
+    out: str | None = None
+    """The page, FILE.html, in place of one example."""
+    count: PositiveInt = 200
+    """Groups on the page, evenly spread."""
+    copies: PositiveInt = 8
+    """Puzzles of a group on the page, at most."""
+    run: str | None = None
+    """A checkpoint or run folder, whose answers the page shows."""
+    batch_size: int = Field(default=64, gt=0, le=10**6)
+    """Puzzles that it answers at once."""
+
+    @model_validator(mode="after")
+    def _keys_are_of_one_kind(self) -> "ShowOptions":
+        kinds = {"index"} if self.out else {"count", "copies", "run", "batch_size"}
+        if wrong := sorted(kinds & self.model_fields_set):
+            key = wrong[0]
+            raise ValueError(
+                f"{key}= is for one example; leave it out, or leave out= out"
+                if self.out
+                else f"{key}= is for a page; give out=FILE.html"
+            )
+        return self
 
 
 class OutOptions(Settings):
@@ -84,9 +111,48 @@ def data_verify(args: argparse.Namespace) -> int:
 
 def data_show(args: argparse.Namespace) -> None:
     from hrm_ray.data.inspect import show
+    from hrm_ray.interop.look import open_any
 
     options: ShowOptions = options_of(args)
-    print(show(args.dir, options.split, options.index))
+    if options.out is None:
+        print(show(open_any(args.dir), options.split, options.index, in_colour=in_colour()))
+    else:
+        _write_page(args.dir, Path(options.out), options)
+
+
+def _write_page(folder: str, out: Path, options: ShowOptions) -> None:
+    from tqdm import tqdm
+
+    from hrm_ray.data.files import whole_file, writing
+    from hrm_ray.data.page import check_replaceable, choose, page
+    from hrm_ray.interop.look import open_any
+
+    check_lasts("out", str(out))
+    check_replaceable(out)
+    dataset = open_any(folder)
+    dataset.split(options.split)
+    solver = None if options.run is None else load_solver(options.run)
+    if solver:
+        solver.check(dataset)
+    # Opened before the model thinks, so that a path that cannot be written is reported at once.
+    with writing(out), whole_file(out) as file:
+        choice = choose(
+            dataset,
+            options.split,
+            count=options.count,
+            copies=options.copies,
+            num_steps=solver.model.halt_max_steps if solver else 0,
+        )
+        steps = None
+        if solver:
+            questions, identifiers = choice.rows["inputs"], choice.rows["puzzle_identifiers"]
+            with tqdm(total=len(questions), unit="puzzle", delay=1) as bar:
+                steps = solver.every_step(
+                    questions, identifiers, batch_size=options.batch_size, on_batch=bar.update
+                )
+        run = f"{options.run} ({Path(str(solver.checkpoint.folder)).name})" if solver else ""
+        file.write(page(dataset, options.split, choice, steps, run).encode())
+    print(f"{out}: {len(choice.groups):,} groups, {len(choice.rows['inputs']):,} examples")
 
 
 def data_import_npy(args: argparse.Namespace) -> None:
@@ -119,10 +185,20 @@ def register(commands: Any) -> None:
     )
     p.add_argument("dir", help="dataset folder or URI")
     p = add(
-        kinds, "show", data_show, "render one example", "hrm-ray data show data/sudoku-4x4 split=test index=7"
+        kinds,
+        "show",
+        data_show,
+        "draw one example, or make a page to browse in",
+        "hrm-ray data show data/sudoku-4x4 split=test index=7\n"
+        "hrm-ray data show data/sudoku-4x4 out=page.html\n"
+        "hrm-ray data show data/sudoku-4x4 split=test out=page.html run=runs/quickstart",
     )
-    p.add_argument("dir", help="dataset folder or URI")
-    p.add_argument("words", **KEY_VALUE, help="split=train index=0")
+    p.add_argument("dir", help="dataset folder or URI, or a folder in the published layout")
+    p.add_argument(
+        "words",
+        **KEY_VALUE,
+        help="split=train index=0, or out=FILE.html [count=200] [copies=8] [run=RUN] [batch_size=64]",
+    )
     p.set_defaults(options=ShowOptions)
     p = add(
         kinds,

@@ -12,9 +12,11 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from hrm_ray.cli.command import add
 from hrm_ray.cli.evaluate import inference_of, load_solver
+from hrm_ray.cli.streams import in_colour
 from hrm_ray.config.inference import Inference
 from hrm_ray.config.validate import read_words, validated
 from hrm_ray.data.containers import is_file
+from hrm_ray.data.drawing import draw
 from hrm_ray.data.puzzle_files import PuzzleFile
 from hrm_ray.errors import UserError, shown
 
@@ -47,7 +49,7 @@ def solve(args: argparse.Namespace) -> None:
         return
     for puzzle, s in zip(puzzles, solutions, strict=True):
         verdict = {True: "valid", False: "NOT valid", None: "cannot be checked"}[s.is_valid]
-        print(solver.task.render(s.tokens, puzzle.tokens))
+        print(draw(solver.task, s.tokens, puzzle.tokens, in_colour=in_colour()))
         print(f"{verdict}, confidence {s.confidence:.1%}: {s.answer}\n")
     if len(solutions) > 1 and solver.task.checkable:
         print(f"{sum(bool(s.is_valid) for s in solutions)} of {len(solutions)} valid")

@@ -11,6 +11,18 @@ from hrm_ray.errors import UserError
 NAMES = ("stdin", "stdout", "stderr")
 
 
+def in_colour() -> bool:
+    """Whether to print results in colour: if standard output is a terminal that shows colours.
+
+    NO_COLOR and FORCE_COLOR decide before that (https://no-color.org, https://force-color.org).
+    """
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return os.environ.get("TERM") != "dumb" and sys.stdout.isatty()
+
+
 @contextmanager
 def usable() -> Iterator[None]:
     """Inside, all three can be used; at the end all that was printed is written.

@@ -1,11 +1,11 @@
 """A dataset for a person to read: what it holds, and single examples of it."""
 
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
-from hrm_ray.data.shards import open_dataset
+from hrm_ray.data.drawing import beside, draw
+from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.errors import UserError
 
 
@@ -40,26 +40,29 @@ def describe(path: str | Path) -> str:
     return "\n".join(lines)
 
 
-def show(path: str | Path, split: str = "train", index: int = 0) -> str:
+def show(dataset: Dataset, split: str = "train", index: int = 0, *, in_colour: bool = False) -> str:
     """Example `index` of a split, question and answer side by side.
 
     Raises:
-        UserError: no such dataset, split or example.
+        UserError: no such split or example.
     """
-    dataset = open_dataset(path)
     part = dataset.split(split)
     if not 0 <= index < part.num_examples:
-        raise UserError(f"index={index}: split '{split}' of {path} has examples 0..{part.num_examples - 1}")
-    row = part.rows(np.array([index]))
+        raise UserError(
+            f"index={index}: split '{split}' of {dataset.path} has examples 0..{part.num_examples - 1}"
+        )
+    task, row = dataset.task, part.rows(np.array([index]))
     question, answer = row["inputs"][0], row["labels"][0]
     puzzle = int(np.searchsorted(part.puzzle_starts, index, side="right")) - 1
     group = int(np.searchsorted(part.group_starts, puzzle, side="right")) - 1
-    title = (
-        f"{split} example {index}: group {group}, puzzle {puzzle}, identifier {row['puzzle_identifiers'][0]}"
+    identifier = f"identifier {row['puzzle_identifiers'][0]}"
+    return "\n".join(
+        (
+            f"{split} example {index}: group {group}, puzzle {puzzle}, {identifier}",
+            beside(
+                draw(task, question, in_colour=in_colour), draw(task, answer, question, in_colour=in_colour)
+            ),
+            f"question {task.to_text(question)}",
+            f"answer   {task.to_text(answer)}",
+        )
     )
-    left = dataset.task.render(question).splitlines()
-    right = dataset.task.render(answer, question).splitlines()
-    width = max(map(len, left))
-    grids = [f"{a:<{width}}   {b}" for a, b in zip_longest(left, right, fillvalue="")]
-    texts = [f"question {dataset.task.to_text(question)}", f"answer   {dataset.task.to_text(answer)}"]
-    return "\n".join([title, *grids, *texts])

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -123,6 +123,14 @@ class _Set:
         return self.inputs[start:stop].astype(np.uint8), self.labels[start:stop].astype(np.uint8)
 
 
+class Published(NamedTuple):
+    """A folder of the published layout: its sets by split and name, mapped from disk, and the task that they are of."""
+
+    about: _About
+    task: Task
+    sets: dict[str, dict[str, _Set]]
+
+
 ARRAYS = tuple(field.name for field in fields(_Set) if field.type is np.ndarray)
 
 
@@ -138,7 +146,12 @@ def import_npy(source_dir: str | Path, out: str | Path, *, overwrite: bool = Fal
         return _import(Path(source_dir), folder, overwrite=overwrite or is_remote(out))
 
 
-def _import(folder: Path, out: Path, *, overwrite: bool) -> Manifest:
+def read_published(folder: Path) -> Published:
+    """What a folder of the published layout holds; the rows are checked when they are read.
+
+    Raises:
+        UserError: a file is missing, or does not fit the others.
+    """
     if not any(os.path.lexists(folder / name / DATASET_FILE) for name in SPLITS):
         raise UserError(_not_published(folder))
     names = [
@@ -149,13 +162,17 @@ def _import(folder: Path, out: Path, *, overwrite: bool) -> Manifest:
     for name in names[1:]:
         if read[name][0] != about:
             raise UserError(f"{folder}: the {DATASET_FILE} of {names[0]} and {name} describe different data")
+    task = _recognise(about, next(iter(read[names[0]][1].values())))
+    return Published(about, task, {name: sets for name, (_, sets) in read.items()})
+
+
+def _import(folder: Path, out: Path, *, overwrite: bool) -> Manifest:
+    about, task, read = read_published(folder)
     extra = [folder / IDENTIFIERS] if (folder / IDENTIFIERS).exists() else []
     contents = {file.name: read_bytes(file, _MAX_IDENTIFIERS_BYTES) for file in extra}
-    _check_room(out, about, [part for _, sets in read.values() for part in sets.values()])
-
-    task = _recognise(about, next(iter(read[names[0]][1].values())))
+    _check_room(out, about, [part for sets in read.values() for part in sets.values()])
     with DatasetWriter(out, overwrite=overwrite) as writer:
-        splits = {name: _copy_split(writer, name, about, sets) for name, (_, sets) in read.items()}
+        splits = {name: _copy_split(writer, name, about, sets) for name, sets in read.items()}
         manifest = Manifest(
             task=task.name,
             task_options=task.options,
@@ -163,7 +180,7 @@ def _import(folder: Path, out: Path, *, overwrite: bool) -> Manifest:
             seed=None,
             recipe={},
             source_digest=_digest(folder, [*_files(folder, read), *extra]),
-            report={"imported_sets": {name: list(sets) for name, (_, sets) in read.items()}},
+            report={"imported_sets": {name: list(sets) for name, sets in read.items()}},
             extra_files=tuple(writer.add_file(name, content) for name, content in contents.items()),
             splits=splits,
         )
@@ -278,9 +295,9 @@ def _copy_split(writer: DatasetWriter, name: str, about: _About, sets: dict[str,
     return split.finish()
 
 
-def _files(folder: Path, read: dict[str, tuple[_About, dict[str, _Set]]]) -> Iterator[Path]:
+def _files(folder: Path, read: dict[str, dict[str, _Set]]) -> Iterator[Path]:
     """All files of the splits that were read."""
-    for name, (_, sets) in read.items():
+    for name, sets in read.items():
         yield folder / name / DATASET_FILE
         for part in sets.values():
             yield from (Path(part.file(array)) for array in ARRAYS)

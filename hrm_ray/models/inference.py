@@ -88,6 +88,22 @@ def think(model: ACT, batch: Batch, *, stops_early: bool = False) -> Answers:
             return Answers(now, learned)
 
 
+@torch.no_grad()
+def every_step(model: ACT, batch: Batch) -> Iterator[tuple[Answer, Tensor]]:
+    """What `model`, in evaluation mode, says of `batch` after each of its `halt_max_steps` ACT steps.
+
+    Yields:
+        the answer, and whether the Q head of each puzzle would halt there, bool [B].
+    """
+    carry = model.initial_carry(batch)
+    while True:
+        step = model(carry, batch)
+        yield Answer.of(step.prediction, step.carry.steps), model.halting.is_done(step.prediction)
+        if step.carry.halted.all():
+            return
+        carry = step.carry
+
+
 class Copy(NamedTuple):
     """A symmetry of puzzles, as tensors: x -> tokens[x[cells]]; see `hrm_ray.data.tasks.base.Symmetry`.
 

@@ -9,6 +9,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from hrm_ray.config.validate import as_text
+from hrm_ray.html import document
 from hrm_ray.tuning.estimate import Spent, duration
 from hrm_ray.tuning.plots import STATES, Plots, plots, short_names
 from hrm_ray.tuning.study import ReadStudy
@@ -53,14 +54,14 @@ def page(
         _plots(pngs),
         _trials(study, summary, rows),
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n<h1>{name}</h1>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n<footer>The same as files: trials.csv, best.yaml and summary.json beside this page.</footer>"
-        + f"\n</main>\n<script>{SORT}</script>\n</body>\n</html>\n"
+    body = "\n".join(
+        (
+            f"<main>\n<h1>{name}</h1>",
+            *filter(None, sections),
+            "<footer>The same as files: trials.csv, best.yaml and summary.json beside this page.</footer>\n</main>",
+        )
     )
+    return document(name, body, css=CSS, script=SORT)
 
 
 def _text(value: Any) -> str:
@@ -278,18 +279,6 @@ def _cell(column: str, value: Any, is_number: bool) -> str:
 
 
 CSS = """
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --ground: #ffffff; --card: #f6f8fa;
-  --line: #d1d9e0; --best: #fff4d6; --complete: #1a6fb5; --pruned: #a25d00; --failed: #c9302c; --running: #1a7f4b; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --soft: #a1aab4; --ground: #12161b; --card: #1d232a;
-  --line: #39424c; --best: #3c3415; --complete: #6cb2f0; --pruned: #f0ab52; --failed: #ff8a80; --running: #63d297; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1200px; margin: 0 auto; padding: 24px 16px 48px; }
-h1 { font-size: 1.7rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
-p { margin: .5rem 0; }
-code { font: .875em ui-monospace, "DejaVu Sans Mono", monospace; background: var(--card); padding: .1em .3em;
-  border-radius: 4px; overflow-wrap: anywhere; }
 pre { margin: .6rem 0; padding: .7rem .9rem; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; white-space: pre-wrap; }
 pre code { padding: 0; background: none; }

@@ -3,6 +3,7 @@ import pytest
 
 from hrm_ray.data.format import Manifest
 from hrm_ray.data.inspect import describe, show
+from hrm_ray.data.shards import open_dataset
 from hrm_ray.data.tasks.base import get_task
 from hrm_ray.data.writer import DatasetWriter
 from hrm_ray.errors import UserError
@@ -42,12 +43,12 @@ def test_describe(path):
 
 
 def test_show(path):
-    lines = show(path, "train", 2).splitlines()
+    lines = show(open_dataset(path), "train", 2).splitlines()
     assert lines[0] == "train example 2: group 2, puzzle 2, identifier 0"
     assert lines[1] == "+-----+-----+   +-------+-------+" and len(lines) == 10
     assert "'" in lines[2] and lines[-1].startswith("answer   ")
     for index in (3, -1):
         with pytest.raises(UserError, match=r"has examples 0\.\.2"):
-            show(path, "train", index)
+            show(open_dataset(path), "train", index)
     with pytest.raises(UserError, match="has no split 'test'; it has: train"):
-        show(path, "test", 0)
+        show(open_dataset(path), "test", 0)

@@ -9,7 +9,7 @@ from hrm_ray.errors import UserError
 from hrm_ray.evaluation.evaluate import copies_on
 from hrm_ray.models.act import ACT
 from hrm_ray.models.halting import Fixed
-from hrm_ray.models.inference import Answer, think, think_and_vote, thinking_for, vote
+from hrm_ray.models.inference import Answer, every_step, think, think_and_vote, thinking_for, vote
 from hrm_ray.models.recursive import Prediction, State
 from tests.golden_cases import FOLDER as GOLDEN
 from tests.golden_cases import batch_of, model_of
@@ -32,6 +32,18 @@ def test_stopping_early_gives_what_the_full_run_says_it_would():
     assert torch.equal(stopped.last.steps, answers.learned.steps)
     assert torch.equal(stopped.last.tokens, answers.learned.tokens)
     torch.testing.assert_close(stopped.last.q_halt, answers.learned.q_halt, rtol=1e-4, atol=1e-5)
+
+
+def test_every_step_and_where_the_q_head_would_halt():
+    model, batch = model_and_batch()
+    answers, halts = zip(*every_step(model, batch), strict=True)
+    expected = think(model, batch)
+    assert [answer.steps.tolist() for answer in answers] == [[step] * 8 for step in (1, 2, 3, 4)]
+    assert torch.equal(answers[-1].logits, expected.last.logits)
+    first = torch.stack([*halts[:-1], torch.ones(8, dtype=torch.bool)]).int().argmax(0)
+    assert torch.equal(first + 1, expected.learned.steps)
+    chosen = torch.stack([answer.tokens for answer in answers])[first, torch.arange(8)]
+    assert torch.equal(chosen, expected.learned.tokens)
 
 
 def test_finished_puzzles_are_not_computed():

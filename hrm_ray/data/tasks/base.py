@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from hrm_ray.config.validate import nearest
+from hrm_ray.data.drawing import Cell, row_width
 from hrm_ray.data.layout import Cells
 from hrm_ray.errors import UserError, shown
 
@@ -44,6 +45,8 @@ class Task(ABC):
         checkable: whether `is_solution` can tell right from wrong.
         cells: how its puzzles are written, for the reader of files; None: as `parse` says, one a line.
         keeps_spaces: whether a space is a cell like others.
+        width: cells in a row where tokens are drawn; None: see `hrm_ray.data.drawing.row_width`.
+        box: rows and columns of the boxes that lines part where a grid is drawn; None: no lines.
     """
 
     classes: ClassVar[dict[str, type["Task"]]] = {}
@@ -58,6 +61,8 @@ class Task(ABC):
     checkable: bool = True
     cells: Cells | None = None
     keeps_spaces: bool = False
+    width: int | None = None
+    box: tuple[int, int] | None = None
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):
@@ -71,9 +76,26 @@ class Task(ABC):
     def to_text(self, tokens: np.ndarray) -> str:
         """The one-line text of tokens uint8[seq_len], which `parse` reads back."""
 
-    @abstractmethod
+    def cell(self, token: int) -> Cell:
+        """How a token 0..255 looks, also one that is none of the vocabulary; here its number, without a colour."""
+        return Cell(str(token))
+
+    def misfits(self, given: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """The cells in which `tokens` cannot be an answer to the question `given` (both uint8[seq_len]), such as a clue
+        that is not kept; bool[seq_len]. Here none."""
+        return np.zeros(self.seq_len, bool)
+
     def render(self, tokens: np.ndarray, given: np.ndarray | None = None) -> str:
-        """Several lines for a person. `given`, the question, sets apart what was asked from what was answered."""
+        """Several lines for a person: the symbols of `cell`, unless a task does better.
+
+        `given`, the question, sets apart what was asked from what was answered: an apostrophe may follow what was
+        answered, an exclamation mark what cannot answer the question.
+        """
+        symbols = [self.cell(token).symbol for token in tokens.tolist()]
+        longest = max(len(self.cell(token).symbol) for token in range(self.vocab_size))
+        width = row_width(self)
+        rows = (symbols[start : start + width] for start in range(0, len(symbols), width))
+        return "\n".join(" ".join(symbol.rjust(longest) for symbol in row) for row in rows)
 
     @abstractmethod
     def is_solution(self, inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:

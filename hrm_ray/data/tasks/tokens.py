@@ -32,13 +32,5 @@ class Tokens(Task):
     def to_text(self, tokens: np.ndarray) -> str:
         return " ".join(str(int(token)) for token in tokens)
 
-    def render(self, tokens: np.ndarray, given: np.ndarray | None = None) -> str:
-        """As a square if the length is a square number, else in lines of 32."""
-        side = round(self.seq_len**0.5)
-        width = side if side * side == self.seq_len else 32
-        cell = len(str(self.vocab_size - 1))
-        words = [f"{int(token):>{cell}}" for token in tokens]
-        return "\n".join(" ".join(words[start : start + width]) for start in range(0, len(words), width))
-
     def is_solution(self, inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
         raise UserError("a data set of unknown task cannot tell whether an answer solves its question")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hrm_ray.data.dihedral import INVERSE, turned
+from hrm_ray.data.drawing import COLOURS, Cell
 from hrm_ray.data.tasks.base import Task
 from hrm_ray.errors import UserError, shown
 
@@ -20,7 +21,7 @@ NUM_COLOURS = 10
 PAD, END, FIRST_COLOUR = 0, 1, 2
 BLANK_NAME = "<blank>"  # of identifiers that stand for no task
 
-_SYMBOLS = ".+0123456789"  # of the tokens, for people
+_CELLS = (Cell("."), Cell("+"), *(Cell(str(number), colour) for number, colour in enumerate(COLOURS)))
 
 
 class Arc(Task):
@@ -52,15 +53,16 @@ class Arc(Task):
         """The rows of the grid (see `crop`) with / between them."""
         return "/".join("".join(map(str, row)) for row in crop(tokens).tolist())
 
+    def cell(self, token: int) -> Cell:
+        return _CELLS[token] if token < len(_CELLS) else Cell("?")
+
     def render(self, tokens: np.ndarray, given: np.ndarray | None = None) -> str:
         """All that is in the frame, wherever it lies: digits for colours, + for an end mark, . for a pad."""
         frame = np.asarray(tokens).reshape(SIDE, SIDE)
         used = np.argwhere(frame != PAD)
         height, width = used.max(axis=0) + 1 if len(used) else (1, 1)
         rows = frame[:height, :width].tolist()
-        return "\n".join(
-            " ".join(_SYMBOLS[token] if token < len(_SYMBOLS) else "?" for token in row) for row in rows
-        )
+        return "\n".join(" ".join(self.cell(token).symbol for token in row) for row in rows)
 
     def vary(self, inputs: np.ndarray, labels: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Both grids of an example, which lie in the corner, moved to a place drawn by its key."""

@@ -10,13 +10,21 @@ from types import ModuleType
 import numpy as np
 
 from hrm_ray.data.dihedral import COUNT, cells_of
+from hrm_ray.data.drawing import DARK, LIGHT, RIGHT, WAY, WRONG, Cell
 from hrm_ray.data.tasks.base import Symmetry, WrittenTask
 from hrm_ray.errors import UserError, shown
 
 WALL, FREE, START, GOAL, PATH = 1, 2, 3, 4, 5
 SYMBOLS = "# SGo"  # of tokens 1 to 5
 LARGEST = 100
-_SHOWN = {WALL: "█", FREE: " ", START: "S", GOAL: "G", PATH: "•"}
+_CELLS = {
+    WALL: Cell(" ", DARK),
+    FREE: Cell(" ", LIGHT),
+    START: Cell("S", RIGHT),
+    GOAL: Cell("G", WRONG),
+    PATH: Cell("•", WAY),
+}
+_WALL = "█"  # where there are no colours
 
 
 class Maze(WrittenTask):
@@ -64,15 +72,22 @@ class Maze(WrittenTask):
     def to_text(self, tokens: np.ndarray) -> str:
         return "".join(SYMBOLS[t - 1] if 1 <= t <= len(SYMBOLS) else "?" for t in tokens.tolist())
 
+    def cell(self, token: int) -> Cell:
+        return _CELLS.get(token, Cell("?"))
+
+    def misfits(self, given: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """An answer may change free cells into path, and nothing else."""
+        return (tokens != given) & ~((given == FREE) & (tokens == PATH))
+
     def render(self, tokens: np.ndarray, given: np.ndarray | None = None) -> str:
         """A picture in a frame. A cell in which the answer changes what was given, but for the path, shows `!`."""
-        cells = [_SHOWN.get(token, "?") for token in tokens.tolist()]
+        cells = [_WALL if token == WALL else self.cell(token).symbol for token in tokens.tolist()]
         if given is not None:
-            for cell in np.flatnonzero((tokens != given) & ~((given == FREE) & (tokens == PATH))):
+            for cell in np.flatnonzero(self.misfits(given, tokens)):
                 cells[cell] = "!"
         line = "-" * (2 * self.size)
         rows = (cells[start : start + self.size] for start in range(0, self.seq_len, self.size))
-        inside = ["|" + "".join(2 * c if c == _SHOWN[WALL] else f"{c} " for c in row) + "|" for row in rows]
+        inside = ["|" + "".join(2 * c if c == _WALL else f"{c} " for c in row) + "|" for row in rows]
         return "\n".join([f"+{line}+", *inside, f"+{line}+"])
 
     # Rules

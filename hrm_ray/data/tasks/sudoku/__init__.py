@@ -10,6 +10,7 @@ from types import ModuleType
 
 import numpy as np
 
+from hrm_ray.data.drawing import Cell
 from hrm_ray.data.layout import Cells
 from hrm_ray.data.tasks.base import Symmetry, WrittenTask
 from hrm_ray.errors import UserError, shown
@@ -36,7 +37,7 @@ class Sudoku(WrittenTask):
             raise UserError(f"sudoku has no size {size}; choose 4, 6 or 9")
         self.options = {"size": size}
         self.size = size
-        self.box_rows, self.box_cols = BOX_SHAPES[size]
+        self.box_rows, self.box_cols = self.box = BOX_SHAPES[size]
         self.vocab_size = size + FIRST_DIGIT
         self.seq_len = size * size
         digits = "".join(str(digit) for digit in range(1, size + 1))
@@ -65,12 +66,12 @@ class Sudoku(WrittenTask):
         return self._token_of_char[codes]
 
     def to_text(self, tokens: np.ndarray) -> str:
-        return "".join(self._symbol(token) for token in tokens)
+        return "".join(self.cell(token).symbol for token in tokens.tolist())
 
-    def _symbol(self, token: int) -> str:
+    def cell(self, token: int) -> Cell:
         if token == BLANK:
-            return "."
-        return str(int(token) - 1) if FIRST_DIGIT <= token < self.vocab_size else "?"
+            return Cell(".")
+        return Cell(str(token - 1) if FIRST_DIGIT <= token < self.vocab_size else "?")
 
     def render(self, tokens: np.ndarray, given: np.ndarray | None = None) -> str:
         """A grid with box lines. Digits that answer a blank of `given` are followed by an apostrophe, those that
@@ -81,7 +82,7 @@ class Sudoku(WrittenTask):
             marks = [
                 "'" if g == BLANK else " " if g == t else "!" for t, g in zip(tokens, given, strict=True)
             ]
-        cells = [self._symbol(token) + mark for token, mark in zip(tokens, marks, strict=True)]
+        cells = [self.cell(token).symbol + mark for token, mark in zip(tokens.tolist(), marks, strict=True)]
         width = self.box_cols * (len(cells[0]) + 1) + 1
         line = "+".join(["", *["-" * width] * (self.size // self.box_cols), ""])
         lines = [line]

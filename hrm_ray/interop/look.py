@@ -1,0 +1,96 @@
+"""Data sets of either layout, to look at: those in the published one are read where they lie, not converted."""
+
+from pathlib import Path
+
+import numpy as np
+
+from hrm_ray.data.drawing import row_width
+from hrm_ray.data.format import Manifest, SplitInfo
+from hrm_ray.data.shards import Dataset, Split, open_dataset
+from hrm_ray.data.tasks.arc import Arc
+from hrm_ray.data.tasks.base import Task
+from hrm_ray.data.tasks.maze import LARGEST, Maze
+from hrm_ray.data.tasks.tokens import Tokens
+from hrm_ray.interop.dataset import Published, read_published
+from hrm_ray.manifest import MANIFEST
+from hrm_ray.published import DATASET_FILE, SPLITS
+
+_ROWS_TO_RECOGNISE = 100
+
+
+def open_any(path: str | Path) -> Dataset:
+    """A data set of this project, or a folder in the published layout. Raises UserError: neither, or damaged."""
+    folder = Path(path)
+    is_published = any((folder / split / DATASET_FILE).is_file() for split in SPLITS)
+    return _published(folder) if is_published and not (folder / MANIFEST).is_file() else open_dataset(path)
+
+
+class _PublishedSplit(Split):
+    """The sets of a split, one behind the other."""
+
+    def __init__(self, root: Path, name: str, published: Published):
+        sets = self._sets = list(published.sets[name].values())
+        self._first_rows = np.cumsum([0, *(len(part.inputs) for part in sets)])
+        puzzles = np.cumsum([0, *(len(part.puzzle_identifiers) for part in sets)])
+        self.puzzle_starts = _joined([part.puzzle_indices for part in sets], self._first_rows)
+        self.group_starts = _joined([part.group_indices for part in sets], puzzles)
+        num_examples, num_puzzles = int(self.puzzle_starts[-1]), int(self.group_starts[-1])
+        info = SplitInfo(
+            num_examples=num_examples,
+            num_puzzles=num_puzzles,
+            num_groups=len(self.group_starts) - 1,
+            mean_puzzle_examples=num_examples / num_puzzles,
+            shards=(),
+        )
+        super().__init__(root, name, info, published.about.seq_len)
+
+    def rows(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """One after the other: for a few."""
+        rows = [self._row(int(row)) for row in ids]
+        names = ("inputs", "labels", "puzzle_identifiers")
+        return {name: np.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+    def _row(self, row: int) -> tuple[np.ndarray, np.ndarray, np.int32]:
+        number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        part, row = self._sets[number], row - int(self._first_rows[number])
+        inputs, labels = part.rows(row, row + 1)
+        puzzle = int(np.searchsorted(part.puzzle_indices, row, side="right")) - 1
+        return inputs[0], labels[0], np.int32(part.puzzle_identifiers[puzzle])
+
+
+def _joined(starts: list[np.ndarray], firsts: np.ndarray) -> np.ndarray:
+    """Where each part begins, and the end, in all sets together."""
+    return np.concatenate([[0], *(own[1:] + first for own, first in zip(starts, firsts[:-1], strict=True))])
+
+
+def _published(folder: Path) -> Dataset:
+    published = read_published(folder)
+    manifest = Manifest(
+        task=published.task.name,
+        task_options=published.task.options,
+        **published.about.model_dump(),
+        seed=None,
+        recipe={},
+        source_digest="",
+        report={},
+        splits={},
+    )
+    dataset = Dataset(folder, folder, manifest)
+    dataset.splits = {name: _PublishedSplit(folder, name, published) for name in published.sets}
+    first = next(iter(dataset.splits.values()))
+    if isinstance(dataset.task, Tokens):
+        questions = first.rows(np.arange(min(_ROWS_TO_RECOGNISE, first.num_examples)))["inputs"]
+        dataset.task = _drawn_as(manifest, questions) or dataset.task
+    return dataset
+
+
+def _drawn_as(manifest: Manifest, questions: np.ndarray) -> Task | None:
+    """The task that knows how such tokens look; its rules need not be theirs."""
+    if (manifest.vocab_size, manifest.seq_len, manifest.pad_id) == (Arc.vocab_size, Arc.seq_len, Arc.pad_id):
+        return Arc()
+    side = row_width(Tokens(manifest.vocab_size, manifest.seq_len))
+    if side * side == manifest.seq_len and 2 <= side <= LARGEST:
+        maze = Maze(side)
+        if maze.vocab_size == manifest.vocab_size and maze.accepts(questions).all():
+            return maze
+    return None
