@@ -145,19 +145,12 @@ class Maze(WrittenTask):
             return None
         return int(kernels.num_shortest(np.ascontiguousarray(question, np.uint8), self.size))
 
-    # Symmetries
-
-    @cached_property
-    def turns(self) -> np.ndarray:
-        """int64 [8, seq_len]: cell i of the maze turned by symmetry k is cell turns[k, i] of it (see `dihedral`)."""
-        return np.stack([cells_of(symmetry, self.size, self.size) for symmetry in range(COUNT)])
-
     def symmetries(self, count: int) -> list[Symmetry]:
         """Rotations and mirror images."""
         if count > COUNT:
             raise UserError(f"votes={count}: a maze has only {COUNT} rotations and mirror images")
         tokens = np.arange(self.vocab_size)
-        return [Symmetry(cells, tokens) for cells in self.turns[:count]]
+        return [Symmetry(cells_of(turn, self.size, self.size), tokens) for turn in range(count)]
 
     def generate(
         self,
@@ -182,9 +175,3 @@ class Maze(WrittenTask):
             it, and so are all after it.
         """
         return self._kernels.generate(seed, first, count, self.size, *walls, unique, *path, max_tries)
-
-    def augment(
-        self, inputs: np.ndarray, labels: np.ndarray, groups: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Each maze (rows uint8 [n, seq_len]) in all eight positions, the given one first; [8 n, seq_len] twice."""
-        return tuple(tokens[:, self.turns].reshape(-1, self.seq_len) for tokens in (inputs, labels))  # type: ignore
