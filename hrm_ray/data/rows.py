@@ -27,7 +27,6 @@ from hrm_ray.errors import UserError
 _TEST, _TRAIN = 1, 2
 
 _BYTES_PER_TASK = 3 << 20  # of augmented rows that a Ray task returns
-_GENERATED_PER_TASK = 512
 MAX_TRIES = 1_000  # for one generated puzzle
 
 
@@ -74,6 +73,7 @@ class RowBuilder(Builder):
         generator_version: named in the manifest in place of a source's digest; counts up when the generator's output
             changes.
         num_copies: of every training puzzle, beside the original.
+        generated_per_task: puzzles that a Ray task makes.
         copies_on_ray: whether making them takes longer than sending them between processes.
     """
 
@@ -81,6 +81,7 @@ class RowBuilder(Builder):
     task: Task
     generator_version: str = "generator-1"
     num_copies: int = 0
+    generated_per_task: int = 512
     copies_on_ray: bool = True
 
     def __init__(self, recipe: RowRecipe):
@@ -227,7 +228,7 @@ class RowBuilder(Builder):
             UserError: there are not so many.
         """
         next_index = num_found = 0
-        found = []
+        found: list[pa.Table] = []
         while num_found < num_wanted:
             if next_index > 20 * num_wanted + 10_000:
                 raise UserError(self.too_few(num_found, num_wanted))
@@ -235,10 +236,8 @@ class RowBuilder(Builder):
             num_more = max(int(1.02 * (num_wanted - num_found)) + 64, next_index)
             indices = np.arange(next_index, next_index + num_more)
             next_index = int(indices[-1]) + 1
-            blocks = [
-                pa.table({"index": indices[i : i + _GENERATED_PER_TASK]})
-                for i in range(0, len(indices), _GENERATED_PER_TASK)
-            ]
+            starts = range(0, len(indices), self.generated_per_task)
+            blocks = [pa.table({"index": indices[i : i + self.generated_per_task]}) for i in starts]
             found.extend(workers.map(make, blocks, total=len(indices), label="generate"))
             all_found = pa.concat_tables(found)
             found = [all_found.take(np.sort(first_of(all_found)))]

@@ -46,6 +46,7 @@ class Task(ABC):
         checkable: whether `is_solution` can tell right from wrong.
         cells: how its puzzles are written, for the reader of files; None: as `parse` says, one a line.
         keeps_spaces: whether a space is a cell like others.
+        separator: what stands between the rows of a puzzle that is written in one line, if anything does.
     """
 
     classes: ClassVar[dict[str, type["Task"]]] = {}
@@ -60,6 +61,7 @@ class Task(ABC):
     checkable: bool = True
     cells: Cells | None = None
     keeps_spaces: bool = False
+    separator: str | None = None
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):
