@@ -43,6 +43,7 @@ class Task(ABC):
         vocab_size: number of tokens, at most 256.
         seq_len: tokens in a question, and in an answer.
         pad_id, ignore_label_id, blank_identifier_id: as in the published data sets.
+        is_recognised: whether arrays surely are of this family where `of_arrays` says so; if not, a user must name it.
         checkable: whether `is_solution` can tell right from wrong.
         cells: how its puzzles are written, for the reader of files; None: as `parse` says, one a line.
         keeps_spaces: whether a space is a cell like others.
@@ -58,6 +59,7 @@ class Task(ABC):
     pad_id: int = 0
     ignore_label_id: int | None = 0
     blank_identifier_id: int = 0
+    is_recognised: ClassVar[bool] = True
     checkable: bool = True
     cells: Cells | None = None
     keeps_spaces: bool = False
@@ -127,7 +129,7 @@ class Task(ABC):
     def of_arrays(
         cls, vocab_size: int, seq_len: int, pad_id: int, inputs: np.ndarray, labels: np.ndarray
     ) -> Self | None:
-        """The task of this family whose puzzles arrays hold, by all that can be seen; None: they are no such puzzles.
+        """The task of this family whose puzzles arrays hold; None: they hold others, or nobody can tell.
 
         Args:
             vocab_size, seq_len, pad_id: as they are described.
@@ -214,16 +216,22 @@ def import_family(name: str) -> ModuleType:
         raise UserError(f"task {name}: {path} cannot be imported: {error!r}") from error
 
 
+def task_class(name: str) -> type[Task]:
+    """The class of the task called `name`. Raises UserError: there is none."""
+    import_family(name)
+    if name not in Task.classes:
+        raise UserError(f"task {name}: its module has no class of Task with name = '{name}'")
+    return Task.classes[name]
+
+
 def get_task(name: str, **options: Any) -> Task:
     """The task called `name` with its options, e.g. ``get_task("sudoku", size=9)``.
 
     Raises:
         UserError: no such task, or options it does not take.
     """
-    import_family(name)
-    if name not in Task.classes:
-        raise UserError(f"task {name}: its module has no class of Task with name = '{name}'")
+    kind = task_class(name)
     try:
-        return Task.classes[name](**options)
+        return kind(**options)
     except TypeError as error:
         raise UserError(f"task {name}: options {options} do not fit: {error}") from None

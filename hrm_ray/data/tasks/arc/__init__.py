@@ -32,11 +32,20 @@ class Arc(Task):
     vocab_size = FIRST_COLOUR + NUM_COLOURS
     seq_len = SIDE * SIDE
     checkable = False
+    is_recognised = False
 
     def __init__(self, translate: bool = False) -> None:
         """`translate`: in training, the grids lie at another place on every visit."""
         self.options = {"translate": translate}
         self.translates = translate
+
+    @classmethod
+    def of_arrays(
+        cls, vocab_size: int, seq_len: int, pad_id: int, inputs: np.ndarray, labels: np.ndarray
+    ) -> "Arc | None":
+        """By the layout: the grids are those of any task, wherever they lie."""
+        is_alike = (vocab_size, seq_len, pad_id) == (cls.vocab_size, cls.seq_len, cls.pad_id)
+        return cls() if is_alike else None
 
     def parse(self, text: str) -> np.ndarray:
         """A grid as JSON, ``[[0,1],[2,3]]``, or its rows of digits, ``01/23``, or one row a line."""

@@ -5,6 +5,7 @@ with the path drawn in; a step goes to one of four neighbours.
 """
 
 from functools import cached_property
+from math import isqrt
 from types import ModuleType
 
 import numpy as np
@@ -35,6 +36,20 @@ class Maze(WrittenTask):
         self._token_of_char = np.zeros(256, np.uint8)
         self._token_of_char[[ord(symbol) for symbol in SYMBOLS]] = np.arange(len(SYMBOLS)) + 1
         self._token_of_char[ord(".")] = FREE  # where a space would be lost
+
+    @classmethod
+    def of_arrays(
+        cls, vocab_size: int, seq_len: int, pad_id: int, inputs: np.ndarray, labels: np.ndarray
+    ) -> "Maze | None":
+        size = isqrt(seq_len)
+        if (
+            (vocab_size, pad_id) != (1 + len(SYMBOLS), cls.pad_id)
+            or size * size != seq_len
+            or not 2 <= size <= LARGEST
+        ):
+            return None
+        task = cls(size)
+        return task if task.accepts(inputs).all() and task.is_solution(inputs, labels).all() else None
 
     # Text
 
