@@ -4,6 +4,7 @@ import importlib
 import sys
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -182,6 +183,19 @@ def test_the_copies_depend_on_the_seed(tmp_path):
     np.testing.assert_array_equal(one[::6], other[::6])
 
 
+def test_the_recipe_of_the_page(tmp_path, monkeypatch):
+    section = (
+        (Path(__file__).parents[2] / "docs" / "data.md").read_text().partition("## Grids of your own\n")[2]
+    )
+    monkeypatch.chdir(tmp_path)
+    for kind, file in (("yaml", "my_grids.yaml"), ("csv", "puzzles.csv")):
+        assert f"`{file}`" in section
+        Path(file).write_text(section.partition(f"```{kind}\n")[2].partition("```")[0])
+    manifest = build(load_recipe("my_grids.yaml"), tmp_path / "data", show_progress=False)
+    assert manifest.task_options["alphabet"] == ".1234" and verify(tmp_path / "data") == []
+    assert 30 < manifest.splits["train"].num_examples <= 42 and manifest.splits["test"].num_examples == 1
+
+
 # Several shapes
 
 SHAPES = [("ab/cd", "a"), ("abc", "a/b/c"), ("a/b", "abab/abab")]
@@ -237,6 +251,7 @@ def test_an_answer_is_marked_where_it_is_not_the_question():
         (ROWS, {"alphabet": "ab"}, "line 2: question: ' ' in row 2, column 1 is not in the alphabet 'ab'"),
         ([("a/", "b/")], {}, "holds no grids; if / is a cell, give separator=null"),
         (ROWS, {"symmetries": ["relabel:ax"]}, "symmetries=relabel:ax: 'x' is in no training puzzle"),
+        ([*ROWS, ("xbcxbc", "x")], {"symmetries": ["relabel:ax"]}, "line 6: question: 6 cells"),
         (ROWS, {"symmetries": ["relabel:a"]}, "name two or more characters"),
         (ROWS, {"symmetries": ["relabel:ab", "relabel:bc"]}, "'b' is named before, or ignored"),
         (

@@ -108,8 +108,8 @@ class _Seen:
                     rows = read_rows(text, separator)
                 except UserError:
                     continue
-                if not self._fits(rows):
-                    continue
+                if not self._fits(rows) and self._recipe.on_bad == "skip":
+                    continue  # the row will be left out; if not, the build stops there
                 assert self.shape is not None
                 size = -1 if self._recipe.shapes == "differ" else self.shape[0] * self.shape[1]
             if chars:
