@@ -28,7 +28,7 @@ class Tokens(Task):
         """Numbers separated by spaces or commas."""
         words = text.replace(",", " ").split()
         for position, word in enumerate(words, start=1):
-            if not word.isdecimal() or int(word) >= self.vocab_size:
+            if not word.isdecimal() or len(word) > 9 or int(word) >= self.vocab_size:
                 raise UserError(
                     f"token '{shown(word)}' at position {position}; allowed: 0..{self.vocab_size - 1}"
                 )
