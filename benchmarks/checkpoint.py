@@ -6,8 +6,8 @@
 
 Trains on random puzzles with a checkpoint every few steps. A checkpoint's cost is the time that the loop is blocked
 (copying the state, making the checkpoint valid) and the excess of the steps during its writing over the median of the
-others; `percent_at_50` is that cost against 50 steps, `percent_at_5_min` against five minutes. Beside it, `synchronous_ms`: what training would wait for if
-the same files were written in the step.
+others; `percent_at_50` is that cost against 50 steps, `percent_at_5_min` against five minutes. Beside it,
+`synchronous_ms`: what training would wait for if the same files were written in the step.
 """
 
 import os

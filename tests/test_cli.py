@@ -59,12 +59,12 @@ def examples_of(parser) -> list[list[str]]:
     return found
 
 
-def is_of_the_own_model(words: list[str]) -> bool:
-    """Whether a command needs the model that a page shows how to add; tests/test_extend.py runs it."""
-    return "arch=gated" in words
+def is_of_own_code(words: list[str]) -> bool:
+    """Whether a command needs a model or task that a page shows how to add; tests/test_extend.py runs it."""
+    return "arch=gated" in words or "recipe=latin.yaml" in words
 
 
-COMMANDS = [words for words in commands_in(TEXT) if not is_of_the_own_model(words)]
+COMMANDS = [words for words in commands_in(TEXT) if not is_of_own_code(words)]
 COMMANDS += examples_of(build_parser())
 COMMANDS += [
     ["train", *words.split()] for words in re.findall(r"\| `(experiment=[^`]+)` \|", TEXT)

@@ -1,4 +1,4 @@
-"""What docs/extend.md shows works as it stands: a model of one module and one YAML, and token arrays of one's own."""
+"""What docs/extend.md shows works as it stands: a model of one module and one YAML, a task, token arrays."""
 
 import json
 import os
@@ -100,6 +100,81 @@ def test_a_run_whose_architecture_is_gone_says_so(tree):
     finally:
         for file in ("models/gated.py", "config/arch/gated.yaml"):
             (tree / Path(file).name).rename(tree / "hrm_ray" / file)
+
+
+TASK = "### A task in one file"
+
+
+@pytest.fixture(scope="module")
+def latin(tmp_path_factory) -> Path:
+    """A folder with the task of the page and its data set."""
+    folder = tmp_path_factory.mktemp("latin")
+    (folder / "my_puzzles").mkdir()
+    (folder / "my_puzzles" / "latin.py").write_text(code_in(TASK, "python"))
+    (folder / "latin.yaml").write_text(code_in(TASK, "yaml"))
+    done = run_in(
+        folder, "data", "build", "recipe=latin.yaml", "num_train=60", "num_test=20", "out=data/latin"
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def run_in(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    """A command where the package is that of the tests, and the task is found by PYTHONPATH."""
+    paths = f"{folder}{os.pathsep}{Path(hrm_ray.__file__).parents[1]}"
+    return subprocess.run(
+        [sys.executable, "-m", "hrm_ray.cli", *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.ray
+def test_a_task_of_ones_own_is_built_and_verified(latin):
+    assert len([line for line in code_in(TASK, "python").splitlines() if line]) <= 75
+    dataset = json.loads((latin / "data" / "latin" / "manifest.json").read_text())
+    assert (dataset["task"], dataset["task_options"]) == ("my_puzzles.latin", {"size": 4})
+    info = dataset["splits"]["train"]
+    assert (info["num_groups"], dataset["splits"]["test"]["num_examples"]) == (60, 20)
+    assert 60 < info["num_examples"] <= 120
+    done = run_in(latin, "data", "verify", "data/latin")  # is_solution, of every row
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.ray
+def test_a_task_of_ones_own_trains_is_evaluated_and_solves(latin):
+    small = [word for word in WORDS if not word.startswith(("arch=", "data="))]
+    small = [word.replace("arch.num_layers=1", "arch.H_layers=1") for word in small]
+    done = run_in(latin, *small, "data=data/latin", "run_name=latin", "max_steps=2")
+    assert done.returncode == 0, done.stderr
+    evaluated = run_in(latin, "eval", "runs/latin", "data=data/latin", "votes=4", "--json")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert 0 <= json.loads(evaluated.stdout)["eval/accuracy"] <= 1
+    solved = run_in(latin, "solve", "runs/latin", "12..34..21..43..", "votes=4", "--json")
+    assert solved.returncode == 0, solved.stderr
+    solution = json.loads(solved.stdout)
+    assert solution["puzzle"] == "12..34..21..43.." and solution["valid"] in (True, False)
+    refused = run_in(latin, "solve", "runs/latin", "12..34..21..43..", "votes=5")
+    assert (refused.returncode, refused.stderr) == (2, "error: votes=5: only 4 ways to shift the symbols\n")
+
+
+@pytest.mark.ray
+def test_a_task_of_ones_own_reads_files(latin):
+    rows = ["question,answer", "1...,1221", ".2..,1221", "...2,2112"]
+    words = ["data", "build", "recipe=latin.yaml", "source=puzzles.csv", "size=2", "num_train=null"]
+    for wrong, said in (
+        ("1...,2112", "answer: it does not solve the question"),
+        ("1..x,1221", "question: a square is 4 characters of .12"),
+        ("....,", "it has no answer"),
+    ):
+        (latin / "puzzles.csv").write_text("\n".join([*rows, wrong]) + "\n")
+        done = run_in(latin, *words, "num_test=0", "out=data/files")
+        assert done.returncode == 2 and f"puzzles.csv, line 5: {said}; mend it" in done.stderr, done.stderr
+    (latin / "puzzles.csv").write_text("\n".join(rows) + "\n")
+    done = run_in(latin, *words, "num_test=1", "out=data/files")
+    assert (done.returncode, done.stdout) == (0, "data/files: train 4, test 1 examples\n"), done.stderr
 
 
 def test_token_arrays_of_ones_own_become_a_data_set(tmp_path, monkeypatch, capsys):

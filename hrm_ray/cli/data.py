@@ -65,6 +65,12 @@ class OutOptions(Settings):
     out: str
 
 
+class ImportOptions(OutOptions):
+    """Of ``data import-npy``; `task` names the puzzle family where it is not recognised."""
+
+    task: str | None = None
+
+
 def build_options(words: Sequence[str]) -> tuple[BuildOptions, "Recipe"]:
     """What the words of ``data build`` mean. Raises UserError."""
     from hrm_ray.data.recipe import load_recipe, recipe_class, recipe_class_of, recipe_names
@@ -158,9 +164,9 @@ def _write_page(folder: str, out: Path, options: ShowOptions) -> None:
 def data_import_npy(args: argparse.Namespace) -> None:
     from hrm_ray.interop.dataset import import_npy
 
-    options: OutOptions = options_of(args)
+    options: ImportOptions = options_of(args)
     check_lasts("out", options.out)
-    _print_sizes(options.out, import_npy(args.dir, options.out))
+    _print_sizes(options.out, import_npy(args.dir, options.out, task=options.task))
 
 
 def register(commands: Any) -> None:
@@ -205,8 +211,9 @@ def register(commands: Any) -> None:
         "import-npy",
         data_import_npy,
         "convert a dataset in the published layout",
-        "hrm-ray data import-npy data/sudoku-extreme-1k-aug-1000 out=data/sudoku-9x9",
+        "hrm-ray data import-npy data/sudoku-extreme-1k-aug-1000 out=data/sudoku-9x9\n"
+        "hrm-ray data import-npy data/arc1concept-aug-1000 out=data/arc-1 task=arc",
     )
     p.add_argument("dir", help="folder with train/ and test/")
-    p.add_argument("words", **KEY_VALUE, help="out=DIR")
-    p.set_defaults(options=OutOptions)
+    p.add_argument("words", **KEY_VALUE, help="out=DIR [task=NAME]")
+    p.set_defaults(options=ImportOptions)

@@ -209,7 +209,7 @@ class PuzzleFile:
         if cells:
             found = find_puzzles(self._without_header(lines, cells), cells)
         else:
-            found = _drawings(lines, self.task.seq_len) if self.task.keeps_spaces else _every_line(lines)
+            found = _drawings(lines, self.task) if self.task.keeps_spaces else _every_line(lines)
         while some := list(islice(found, _ROWS_PER_CHUNK)):
             yield _chunk_of(some)
 
@@ -220,8 +220,9 @@ def _every_line(lines: Iterable[str]) -> Iterator[Found]:
             yield Found(number, text)
 
 
-def _drawings(lines: Iterable[str], size: int) -> Iterator[Found]:
-    """Puzzles whose every character counts: of `size` characters in one line, or in several up to an empty one."""
+def _drawings(lines: Iterable[str], task: Task) -> Iterator[Found]:
+    """Puzzles whose every character counts: of all their cells in one line, or in several up to an empty one."""
+    size, separator = task.seq_len, task.separator
     first, rows = 0, list[str]()
     for number, line in enumerate(chain(lines, [""]), start=1):
         row = line.rstrip("\r\n")
@@ -229,7 +230,8 @@ def _drawings(lines: Iterable[str], size: int) -> Iterator[Found]:
             first = number
         if row:
             rows.append(row)
-        if rows and (not row or len(row) >= size or sum(map(len, rows)) >= size):
+        is_whole = len(row) >= size or (len(rows) == 1 and separator is not None and separator in row)
+        if rows and (not row or is_whole or sum(map(len, rows)) >= size):
             yield Found(first, "\n".join(rows))
             rows = []
 

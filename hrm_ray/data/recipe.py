@@ -62,6 +62,11 @@ class RowRecipe(Recipe):
     on_bad: Literal["error", "skip"] = "error"
     """Whether an unusable row stops the build, or is skipped, counted and listed."""
 
+    @property
+    def generates(self) -> bool:
+        """Whether the puzzles are made, and not read."""
+        return self.source == GENERATOR
+
     def of_generator(self) -> tuple[str, ...]:
         """The keys that the generator needs, and that mean nothing without it."""
         return "num_train", "num_test"
@@ -77,13 +82,13 @@ class RowRecipe(Recipe):
                 "'source' is not given; add source=PATH (a file of puzzles, or a folder with train.csv and "
                 "test.csv), a Hugging Face id (source=sapientinc/sudoku-extreme), or source=generator"
             )
-        if self.source == GENERATOR:
+        if self.generates:
             for key in self.of_generator():
                 if getattr(self, key) is None:
-                    raise ValueError(f"'{key}' is not given; source=generator needs {key}=NUMBER")
+                    raise ValueError(f"'{key}' is not given; source={self.source} needs {key}=NUMBER")
             for key in self.of_files():
                 if getattr(self, key) is not None:
-                    raise ValueError(f"'{key}' does nothing with source=generator; leave it out")
+                    raise ValueError(f"'{key}' does nothing with source={self.source}; leave it out")
         else:
             for key in self.of_generator():
                 if key != "num_test" and getattr(self, key) is not None:

@@ -17,17 +17,16 @@ import pyarrow as pa
 from hrm_ray.data.builder import Builder, Examples, Part, Workers
 from hrm_ray.data.format import from_tokens, to_tokens
 from hrm_ray.data.keyed_random import row_keys
-from hrm_ray.data.recipe import GENERATOR, RowRecipe
+from hrm_ray.data.recipe import RowRecipe
 from hrm_ray.data.row_set import RowSet
 from hrm_ray.data.sources import BadRows, Rows, Source, open_source
-from hrm_ray.data.tasks.base import WrittenTask
+from hrm_ray.data.tasks.base import Symmetry, Task
 from hrm_ray.errors import UserError
 
 # Purposes of random keys: the choice of test rows and that of training rows are independent.
 _TEST, _TRAIN = 1, 2
 
 _BYTES_PER_TASK = 3 << 20  # of augmented rows that a Ray task returns
-_GENERATED_PER_TASK = 512
 MAX_TRIES = 1_000  # for one generated puzzle
 
 
@@ -74,19 +73,23 @@ class RowBuilder(Builder):
         generator_version: named in the manifest in place of a source's digest; counts up when the generator's output
             changes.
         num_copies: of every training puzzle, beside the original.
+        generated_per_task: puzzles that a Ray task makes.
         copies_on_ray: whether making them takes longer than sending them between processes.
     """
 
     recipe: RowRecipe
-    task: WrittenTask
+    task: Task
     generator_version: str = "generator-1"
     num_copies: int = 0
+    generated_per_task: int = 512
     copies_on_ray: bool = True
 
     def __init__(self, recipe: RowRecipe):
         super().__init__(recipe)
         assert recipe.source is not None  # RowRecipe makes sure
-        self.source = None if recipe.source == GENERATOR else open_source(recipe.source)
+        self.source = None if recipe.generates else open_source(recipe.source)
+        if task := recipe.make_task():
+            self.task = task
         self.bad = BadRows(skip=recipe.on_bad == "skip")
         self._num_groups_in_test = self._num_examples_in_test = 0
 
@@ -115,9 +118,10 @@ class RowBuilder(Builder):
         """Makes each puzzle, followed by its copies; runs in Ray's workers.
 
         Called with questions and answers, uint8 [n, seq_len], and the numbers of their groups, int64 [n]; it returns
-        uint8 [n * (1 + num_copies), seq_len] twice.
+        uint8 [n * (1 + num_copies), seq_len] twice. Unless a family says otherwise, the copies are made by the first
+        symmetries of its task, the same for every puzzle.
         """
-        raise NotImplementedError
+        return partial(_copy, self.task.symmetries(1 + self.num_copies))
 
     def too_few(self, num_found: int, num_wanted: int) -> str:
         """What to say when the generator finds no more different puzzles."""
@@ -188,34 +192,57 @@ class RowBuilder(Builder):
 
     def _generate(self, workers: Workers) -> tuple[Rows, Rows]:
         """Generated train and test puzzles, all distinct. Test comes first: it does not change with num_train."""
-        recipe, seq_len = self.recipe, self.task.seq_len
+        recipe = self.recipe
         assert recipe.num_train is not None and recipe.num_test is not None
-        num_wanted = recipe.num_train + recipe.num_test
+        questions, answers = self.generated(recipe.num_train + recipe.num_test, workers)
+        numbers = np.arange(len(questions))
+        rows = Rows(questions, answers, np.full(len(numbers), -1), numbers)
+        return rows.take(numbers >= recipe.num_test), rows.take(numbers < recipe.num_test)
+
+    def generated(self, num_wanted: int, workers: Workers) -> tuple[np.ndarray, np.ndarray]:
+        """So many different puzzles: questions and answers, uint8 [num_wanted, seq_len]."""
         make = partial(_generate_block, self.generator())
-        questions = answers = np.empty((0, seq_len), np.uint8)
-        next_index = 0
-        while len(questions) < num_wanted:
+        made = self.distinct(make, self._first_made, num_wanted, workers)
+        return to_tokens(made["inputs"]), to_tokens(made["labels"])
+
+    def _first_made(self, made: pa.Table) -> np.ndarray:
+        questions = to_tokens(made["inputs"])
+        if not questions.any(axis=1).all():
+            raise UserError(self.none_found())
+        return np.unique(questions, axis=0, return_index=True)[1]
+
+    def distinct(
+        self,
+        make: Callable[[pa.Table], pa.Table],
+        first_of: Callable[[pa.Table], np.ndarray],
+        num_wanted: int,
+        workers: Workers,
+    ) -> pa.Table:
+        """The first `num_wanted` different puzzles of those with the numbers 0, 1, ...
+
+        Args:
+            make: makes those of a table with a column `index`, in order; runs in Ray's workers.
+            first_of: the rows of a table of puzzles that stay; of equal ones the first, whatever was made with it.
+
+        Raises:
+            UserError: there are not so many.
+        """
+        next_index = num_found = 0
+        found: list[pa.Table] = []
+        while num_found < num_wanted:
             if next_index > 20 * num_wanted + 10_000:
-                raise UserError(self.too_few(len(questions), num_wanted))
+                raise UserError(self.too_few(num_found, num_wanted))
             # A few more than are missing, since some will be duplicates; doubled, so that the last need few rounds.
-            num_more = max(int(1.02 * (num_wanted - len(questions))) + 64, next_index)
+            num_more = max(int(1.02 * (num_wanted - num_found)) + 64, next_index)
             indices = np.arange(next_index, next_index + num_more)
             next_index = int(indices[-1]) + 1
-            blocks = [
-                pa.table({"index": indices[i : i + _GENERATED_PER_TASK]})
-                for i in range(0, len(indices), _GENERATED_PER_TASK)
-            ]
-            made = list(workers.map(make, blocks, total=len(indices), label="generate"))
-            questions = np.concatenate([questions, *(to_tokens(block["inputs"]) for block in made)])
-            answers = np.concatenate([answers, *(to_tokens(block["labels"]) for block in made)])
-            if not questions.any(axis=1).all():
-                raise UserError(self.none_found())
-            # Of equal puzzles the first made stays, whatever was made together with it.
-            first = np.sort(np.unique(questions, axis=0, return_index=True)[1])
-            questions, answers = questions[first], answers[first]
-        numbers = np.arange(num_wanted)
-        rows = Rows(questions[:num_wanted], answers[:num_wanted], np.full(num_wanted, -1), numbers)
-        return rows.take(numbers >= recipe.num_test), rows.take(numbers < recipe.num_test)
+            starts = range(0, len(indices), self.generated_per_task)
+            blocks = [pa.table({"index": indices[i : i + self.generated_per_task]}) for i in starts]
+            found.extend(workers.map(make, blocks, total=len(indices), label="generate"))
+            all_found = pa.concat_tables(found)
+            found = [all_found.take(np.sort(first_of(all_found)))]
+            num_found = found[0].num_rows
+        return pa.concat_tables(found).slice(0, num_wanted)
 
     # Writing
 
@@ -295,6 +322,22 @@ class RowBuilder(Builder):
 def _generate_block(make: Callable[[int, int], tuple[np.ndarray, np.ndarray]], block: pa.Table) -> pa.Table:
     questions, answers = make(block["index"][0].as_py(), block.num_rows)
     return pa.table({"inputs": from_tokens(questions), "labels": from_tokens(answers)})
+
+
+def _copy(
+    symmetries: list[Symmetry], inputs: np.ndarray, labels: np.ndarray, groups: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Every puzzle under each of the symmetries."""
+
+    def copies(tokens: np.ndarray) -> np.ndarray:
+        made = np.empty((len(tokens), len(symmetries), tokens.shape[1]), np.uint8)
+        for number, (cells, renamed) in enumerate(symmetries):
+            moved = tokens.take(cells, axis=1)
+            is_renamed = (renamed != np.arange(len(renamed))).any()
+            made[:, number] = renamed.astype(np.uint8)[moved] if is_renamed else moved
+        return made.reshape(-1, tokens.shape[1])
+
+    return copies(inputs), copies(labels)
 
 
 def _augment_block(

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from hrm_ray.data.containers import is_file, members, split_member
 from hrm_ray.data.puzzle_files import Chunk, PuzzleFile
-from hrm_ray.data.tasks.base import WrittenTask
+from hrm_ray.data.tasks.base import Task
 from hrm_ray.errors import UserError, first_line, shown
 from hrm_ray.published import dataset_hint
 
@@ -130,14 +130,14 @@ class Source:
                 )
         return total.hexdigest()
 
-    def first_question(self, part: str, task: WrittenTask) -> str:
+    def first_question(self, part: str, task: Task) -> str:
         """The first puzzle of a part, as it is written. Raises UserError if there is none."""
         for chunk in PuzzleFile(self.parts[part], task).chunks(skips=True):
             if len(chunk.questions):
                 return chunk.questions[0].as_py() or ""
         raise UserError(f"{self.parts[part]} holds no puzzles")
 
-    def read(self, part: str, task: WrittenTask, bad: BadRows, *, ratings: bool) -> Iterator[Rows]:
+    def read(self, part: str, task: Task, bad: BadRows, *, ratings: bool) -> Iterator[Rows]:
         """The good rows of a part, chunk by chunk.
 
         Args:
@@ -226,17 +226,20 @@ def _download(repo_id: str) -> Path:
         ) from None
 
 
-def _checked(file: Path, task: WrittenTask, bad: BadRows, ratings: bool, chunk: Chunk) -> Rows:
+def _checked(file: Path, task: Task, bad: BadRows, ratings: bool, chunk: Chunk) -> Rows:
     """Tokens of the rows that pass every check that needs no search; the others go to `bad`."""
-    questions, good = _encode(chunk.questions, task)
-    good &= task.accepts(questions)
+    questions, good = task.parse_all(chunk.questions)
+    good[good] = task.accepts(questions[good])
     answers = np.zeros_like(questions)
     if chunk.answers is not None:
-        answers, complete = _encode(chunk.answers, task)
-        missing = pc.equal(pc.fill_null(pc.utf8_trim_whitespace(chunk.answers), ""), "").to_numpy(
-            zero_copy_only=False
-        )
-        good &= missing | (complete & task.is_solution(questions, answers))
+        answers, complete = task.parse_all(chunk.answers, are_answers=True)
+        written = chunk.answers if task.keeps_spaces else pc.utf8_trim_whitespace(chunk.answers)
+        missing = pc.equal(pc.fill_null(written, ""), "").to_numpy(zero_copy_only=False)
+        answers[missing] = 0
+        complete &= good
+        if task.checkable:
+            complete[complete] = task.is_solution(questions[complete], answers[complete])
+        good &= missing | complete
     values = np.full(len(questions), -1, np.int64)
     if ratings:
         assert chunk.ratings is not None  # the file has them
@@ -257,30 +260,9 @@ def _checked(file: Path, task: WrittenTask, bad: BadRows, ratings: bool, chunk: 
     return Rows(questions, answers, values, chunk.numbers).take(good)
 
 
-def _plain(text: str | None, task: WrittenTask) -> str:
+def _plain(text: str | None, task: Task) -> str:
     """A text as it may stand in a message: without the spaces around it, unless they are cells."""
     text = text or ""
     if task.keeps_spaces:
         return text.strip("\r\n")
     return (task.cells and task.cells.plain(text)) or text.strip()
-
-
-def _encode(column: pa.Array, task: WrittenTask) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens uint8[n, S] of a string column, and bool[n]: whether it is a puzzle. Where not, they are no good."""
-    raw = pc.fill_null(column, "")
-    column = raw if task.keeps_spaces else pc.utf8_trim_whitespace(raw)
-    fits = pc.equal(pc.binary_length(column), task.seq_len).to_numpy(zero_copy_only=False)
-    texts = column.filter(pa.array(fits))
-    ends = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset : texts.offset + len(texts) + 1]
-    tokens = np.zeros((len(column), task.seq_len), np.uint8)
-    if len(texts):
-        codes = np.frombuffer(texts.buffers()[2], np.uint8)[ends[0] : ends[-1]]
-        tokens[fits] = task.encode(codes.reshape(-1, task.seq_len))
-    good = (tokens != 0).all(axis=1)
-    if task.cells is None:
-        return tokens, good
-    given = pc.greater(pc.binary_length(column), 0).to_numpy(zero_copy_only=False)
-    for i in np.flatnonzero(given & ~good):  # the few that are not written as most are
-        if chars := task.cells.whole(raw[i].as_py()):  # spaces may be blanks
-            tokens[i], good[i] = task.parse(chars), True
-    return tokens, good

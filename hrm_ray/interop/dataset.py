@@ -1,6 +1,7 @@
 """The published dataset layout, for import: a folder a split with dataset.json and {set}__*.npy.
 
     DIR/identifiers.json                     names of the puzzle identifiers
+    DIR/test_puzzles.json                    of ARC: the test pairs, for votes
     DIR/SPLIT/dataset.json                   vocabulary, ids, counts, names of the sets
     DIR/SPLIT/SET__{inputs,labels}.npy       [examples, seq_len]
     DIR/SPLIT/SET__puzzle_identifiers.npy    [puzzles]
@@ -27,8 +28,7 @@ from hrm_ray.config.validate import Settings, validated
 from hrm_ray.data.files import sha256
 from hrm_ray.data.format import Manifest, SplitInfo
 from hrm_ray.data.placing import is_remote, placed
-from hrm_ray.data.tasks.base import Task
-from hrm_ray.data.tasks.sudoku import BOX_SHAPES, Sudoku
+from hrm_ray.data.tasks.base import Task, family_names, task_class
 from hrm_ray.data.tasks.tokens import Tokens
 from hrm_ray.data.writer import DatasetWriter, balanced_cuts
 from hrm_ray.errors import UserError, first_line
@@ -36,10 +36,10 @@ from hrm_ray.interop.files import check_regular, read_bytes
 from hrm_ray.manifest import MANIFEST
 from hrm_ray.published import DATASET_FILE, SPLITS, dataset_hint
 
-IDENTIFIERS = "identifiers.json"
+BESIDE = "identifiers.json", "test_puzzles.json"
 INT32_MAX = 2**31 - 1  # puzzles, groups and identifiers are int32 columns
 
-_MAX_ABOUT_BYTES, _MAX_IDENTIFIERS_BYTES = 10_000_000, 1_000_000_000
+_MAX_ABOUT_BYTES, _MAX_BESIDE_BYTES = 10_000_000, 1_000_000_000
 _ROWS_PER_SHARD = 131_072
 _ROWS_PER_READ = 65_536
 _ROWS_TO_RECOGNISE = 1_000
@@ -134,23 +134,29 @@ class Published(NamedTuple):
 ARRAYS = tuple(field.name for field in fields(_Set) if field.type is np.ndarray)
 
 
-def import_npy(source_dir: str | Path, out: str | Path, *, overwrite: bool = False) -> Manifest:
+def import_npy(
+    source_dir: str | Path, out: str | Path, *, task: str | None = None, overwrite: bool = False
+) -> Manifest:
     """Convert a folder of the published layout into a dataset in `out`, a folder or URI, verified.
 
-    The task is recognised where it is Sudoku; any other data becomes task "tokens".
+    Args:
+        task: the puzzle family; None: the one that recognises its puzzles, else "tokens".
 
     Raises:
-        UserError: a file is missing or does not fit the others, or `out` cannot be used.
+        UserError: a file is missing or does not fit the others, the puzzles are not of `task`, or `out` cannot be used.
     """
     with placed(out, overwrite=overwrite) as folder:
-        return _import(Path(source_dir), folder, overwrite=overwrite or is_remote(out))
+        return _import(Path(source_dir), folder, task, overwrite=overwrite or is_remote(out))
 
 
-def read_published(folder: Path) -> Published:
+def read_published(folder: Path, task_name: str | None = None) -> Published:
     """What a folder of the published layout holds; the rows are checked when they are read.
 
+    Args:
+        task_name: the puzzle family; None: the one that recognises its puzzles, else "tokens".
+
     Raises:
-        UserError: a file is missing, or does not fit the others.
+        UserError: a file is missing, or does not fit the others, or the puzzles are not of that family.
     """
     if not any(os.path.lexists(folder / name / DATASET_FILE) for name in SPLITS):
         raise UserError(_not_published(folder))
@@ -162,14 +168,14 @@ def read_published(folder: Path) -> Published:
     for name in names[1:]:
         if read[name][0] != about:
             raise UserError(f"{folder}: the {DATASET_FILE} of {names[0]} and {name} describe different data")
-    task = _recognise(about, next(iter(read[names[0]][1].values())))
+    task = _task_of(task_name, folder, about, next(iter(read[names[0]][1].values())))
     return Published(about, task, {name: sets for name, (_, sets) in read.items()})
 
 
-def _import(folder: Path, out: Path, *, overwrite: bool) -> Manifest:
-    about, task, read = read_published(folder)
-    extra = [folder / IDENTIFIERS] if (folder / IDENTIFIERS).exists() else []
-    contents = {file.name: read_bytes(file, _MAX_IDENTIFIERS_BYTES) for file in extra}
+def _import(folder: Path, out: Path, task_name: str | None, *, overwrite: bool) -> Manifest:
+    about, task, read = read_published(folder, task_name)
+    extra = [folder / name for name in BESIDE if (folder / name).exists()]
+    contents = {file.name: read_bytes(file, _MAX_BESIDE_BYTES) for file in extra}
     _check_room(out, about, [part for sets in read.values() for part in sets.values()])
     with DatasetWriter(out, overwrite=overwrite) as writer:
         splits = {name: _copy_split(writer, name, about, sets) for name, sets in read.items()}
@@ -265,14 +271,20 @@ def _check_room(out: Path, about: _About, sets: list[_Set]) -> None:
         )
 
 
-def _recognise(about: _About, first: _Set) -> Task:
-    """Sudoku if shape and vocabulary are its and the first answers are solutions; else we know nothing."""
-    for size in BOX_SHAPES:
-        task = Sudoku(size)
-        is_alike = all(
-            getattr(task, key) == getattr(about, key) for key in ("vocab_size", "seq_len", "pad_id")
-        )
-        if is_alike and task.is_solution(*first.rows(0, _ROWS_TO_RECOGNISE)).all():
+def _task_of(name: str | None, folder: Path, about: _About, first: _Set) -> Task:
+    """The task that is named, or that recognises the first examples; else we know nothing."""
+    described = about.vocab_size, about.seq_len, about.pad_id
+    rows = first.rows(0, _ROWS_TO_RECOGNISE)
+    if name is not None:
+        task = task_class(name).of_arrays(*described, *rows)
+        if task is None:
+            raise UserError(
+                f"task={name}: {folder} holds no such puzzles ({about.vocab_size} tokens, {about.seq_len} cells); "
+                "leave task= out to have them recognised"
+            )
+        return task
+    for kind in map(task_class, family_names()):
+        if kind.is_recognised and (task := kind.of_arrays(*described, *rows)):
             return task
     return Tokens(about.vocab_size, about.seq_len)
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hrm_ray.data.builder import builder_of
 from hrm_ray.data.dihedral import turned
 from hrm_ray.data.pipeline import build
 from hrm_ray.data.recipe import load_recipe
@@ -140,9 +141,10 @@ def test_generated_mazes_have_a_shortest_path_of_the_wanted_length(seed, size, u
         assert task.is_shortest(inputs, labels).all()
 
 
-def test_the_copies_of_a_maze_are_its_eight_positions():
+def test_the_copies_of_a_maze_are_its_eight_positions(tmp_path):
+    builder = builder_of(MazeRecipe(source=made(tmp_path, (QUESTION, ANSWER)), num_test=0, aug=True))
     questions, answers = SMALL.parse(QUESTION)[None], SMALL.parse(ANSWER)[None]
-    inputs, labels = SMALL.augment(questions, answers, np.arange(1))
+    inputs, labels = builder.augmenter()(questions, answers, np.arange(1))
     for symmetry in range(8):
         expected = turned(questions[0].reshape(4, 4), symmetry).ravel()
         np.testing.assert_array_equal(inputs[symmetry], expected)

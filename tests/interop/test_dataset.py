@@ -91,10 +91,51 @@ def test_sudoku_is_recognised(tmp_path):
     assert import_npy(root, tmp_path / "other").task == "tokens"
 
 
-def refusal(root, out):
+def test_mazes_are_recognised(tmp_path):
+    options = {"walls": (0.2, 0.4), "unique": True, "path": (3, 9), "max_tries": 1000}
+    questions, answers = get_task("maze", size=4).generate(0, 0, 5, **options)
+    root = tmp_path / "published"
+    write_set(root / "train", "all", np.random.default_rng(0), [1] * 5, [1] * 5, vocab_size=6, seq_len=16)
+    np.save(root / "train" / "all__inputs.npy", questions)
+    np.save(root / "train" / "all__labels.npy", answers)
+    manifest = import_npy(root, tmp_path / "data")
+    assert (manifest.task, manifest.task_options) == ("maze", {"size": 4})
+    np.save(root / "train" / "all__inputs.npy", answers)  # with paths in it already
+    assert import_npy(root, tmp_path / "other").task == "tokens"
+
+
+def test_arc_is_named(tmp_path):
+    root = tmp_path / "published"
+    about = {"vocab_size": 12, "seq_len": 900}
+    write_set(root / "train", "all", np.random.default_rng(0), [2, 2], [1, 1], **about)
+    beside = {"identifiers.json": '["<blank>", "a", "a|||t1|||0123456789", "b"]', "test_puzzles.json": "{}"}
+    for name, content in beside.items():
+        (root / name).write_text(content)
+    manifest = import_npy(root, tmp_path / "data", task="arc")
+    assert verify(tmp_path / "data") == []
+    assert (manifest.task, manifest.num_puzzle_identifiers) == ("arc", 4)
+    for name, content in beside.items():
+        assert (tmp_path / "data" / name).read_text() == content
+    assert import_npy(root, tmp_path / "other").task == "tokens"
+    assert import_npy(root, tmp_path / "named", task="tokens").task == "tokens"
+
+
+@pytest.mark.parametrize(
+    "task, said",
+    [
+        ("arc", r"task=arc: \S+ holds no such puzzles \(12 tokens, 6 cells\); leave task= out"),
+        ("sudoku", "task=sudoku: "),
+        ("arcs", "unknown task 'arcs'; did you mean 'arc'?"),
+    ],
+)
+def test_puzzles_of_another_task(published, tmp_path, task, said):
+    assert re.search(said, refusal(published[0], tmp_path / "data", task=task))
+
+
+def refusal(root, out, **options):
     """What importing says; nothing is left behind."""
     with pytest.raises(UserError) as error:
-        import_npy(root, out)
+        import_npy(root, out, **options)
     assert len(str(error.value).splitlines()) == 1
     assert not list(out.parent.glob(out.name + "*"))
     return str(error.value)

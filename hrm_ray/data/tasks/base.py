@@ -11,9 +11,11 @@ from abc import ABC, abstractmethod
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from hrm_ray.config.validate import nearest
 from hrm_ray.data.drawing import Cell, row_width
@@ -42,11 +44,13 @@ class Task(ABC):
         vocab_size: number of tokens, at most 256.
         seq_len: tokens in a question, and in an answer.
         pad_id, ignore_label_id, blank_identifier_id: as in the published data sets.
+        is_recognised: whether arrays surely are of this family where `of_arrays` says so; if not, a user must name it.
         checkable: whether `is_solution` can tell right from wrong.
         cells: how its puzzles are written, for the reader of files; None: as `parse` says, one a line.
         keeps_spaces: whether a space is a cell like others.
         width: cells in a row where tokens are drawn; None: see `hrm_ray.data.drawing.row_width`.
         box: rows and columns of the boxes that lines part where a grid is drawn; None: no lines.
+        separator: what stands between the rows of a puzzle that is written in one line, if anything does.
     """
 
     classes: ClassVar[dict[str, type["Task"]]] = {}
@@ -58,11 +62,13 @@ class Task(ABC):
     pad_id: int = 0
     ignore_label_id: int | None = 0
     blank_identifier_id: int = 0
+    is_recognised: ClassVar[bool] = True
     checkable: bool = True
     cells: Cells | None = None
     keeps_spaces: bool = False
     width: int | None = None
     box: tuple[int, int] | None = None
+    separator: str | None = None
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):
@@ -101,6 +107,58 @@ class Task(ABC):
     def is_solution(self, inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
         """Whether each row of outputs (integers [n, seq_len]) fully and rightly solves its question; bool[n]."""
 
+    def parse_all(self, texts: pa.Array, *, are_answers: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Many puzzles at once, as `parse` reads them.
+
+        Args:
+            texts: strings or nulls.
+            are_answers: whether they are to become labels.
+
+        Returns:
+            Tokens uint8 [n, seq_len], and whether each text is a puzzle, bool [n]; where not, its tokens mean nothing.
+        """
+        tokens, good = np.zeros((len(texts), self.seq_len), np.uint8), np.zeros(len(texts), bool)
+        for i, text in enumerate(texts.to_pylist()):
+            try:
+                tokens[i], good[i] = self.parse(text or ""), True
+            except UserError:
+                continue
+        return tokens, good
+
+    def accepts(self, questions: np.ndarray) -> np.ndarray:
+        """Whether each question (uint8 [n, seq_len]) may be one, as far as can be seen without solving it; bool [n]."""
+        return np.array([self.contradiction(question) is None for question in questions], bool)
+
+    def problem(self, question: str, answer: str | None = None) -> str | None:
+        """What is wrong with a puzzle as far as can be seen without solving it, in words; None: nothing."""
+        try:
+            inputs = self.parse(question)
+            if contradiction := self.contradiction(inputs):
+                return f"question: {contradiction}"
+        except UserError as error:
+            return f"question: {error}"
+        if not answer:
+            return None
+        try:
+            outputs = self.parse(answer)
+        except UserError as error:
+            return f"answer: {error}"
+        if self.checkable and not self.is_solution(inputs[None], outputs[None])[0]:
+            return "answer: it does not solve the question"
+        return None
+
+    @classmethod
+    def of_arrays(
+        cls, vocab_size: int, seq_len: int, pad_id: int, inputs: np.ndarray, labels: np.ndarray
+    ) -> Self | None:
+        """The task of this family whose puzzles arrays hold; None: they hold others, or nobody can tell.
+
+        Args:
+            vocab_size, seq_len, pad_id: as they are described.
+            inputs, labels: uint8 [n, seq_len], some of their rows.
+        """
+        return None
+
     def contradiction(self, question: np.ndarray) -> str | None:
         """What in a question (uint8[seq_len]) breaks the rules, in words; None: nothing, or the task cannot tell."""
         return None
@@ -120,20 +178,37 @@ class Task(ABC):
 
 
 class WrittenTask(Task):
-    """A task whose puzzles are written with one character a cell, so that files of many are read fast."""
+    """A task whose puzzles are written with one ASCII character a cell, so that files of many are read fast."""
 
     @abstractmethod
     def encode(self, codes: np.ndarray) -> np.ndarray:
         """Tokens of many puzzles at once: character codes uint8 [n, seq_len] -> uint8 [n, seq_len], 0 (pad) where a
         character is impossible."""
 
-    @abstractmethod
-    def accepts(self, questions: np.ndarray) -> np.ndarray:
-        """Whether each question (uint8 [n, seq_len]) may be one, as far as can be seen without solving it; bool [n]."""
+    def parse_all(self, texts: pa.Array, *, are_answers: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        raw = pc.fill_null(texts, "")
+        texts = raw if self.keeps_spaces else pc.utf8_trim_whitespace(raw)
+        fits = pc.equal(pc.binary_length(texts), self.seq_len).to_numpy(zero_copy_only=False)
+        fitting = texts.filter(pa.array(fits))
+        tokens = np.zeros((len(texts), self.seq_len), np.uint8)
+        if len(fitting):
+            tokens[fits] = self.encode(flat_bytes(fitting).reshape(-1, self.seq_len))
+        good = (tokens != 0).all(axis=1)
+        if self.cells is None:
+            return tokens, good
+        given = pc.greater(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False)
+        for i in np.flatnonzero(given & ~good):  # the few that are not written as most are
+            if chars := self.cells.whole(raw[i].as_py()):  # spaces may be blanks
+                tokens[i], good[i] = self.parse(chars), True
+        return tokens, good
 
-    @abstractmethod
-    def problem(self, question: str, answer: str | None = None) -> str | None:
-        """What is wrong with a puzzle as far as can be seen without solving it, in words; None: nothing."""
+
+def flat_bytes(texts: pa.Array) -> np.ndarray:
+    """All bytes of a string column without nulls, one text behind the other; uint8 [n], not copied."""
+    if not len(texts):
+        return np.empty(0, np.uint8)
+    ends = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    return np.frombuffer(texts.buffers()[2] or b"", np.uint8)[ends[0] : ends[-1]]
 
 
 ROOM = "hrm_ray.data.tasks"  # where the families are
@@ -167,16 +242,22 @@ def import_family(name: str) -> ModuleType:
         raise UserError(f"task {name}: {path} cannot be imported: {error!r}") from error
 
 
+def task_class(name: str) -> type[Task]:
+    """The class of the task called `name`. Raises UserError: there is none."""
+    import_family(name)
+    if name not in Task.classes:
+        raise UserError(f"task {name}: its module has no class of Task with name = '{name}'")
+    return Task.classes[name]
+
+
 def get_task(name: str, **options: Any) -> Task:
     """The task called `name` with its options, e.g. ``get_task("sudoku", size=9)``.
 
     Raises:
         UserError: no such task, or options it does not take.
     """
-    import_family(name)
-    if name not in Task.classes:
-        raise UserError(f"task {name}: its module has no class of Task with name = '{name}'")
+    kind = task_class(name)
     try:
-        return Task.classes[name](**options)
+        return kind(**options)
     except TypeError as error:
         raise UserError(f"task {name}: options {options} do not fit: {error}") from None

@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hrm_ray.data import frame as frames
 from hrm_ray.data.dihedral import INVERSE, turned
 from hrm_ray.data.drawing import COLOURS, Cell
+from hrm_ray.data.frame import PAD
 from hrm_ray.data.tasks.base import Task
 from hrm_ray.errors import UserError, shown
 
 SIDE = 30
 NUM_COLOURS = 10
-PAD, END, FIRST_COLOUR = 0, 1, 2
+FIRST_COLOUR = 2
 BLANK_NAME = "<blank>"  # of identifiers that stand for no task
 
 _CELLS = (Cell("."), Cell("+"), *(Cell(str(number), colour) for number, colour in enumerate(COLOURS)))
@@ -31,11 +33,20 @@ class Arc(Task):
     vocab_size = FIRST_COLOUR + NUM_COLOURS
     seq_len = SIDE * SIDE
     checkable = False
+    is_recognised = False
 
     def __init__(self, translate: bool = False) -> None:
         """`translate`: in training, the grids lie at another place on every visit."""
         self.options = {"translate": translate}
         self.translates = translate
+
+    @classmethod
+    def of_arrays(
+        cls, vocab_size: int, seq_len: int, pad_id: int, inputs: np.ndarray, labels: np.ndarray
+    ) -> "Arc | None":
+        """By the layout: the grids are those of any task, wherever they lie."""
+        is_alike = (vocab_size, seq_len, pad_id) == (cls.vocab_size, cls.seq_len, cls.pad_id)
+        return cls() if is_alike else None
 
     def parse(self, text: str) -> np.ndarray:
         """A grid as JSON, ``[[0,1],[2,3]]``, or its rows of digits, ``01/23``, or one row a line."""
@@ -111,37 +122,14 @@ def as_grid(rows: Any) -> np.ndarray:
 
 
 def place(grid: np.ndarray, row: int = 0, col: int = 0) -> np.ndarray:
-    """The tokens of a grid uint8[h, w] whose first cell lies at (row, col); uint8[900].
-
-    The row below it and the column to its right hold end marks, where the frame has them; their common corner does not.
-
-    Raises:
-        ValueError: it does not fit.
-    """
-    height, width = grid.shape
-    bottom, right = row + height, col + width
-    if min(row, col) < 0 or max(bottom, right) > SIDE:
-        raise ValueError(f"{height}x{width} cells do not fit at ({row}, {col})")
-    frame = np.full((SIDE + 1, SIDE + 1), PAD, np.uint8)
-    frame[row:bottom, col:right] = grid + FIRST_COLOUR
-    frame[bottom, col:right] = END
-    frame[row:bottom, right] = END
-    return frame[:SIDE, :SIDE].reshape(-1)
+    """The tokens uint8[900] of a grid uint8[h, w] whose first cell lies at (row, col), see `frame.place`."""
+    return frames.place(grid + FIRST_COLOUR, SIDE, SIDE, row, col)
 
 
 def crop_shapes(tokens: np.ndarray) -> np.ndarray:
-    """Height and width of the grid that each row of tokens (integers [n, 900]) holds; int64[n, 2].
-
-    It is the largest rectangle of colours whose first cell is the first of the frame; of equally large ones the one
-    with the fewest rows; (0, 0) if there is none.
-    """
+    """Height and width of the grid that each row of tokens (integers [n, 900]) holds, see `frame.shapes`."""
     is_colour = (tokens >= FIRST_COLOUR) & (tokens < FIRST_COLOUR + NUM_COLOURS)
-    is_colour = is_colour.reshape(len(tokens), SIDE, SIDE)
-    runs = np.where(is_colour.all(axis=2), SIDE, is_colour.argmin(axis=2))
-    widths = np.minimum.accumulate(runs, axis=1)
-    heights = (widths * np.arange(1, SIDE + 1)).argmax(axis=1) + 1
-    shapes = np.stack([heights, widths[np.arange(len(tokens)), heights - 1]], axis=1)
-    return np.where(shapes[:, 1:] == 0, 0, shapes)
+    return frames.shapes(is_colour.reshape(len(tokens), SIDE, SIDE))
 
 
 def crop(tokens: np.ndarray) -> np.ndarray:

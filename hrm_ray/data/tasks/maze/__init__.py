@@ -5,6 +5,7 @@ with the path drawn in; a step goes to one of four neighbours.
 """
 
 from functools import cached_property
+from math import isqrt
 from types import ModuleType
 
 import numpy as np
@@ -43,6 +44,20 @@ class Maze(WrittenTask):
         self._token_of_char = np.zeros(256, np.uint8)
         self._token_of_char[[ord(symbol) for symbol in SYMBOLS]] = np.arange(len(SYMBOLS)) + 1
         self._token_of_char[ord(".")] = FREE  # where a space would be lost
+
+    @classmethod
+    def of_arrays(
+        cls, vocab_size: int, seq_len: int, pad_id: int, inputs: np.ndarray, labels: np.ndarray
+    ) -> "Maze | None":
+        size = isqrt(seq_len)
+        if (
+            (vocab_size, pad_id) != (1 + len(SYMBOLS), cls.pad_id)
+            or size * size != seq_len
+            or not 2 <= size <= LARGEST
+        ):
+            return None
+        task = cls(size)
+        return task if task.accepts(inputs).all() and task.is_solution(inputs, labels).all() else None
 
     # Text
 
@@ -160,19 +175,12 @@ class Maze(WrittenTask):
             return None
         return int(kernels.num_shortest(np.ascontiguousarray(question, np.uint8), self.size))
 
-    # Symmetries
-
-    @cached_property
-    def turns(self) -> np.ndarray:
-        """int64 [8, seq_len]: cell i of the maze turned by symmetry k is cell turns[k, i] of it (see `dihedral`)."""
-        return np.stack([cells_of(symmetry, self.size, self.size) for symmetry in range(COUNT)])
-
     def symmetries(self, count: int) -> list[Symmetry]:
         """Rotations and mirror images."""
         if count > COUNT:
             raise UserError(f"votes={count}: a maze has only {COUNT} rotations and mirror images")
         tokens = np.arange(self.vocab_size)
-        return [Symmetry(cells, tokens) for cells in self.turns[:count]]
+        return [Symmetry(cells_of(turn, self.size, self.size), tokens) for turn in range(count)]
 
     def generate(
         self,
@@ -197,9 +205,3 @@ class Maze(WrittenTask):
             it, and so are all after it.
         """
         return self._kernels.generate(seed, first, count, self.size, *walls, unique, *path, max_tries)
-
-    def augment(
-        self, inputs: np.ndarray, labels: np.ndarray, groups: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Each maze (rows uint8 [n, seq_len]) in all eight positions, the given one first; [8 n, seq_len] twice."""
-        return tuple(tokens[:, self.turns].reshape(-1, self.seq_len) for tokens in (inputs, labels))  # type: ignore

@@ -67,7 +67,8 @@ class MazeBuilder(RowBuilder, recipe=MazeRecipe):
     def __init__(self, recipe: MazeRecipe):
         super().__init__(recipe)
         self.num_copies = 7 if recipe.aug else 0
-        self.task = recipe.make_task() or Maze(_size_of(self.source))
+        if recipe.size is None:
+            self.task = Maze(_size_of(self.source))
 
     def generator(self) -> Callable[[int, int], tuple[np.ndarray, np.ndarray]]:
         recipe = self.recipe
@@ -79,9 +80,6 @@ class MazeBuilder(RowBuilder, recipe=MazeRecipe):
             path=recipe.path,
             max_tries=MAX_TRIES,
         )
-
-    def augmenter(self) -> Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        return self.task.augment
 
     def none_found(self) -> str:
         recipe = self.recipe

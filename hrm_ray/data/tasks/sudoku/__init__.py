@@ -47,6 +47,15 @@ class Sudoku(WrittenTask):
         self._token_of_char[[ord("."), ord("0")]] = BLANK
         self._token_of_char[[ord(digit) for digit in digits]] = np.arange(size) + FIRST_DIGIT
 
+    @classmethod
+    def of_arrays(
+        cls, vocab_size: int, seq_len: int, pad_id: int, inputs: np.ndarray, labels: np.ndarray
+    ) -> "Sudoku | None":
+        for task in map(cls, BOX_SHAPES):
+            if (vocab_size, seq_len, pad_id) == (task.vocab_size, task.seq_len, task.pad_id):
+                return task if task.is_solution(inputs, labels).all() else None
+        return None
+
     # Text
 
     def parse(self, text: str) -> np.ndarray:

@@ -60,7 +60,6 @@ class SudokuBuilder(RowBuilder, recipe=SudokuRecipe):
 
     def __init__(self, recipe: SudokuRecipe):
         super().__init__(recipe)
-        self.task = recipe.make_task()
         self.num_copies = recipe.num_aug
 
     def read(self, source: Source, part: str, workers: Workers) -> Iterator[Rows]:
