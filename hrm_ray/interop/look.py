@@ -4,18 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
-from hrm_ray.data.drawing import row_width
 from hrm_ray.data.format import Manifest, SplitInfo
 from hrm_ray.data.shards import Dataset, Split, open_dataset
 from hrm_ray.data.tasks.arc import Arc
-from hrm_ray.data.tasks.base import Task
-from hrm_ray.data.tasks.maze import LARGEST, Maze
 from hrm_ray.data.tasks.tokens import Tokens
 from hrm_ray.interop.dataset import Published, read_published
 from hrm_ray.manifest import MANIFEST
 from hrm_ray.published import DATASET_FILE, SPLITS
-
-_ROWS_TO_RECOGNISE = 100
 
 
 def open_any(path: str | Path) -> Dataset:
@@ -77,20 +72,8 @@ def _published(folder: Path) -> Dataset:
     )
     dataset = Dataset(folder, folder, manifest)
     dataset.splits = {name: _PublishedSplit(folder, name, published) for name in published.sets}
-    first = next(iter(dataset.splits.values()))
-    if isinstance(dataset.task, Tokens):
-        questions = first.rows(np.arange(min(_ROWS_TO_RECOGNISE, first.num_examples)))["inputs"]
-        dataset.task = _drawn_as(manifest, questions) or dataset.task
+    if isinstance(dataset.task, Tokens):  # nothing in its arrays proves that they are of ARC, but they can be drawn so
+        first = next(iter(dataset.splits.values())).rows(np.zeros(1, np.int64))
+        layout = manifest.vocab_size, manifest.seq_len, manifest.pad_id
+        dataset.task = Arc.of_arrays(*layout, first["inputs"], first["labels"]) or dataset.task
     return dataset
-
-
-def _drawn_as(manifest: Manifest, questions: np.ndarray) -> Task | None:
-    """The task that knows how such tokens look; its rules need not be theirs."""
-    if (manifest.vocab_size, manifest.seq_len, manifest.pad_id) == (Arc.vocab_size, Arc.seq_len, Arc.pad_id):
-        return Arc()
-    side = row_width(Tokens(manifest.vocab_size, manifest.seq_len))
-    if side * side == manifest.seq_len and 2 <= side <= LARGEST:
-        maze = Maze(side)
-        if maze.vocab_size == manifest.vocab_size and maze.accepts(questions).all():
-            return maze
-    return None

@@ -18,6 +18,7 @@ from hrm_ray.errors import UserError, shown
 WALL, FREE, START, GOAL, PATH = 1, 2, 3, 4, 5
 SYMBOLS = "# SGo"  # of tokens 1 to 5
 LARGEST = 100
+_TEXT = "?#.SGo"
 _CELLS = {
     WALL: Cell(" ", DARK),
     FREE: Cell(" ", LIGHT),
@@ -85,7 +86,8 @@ class Maze(WrittenTask):
         return self._token_of_char[codes]
 
     def to_text(self, tokens: np.ndarray) -> str:
-        return "".join(SYMBOLS[t - 1] if 1 <= t <= len(SYMBOLS) else "?" for t in tokens.tolist())
+        """Free cells are dots here, since spaces at the ends of lines are easily lost."""
+        return "".join(_TEXT[token] if token < len(_TEXT) else "?" for token in tokens.tolist())
 
     def cell(self, token: int) -> Cell:
         return _CELLS.get(token, Cell("?"))
