@@ -30,6 +30,7 @@ from hrm_ray.models.inference import every_step, think_and_vote, thinking_for
 from hrm_ray.models.registry import build_model
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import Checkpoint, find
+from hrm_ray.training.state import identifiers_of
 from hrm_ray.world import World
 
 if TYPE_CHECKING:
@@ -245,6 +246,10 @@ class Solver:
             raise UserError(f"save_outputs: unknown '{unknown[0]}'; known: {', '.join(OUTPUTS)}")
         dataset = open_dataset(data)
         self.check(dataset)
+        if hides_identifiers and not self.checkpoint.manifest.arch.puzzle_emb_ndim:
+            raise UserError(
+                "ablate=puzzle_id: this model has no embedding of puzzles; it is not told which one it sees"
+            )
         dataset.split(split).check_files()
         with self._room_for(batch_size):
             return evaluate(
@@ -277,6 +282,12 @@ class Solver:
                     f"{dataset.path} does not fit {self.checkpoint.folder}: {key} is {getattr(given, key)}, "
                     f"the model was trained with {getattr(trained, key)}; give a data set of that kind"
                 )
+        names = trained.identifiers, identifiers_of(given)
+        if self.checkpoint.manifest.arch.puzzle_emb_ndim and None not in names and names[0] != names[1]:
+            raise UserError(
+                f"{dataset.path} is another build than the one {self.checkpoint.folder} was trained on: its puzzle "
+                "identifiers mean other puzzles; give the data set of the training"
+            )
 
 
 def load(checkpoint: str | Path, *, device: str = "auto", forward_dtype: str | None = None) -> Solver:

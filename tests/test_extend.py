@@ -119,13 +119,13 @@ def latin(tmp_path_factory) -> Path:
     return folder
 
 
-def run_in(folder: Path, *words: str) -> subprocess.CompletedProcess:
+def run_in(folder: Path, *words: str, trusts: bool = True) -> subprocess.CompletedProcess:
     """A command where the package is that of the tests, and the task is found by PYTHONPATH."""
     paths = f"{folder}{os.pathsep}{Path(hrm_ray.__file__).parents[1]}"
     return subprocess.run(
         [sys.executable, "-m", "hrm_ray.cli", *words],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": paths},
+        env=os.environ | {"PYTHONPATH": paths} | ({"HRM_RAY_TASKS": "my_puzzles"} if trusts else {}),
         capture_output=True,
         text=True,
     )
@@ -141,6 +141,8 @@ def test_a_task_of_ones_own_is_built_and_verified(latin):
     assert 60 < info["num_examples"] <= 120
     done = run_in(latin, "data", "verify", "data/latin")  # is_solution, of every row
     assert done.returncode == 0, done.stderr
+    done = run_in(latin, "data", "info", "data/latin", trusts=False)
+    assert done.returncode == 2 and "set HRM_RAY_TASKS=my_puzzles" in done.stderr, done.stderr
 
 
 @pytest.mark.ray

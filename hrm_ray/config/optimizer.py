@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -40,8 +40,10 @@ class OptimizerConfig(Settings):
         OptimizerConfig.classes[cls.model_fields["name"].default] = cls
 
     @abstractmethod
-    def build(self, parameters: Sequence[nn.Parameter], config: TrainConfig, backend: str) -> optim.Optimizer:
-        """The optimizer of `parameters`.
+    def build(
+        self, parameters: Mapping[str, nn.Parameter], config: TrainConfig, backend: str
+    ) -> optim.Optimizer:
+        """The optimizer of `parameters`, by name.
 
         Before every step, each of its groups gets the `lr` and `weight_decay` of that step. All that it remembers of a
         parameter is tensors in `state[parameter]`.

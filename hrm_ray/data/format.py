@@ -27,6 +27,10 @@ from hrm_ray.errors import UserError
 from hrm_ray.manifest import canonical, seal, unseal
 
 FORMAT_VERSION = 1
+IDENTIFIERS, TEST_PUZZLES = (
+    "identifiers.json",
+    "test_puzzles.json",
+)  # names of puzzle identifiers; the tasks tested
 UNFINISHED = "unfinished"  # a file that marks the folder of a build
 # All that a build writes; of a file that is being written, the name that it has until then.
 OUR_FILES = re.compile(
@@ -73,7 +77,7 @@ class Manifest(Settings):
 
     `recipe` is the whole recipe the data was built with (empty for imported data), `source_digest` the SHA-256 of
     what it was built from, `report` what the builder counted on the way (rows skipped, duplicates dropped, ...),
-    `extra_files` what lies beside the splits (imported data: identifiers.json).
+    `extra_files` what lies beside the splits (`IDENTIFIERS`, `TEST_PUZZLES`).
     """
 
     format_version: int = FORMAT_VERSION

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from hrm_ray.config.validate import Settings, abbreviated, in_one_line, nearest, read_yaml_file, validated
-from hrm_ray.data.tasks.base import Task, family_names, import_family
+from hrm_ray.data.tasks.base import Task, family_names, import_family, trust
 from hrm_ray.errors import UserError
 
 GENERATOR = "generator"
@@ -102,6 +102,7 @@ def recipe_class(task: Any) -> type[Recipe]:
         raise UserError(
             f"task={abbreviated(task)}: give the name of a puzzle family: {', '.join(family_names())}"
         )
+    trust(task)
     module = import_family(task)
     if hasattr(module, "__path__"):
         import_module(f"{module.__name__}.builder")

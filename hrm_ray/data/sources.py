@@ -253,9 +253,10 @@ def _checked(file: Path, task: Task, bad: BadRows, ratings: bool, chunk: Chunk) 
         if bad.wants_reasons:
             question = _plain(chunk.questions[i].as_py(), task)
             answer = _plain(chunk.answers[i].as_py() if chunk.answers is not None else None, task)
-            reason = (
-                task.problem(question, answer) or f"rating '{shown(rating_text[i].as_py())}' is no number"
-            )
+            reason = task.problem(question, answer) or ""
+            if not reason and ratings and not rated[i]:
+                reason = f"rating '{shown(rating_text[i].as_py())}' is no number"
+            reason = reason or f"question '{shown(question)}' is no puzzle of task {task.name}"
         bad.add(file, int(chunk.numbers[i]), reason)
     return Rows(questions, answers, values, chunk.numbers).take(good)
 

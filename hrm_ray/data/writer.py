@@ -188,7 +188,11 @@ class DatasetWriter:
         return SplitWriter(self.root, name, seq_len, cuts)
 
     def add_file(self, name: str, content: bytes) -> File:
-        """Write a file that belongs to no split."""
+        """Write a file that belongs to no split. Raises UserError for a name that later builds would not know again."""
+        if not OUR_FILES.fullmatch(name):
+            raise UserError(
+                f"a data set holds no file {name}; its builder may add identifiers.json and test_puzzles.json"
+            )
         with writing(self.out):
             write_durably(self.root / name, content)
         return File(file=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())

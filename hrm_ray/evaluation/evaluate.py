@@ -66,6 +66,8 @@ def evaluate(
     symmetries = dataset.task.symmetries(inference.votes) if inference.votes > 1 else None
     copies = copies_on(device, symmetries)
     scores = [score(dataset, inference, device) for score in scores_of(dataset.task.name)]
+    for score in scores:
+        score.is_whole = num_examples == examples.num_examples
     collected: dict[str, list[np.ndarray]] = {name: [] for name in save_outputs}
     was_training = model.training
     model.eval()

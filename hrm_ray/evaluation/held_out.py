@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hrm_ray.data.format import IDENTIFIERS, TEST_PUZZLES
 from hrm_ray.data.tasks.arc import as_grid
 from hrm_ray.errors import UserError, first_line, shown
 from hrm_ray.remote import filesystem_of, reaching
-
-IDENTIFIERS, TEST_PUZZLES = "identifiers.json", "test_puzzles.json"
 
 _NO_SOLUTION = [[0]]  # what the published builder writes where there is none
 

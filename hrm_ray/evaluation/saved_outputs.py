@@ -158,10 +158,13 @@ def count_votes(
             if on_rows:
                 on_rows(len(batch[0]))
         before, num_votes = num_votes, _num_votes(votes, held_out)
+        known = f"{saved.file}: {num_votes - before} of its {saved.num_rows} inputs are of test pairs of the data set"
         if num_votes == before:
+            raise UserError(f"{known}; give outputs of its test split")
+        if 2 * (num_votes - before) < saved.num_rows:
             raise UserError(
-                f"{saved.file}: none of its {saved.num_rows} inputs is of a test pair of the data set; give outputs of "
-                "its test split"
+                f"{known}: they are of another build, in which the puzzle identifiers mean other copies; give the data set "
+                "that the outputs are of"
             )
     return votes
 

@@ -2,7 +2,8 @@
 
 What always holds: answers are ranked by their number of votes; the mean of sigmoid(q_halt) decides between equal
 numbers, and what was seen first between equal means. Rows that several workers have counted, merged in the order of
-their ranks, give the same votes as one worker's: sums are exact. Only distinct answers are kept, never rows.
+their ranks, give the same votes as one worker's, but for the order of answers that are equal in both: sums are exact.
+Only distinct answers are kept, never rows.
 
 Source: the published evaluator (TRM, evaluators/arc.py), whose counts, ranks and means these are.
 """
@@ -76,6 +77,10 @@ class Votes:
                 self._colours[number, np.array(plan.colours) + FIRST_COLOUR] = np.arange(NUM_COLOURS)
         self._tasks = tasks
         self._polls: defaultdict[tuple[int, bytes], _Poll] = defaultdict(_Poll)
+
+    def reset(self) -> None:
+        """Forget all votes."""
+        self._polls.clear()
 
     def add(
         self,

@@ -72,7 +72,9 @@ def _published(folder: Path) -> Dataset:
     )
     dataset = Dataset(folder, folder, manifest)
     dataset.splits = {name: _PublishedSplit(folder, name, published) for name in published.sets}
-    if isinstance(dataset.task, Tokens):  # nothing in its arrays proves that they are of ARC, but they can be drawn so
+    if isinstance(
+        dataset.task, Tokens
+    ):  # nothing in its arrays proves that they are of ARC, but they can be drawn so
         first = next(iter(dataset.splits.values())).rows(np.zeros(1, np.int64))
         layout = manifest.vocab_size, manifest.seq_len, manifest.pad_id
         dataset.task = Arc.of_arrays(*layout, first["inputs"], first["labels"]) or dataset.task

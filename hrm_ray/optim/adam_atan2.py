@@ -15,7 +15,7 @@ Weight decay is decoupled and comes first: p *= 1 - lr * weight_decay.
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -430,9 +430,9 @@ class AdamATan2Config(OptimizerConfig):
     name: Literal["adam_atan2"] = "adam_atan2"
     """The optimizer; optimizer=NAME chooses it."""
 
-    def build(self, parameters: Sequence[nn.Parameter], config: TrainConfig, backend: str) -> AdamATan2:
+    def build(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig, backend: str) -> AdamATan2:
         return AdamATan2(
-            parameters,
+            parameters.values(),
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,

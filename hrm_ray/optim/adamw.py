@@ -1,6 +1,6 @@
 """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), torch's own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import nn, optim
@@ -18,8 +18,8 @@ class AdamWConfig(OptimizerConfig):
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
 
-    def build(self, parameters: Sequence[nn.Parameter], config: TrainConfig, backend: str) -> optim.AdamW:
+    def build(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig, backend: str) -> optim.AdamW:
         betas = config.beta1, config.beta2
         return optim.AdamW(
-            parameters, lr=config.lr, betas=betas, eps=self.eps, weight_decay=config.weight_decay
+            parameters.values(), lr=config.lr, betas=betas, eps=self.eps, weight_decay=config.weight_decay
         )

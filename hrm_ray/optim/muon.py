@@ -1,11 +1,12 @@
-"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices, torch's own; AdamW for the rest.
+"""Muon for the matrices inside, torch's own; AdamW for vectors, embeddings and output heads.
 
-Muon moves a matrix by its momentum made orthogonal. With `match_rms_adamw` (Moonshot AI 2025, arXiv:2502.16982) its
-step is as large as AdamW's, so that both can share one `lr`.
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) moves a matrix by its momentum made orthogonal. With
+`match_rms_adamw` (Moonshot AI 2025, arXiv:2502.16982) its step is as large as AdamW's, so that both share one `lr`.
 """
 
+import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,8 @@ from torch import nn, optim
 from hrm_ray.config.optimizer import OptimizerConfig
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import PositiveFloat, PositiveInt
+
+_AT_THE_ENDS = re.compile(r"embed|head\.")
 
 
 class MuonConfig(OptimizerConfig):
@@ -31,10 +34,11 @@ class MuonConfig(OptimizerConfig):
     eps: PositiveFloat = 1e-8
     """Of AdamW, for what is no matrix: added to the root of the second moment."""
 
-    def build(self, parameters: Sequence[nn.Parameter], config: TrainConfig, backend: str) -> "Muon":
+    def build(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig, backend: str) -> "Muon":
         shared: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-        matrices = [p for p in parameters if p.ndim == 2]
-        others = [p for p in parameters if p.ndim != 2]
+        of_muon = {name for name, p in parameters.items() if p.ndim == 2 and not _AT_THE_ENDS.search(name)}
+        matrices = [p for name, p in parameters.items() if name in of_muon]
+        others = [p for name, p in parameters.items() if name not in of_muon]
         parts: list[optim.Optimizer] = []
         if matrices:
             options: dict[str, Any] = {"momentum": self.momentum, "nesterov": self.nesterov}

@@ -73,6 +73,9 @@ class DatasetInfo(Settings):
     seq_len: int
     num_puzzle_identifiers: int
     fingerprint: str | None = None  # None: unknown, for an imported model
+    identifiers: str | None = (
+        None  # SHA-256 of identifiers.json, which names the puzzle identifiers, if there is one
+    )
 
 
 class Manifest(Settings):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hrm_ray.config.schema import TrainConfig
+from hrm_ray.data.tasks.base import TRUSTED
 from hrm_ray.errors import (
     NonFiniteLoss,
     OutOfMemory,
@@ -274,6 +275,11 @@ def _ray_settings(config: TrainConfig) -> dict[str, str]:
     return where_not_set(settings)
 
 
+def trusted_tasks() -> dict[str, str]:
+    """The setting by which workers import the tasks that this process may import."""
+    return {TRUSTED: os.environ[TRUSTED]} if TRUSTED in os.environ else {}
+
+
 def where_not_set(settings: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in settings.items() if name not in os.environ}
 
@@ -409,7 +415,9 @@ def _ray_trainer(
             storage_path=str(run / NOTES),
             failure_config=ray.train.FailureConfig(max_failures=config.failure.max_failures),
             # Ray lets them train in another thread than the first.
-            worker_runtime_env={"env_vars": {} if use_gpu else where_not_set(ONE_ARENA)},  # type: ignore[call-arg]
+            worker_runtime_env={
+                "env_vars": {**trusted_tasks(), **({} if use_gpu else where_not_set(ONE_ARENA))}
+            },  # type: ignore[call-arg]
         ),
     )
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn, optim
 
 from hrm_ray import machine
 from hrm_ray.config.schema import TrainConfig
+from hrm_ray.data import format as data_format
+from hrm_ray.data.format import IDENTIFIERS
 from hrm_ray.data.shards import Dataset
 from hrm_ray.errors import UserError
 from hrm_ray.machine import Setup
@@ -62,7 +64,7 @@ class TrainState:
         """A new run; the weights are a function of (config, seed)."""
         torch.manual_seed(config.seed)
         model = build_model(config.arch, dataset_info(dataset), setup, config.halting)
-        optimizer = config.optimizer.build(list(model.parameters()), config, setup.optimizer_backend)
+        optimizer = config.optimizer.build(dict(model.named_parameters()), config, setup.optimizer_backend)
         averages = {n: p.detach().clone() for n, p in model.inner.named_parameters()} if config.ema else {}
         touched = None
         if config.arch.puzzle_emb_ndim:
@@ -227,6 +229,11 @@ def check_weights_fit(checkpoint: Checkpoint, config: TrainConfig, dataset: Data
         ) from error
 
 
+def identifiers_of(manifest: data_format.Manifest) -> str | None:
+    """SHA-256 of the names of a data set's puzzle identifiers; None if they have none."""
+    return next((file.sha256 for file in manifest.extra_files if file.file == IDENTIFIERS), None)
+
+
 def dataset_info(dataset: Dataset) -> DatasetInfo:
     """What a checkpoint remembers of `dataset`."""
     manifest = dataset.manifest
@@ -237,6 +244,7 @@ def dataset_info(dataset: Dataset) -> DatasetInfo:
         seq_len=manifest.seq_len,
         num_puzzle_identifiers=manifest.num_puzzle_identifiers,
         fingerprint=dataset.fingerprint,
+        identifiers=identifiers_of(manifest),
     )
 
 

@@ -192,7 +192,7 @@ def run_folder(config: TrainConfig) -> Storage:
 def _dataset_and_plan(config: TrainConfig) -> tuple[Dataset, Plan]:
     """Raises UserError if they do not fit the configuration."""
     dataset = open_dataset(config.data_path)
-    check_best_metric(config.best_metric, dataset.task.name)
+    check_best_metric(config.best_metric, dataset)
     return dataset, Plan.of(config, dataset.split("train"))
 
 

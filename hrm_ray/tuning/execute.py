@@ -28,7 +28,7 @@ from hrm_ray.memory import ONE_ARENA
 from hrm_ray.nodes import Growth, Request, fit, growth, living, most, room
 from hrm_ray.ray_session import cluster_address, ray_session
 from hrm_ray.storage.storage import Storage
-from hrm_ray.training.ray_train import absolute, where_not_set
+from hrm_ray.training.ray_train import absolute, trusted_tasks, where_not_set
 from hrm_ray.training.trainer import run_folder
 from hrm_ray.tuning.trial import Trial
 from hrm_ray.tuning.view import View
@@ -450,5 +450,5 @@ def _environment() -> Iterator[None]:
 @contextmanager
 def session() -> Iterator[Growth | None]:
     """A Ray to work on; yields how far it can grow, None if that is not known."""
-    with ray_session(env_vars=where_not_set(ONE_ARENA)):
+    with ray_session(env_vars=where_not_set(ONE_ARENA) | trusted_tasks()):
         yield growth()

@@ -67,11 +67,11 @@ def arc(tmp_path_factory):
 def test_every_task_has_its_scores(mazes):
     assert scores_of("sudoku") == [Exact] and set(scores_of("maze")) == {Exact, Path}
     assert "eval/pass@2" in directions("arc") and "eval/pass@2" not in directions("maze")
-    check_best_metric("eval/valid_path", "maze")
+    check_best_metric("eval/valid_path", mazes)
     with pytest.raises(UserError, match="best_metric=eval/valid_pth is no metric of task maze; did you mean"):
-        check_best_metric("eval/valid_pth", "maze")
+        check_best_metric("eval/valid_pth", mazes)
     with pytest.raises(UserError, match="best_metric=eval/steps is no metric"):  # fewer are better
-        check_best_metric("eval/steps", "maze")
+        check_best_metric("eval/steps", mazes)
 
 
 def test_paths(mazes):

@@ -61,11 +61,13 @@ def build(name, parameters, **values):
 def test_muon_moves_matrices_by_orthogonal_steps_and_the_rest_as_adamw_does():
     torch.manual_seed(0)
     matrix, vector = nn.Parameter(torch.randn(8, 32)), nn.Parameter(torch.randn(8))
-    same = nn.Parameter(vector.detach().clone())
-    optimizer, adamw = build("muon", [matrix, vector], ns_steps=12), build("adamw", [same])
+    same, head = nn.Parameter(vector.detach().clone()), nn.Parameter(torch.randn(2, 8))
+    named = {"up.weight": matrix, "q_head.weight": head, "bias": vector}
+    optimizer, adamw = build("muon", named, ns_steps=12), build("adamw", {"bias": same})
     before = matrix.detach().clone()
     matrix.grad = torch.randn(8, 32)
     vector.grad = same.grad = torch.randn(8)
+    head.grad = torch.randn(2, 8)
     for group in (*optimizer.param_groups, *adamw.param_groups):
         group["lr"], group["weight_decay"] = 0.5, 0.0  # as the loop sets them at every step
     optimizer.step()
@@ -73,14 +75,15 @@ def test_muon_moves_matrices_by_orthogonal_steps_and_the_rest_as_adamw_does():
     assert torch.equal(vector, same)
     moved = torch.linalg.svdvals((before - matrix).detach())
     assert moved.min() / moved.max() > 0.5  # all directions alike, up to the few iterations
-    assert set(optimizer.state[matrix]) == {"momentum_buffer"} and "exp_avg" in optimizer.state[vector]
+    assert set(optimizer.state[matrix]) == {"momentum_buffer"}
+    assert "exp_avg" in optimizer.state[vector] and "exp_avg" in optimizer.state[head]
     optimizer.zero_grad()
     assert matrix.grad is None and vector.grad is None
 
 
 def test_an_optimizer_is_chosen_by_name():
     assert optimizer_names() == ["adam_atan2", "adamw", "muon"]
-    assert isinstance(build("adam_atan2", [nn.Parameter(torch.ones(2))]), AdamATan2)
+    assert isinstance(build("adam_atan2", {"bias": nn.Parameter(torch.ones(2))}), AdamATan2)
     config = train_config(["experiment=quickstart", "optimizer=muon", "optimizer.momentum=0.9"])
     assert (config.optimizer.name, config.optimizer.momentum) == ("muon", 0.9)
     assert train_config(["experiment=quickstart"]).optimizer.name == "adam_atan2"

@@ -6,10 +6,11 @@ question. A family that can be built from raw puzzles also has a recipe and a bu
 the same module or, where the module is a package, in its `builder`.
 """
 
+import os
 import pkgutil
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -194,12 +195,12 @@ class WrittenTask(Task):
         if len(fitting):
             tokens[fits] = self.encode(flat_bytes(fitting).reshape(-1, self.seq_len))
         good = (tokens != 0).all(axis=1)
-        if self.cells is None:
-            return tokens, good
         given = pc.greater(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False)
         for i in np.flatnonzero(given & ~good):  # the few that are not written as most are
-            if chars := self.cells.whole(raw[i].as_py()):  # spaces may be blanks
-                tokens[i], good[i] = self.parse(chars), True
+            text = raw[i].as_py()
+            chars = self.cells.whole(text) if self.cells else text  # spaces may be blanks
+            with suppress(UserError):
+                tokens[i], good[i] = self.parse(chars or ""), True
         return tokens, good
 
 
@@ -220,17 +221,30 @@ def family_names() -> list[str]:
     return sorted(name for name in names if name != "base")
 
 
+TRUSTED = "HRM_RAY_TASKS"  # the environment's list of packages, a comma between, whose tasks may be imported
+_named_here: set[str] = set()  # packages that a recipe of this process has named
+
+
+def trust(name: str) -> None:
+    """The user has named the task `name` by itself, not a file from elsewhere: its package may be imported."""
+    _named_here.add(name.partition(".")[0])
+
+
 def import_family(name: str) -> ModuleType:
-    """The module of the family `name`. Raises UserError: there is none, or it cannot be imported."""
+    """The module of the family `name`.
+
+    The name may be from the manifest of a data set or checkpoint of somebody else's, which is not to run code: a module
+    outside this package is imported only if the user has named its package (see `trust` and `TRUSTED`).
+
+    Raises:
+        UserError: there is none, it may not be imported, or cannot be.
+    """
     if "." in name:
-        path = name
-        try:
-            missing = find_spec(path) is None
-        except (ImportError, ValueError):  # the module above it is missing
-            missing = True
-        if missing:
+        path, package = name, name.partition(".")[0]
+        if package not in {*_named_here, *os.environ.get(TRUSTED, "").split(",")}:
             raise UserError(
-                f"task '{shown(name)}' is no module that Python finds; put its folder on PYTHONPATH, or install it"
+                f"task '{shown(name)}' is Python code; if the package {shown(package)} is yours or you trust it, set "
+                f"{TRUSTED}={shown(package)}"
             )
     else:
         path = f"{ROOM}.{name}"
@@ -238,6 +252,12 @@ def import_family(name: str) -> ModuleType:
             raise UserError(f"unknown task '{shown(name)}'; {nearest(name, family_names())}")
     try:
         return import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
+            raise UserError(f"task {name}: {path} cannot be imported: {error!r}") from error
+        raise UserError(
+            f"task '{shown(name)}' is no module that Python finds; put its folder on PYTHONPATH, or install it"
+        ) from None
     except Exception as error:  # code of the user's
         raise UserError(f"task {name}: {path} cannot be imported: {error!r}") from error
 

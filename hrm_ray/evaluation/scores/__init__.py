@@ -30,6 +30,7 @@ class Score(ABC):
 
     Attributes:
         names: the metrics that it may report, and which way each is better. What is not known is left out of a report.
+        is_whole: whether all examples of the split are evaluated, not some only.
     """
 
     classes: ClassVar[list[tuple[str | None, type["Score"]]]] = []
@@ -38,6 +39,8 @@ class Score(ABC):
 
     def __init_subclass__(cls, task: str | None = None) -> None:
         Score.classes.append((task, cls))
+
+    is_whole: bool = True
 
     def __init__(self, dataset: Dataset, inference: Inference, device: torch.device):
         """Begins an evaluation.
@@ -48,6 +51,11 @@ class Score(ABC):
             device: where batches and answers are.
         """
         self.dataset, self.inference, self.device = dataset, inference, device
+
+    @classmethod
+    def reported(cls, dataset: Dataset) -> Mapping[str, Direction]:
+        """Those of `names` that it reports for this data set."""
+        return cls.names
 
     @abstractmethod
     def add(self, batch: Batch, answers: Answers) -> None:
@@ -81,8 +89,14 @@ def directions(task: str | None = None) -> dict[str, Direction]:
     return {f"eval/{name}": way for score in chosen for name, way in score.names.items()}
 
 
-def check_best_metric(metric: str, task: str) -> None:
-    """Raise UserError unless a run on a data set of `task` can keep its best checkpoint by `metric`."""
-    known = [name for name, way in directions(task).items() if way == "maximize"]
+def check_best_metric(metric: str, dataset: Dataset) -> None:
+    """Raise UserError unless a run on `dataset` can keep its best checkpoint by `metric`."""
+    task = dataset.task.name
+    reported = {name: way for score in scores_of(task) for name, way in score.reported(dataset).items()}
+    known = [f"eval/{name}" for name, way in reported.items() if way == "maximize"]
+    if metric in directions(task) and metric.removeprefix("eval/") not in reported:
+        raise UserError(
+            f"best_metric={metric} is not known for {dataset.path}: it has no test tasks with solutions"
+        )
     if metric not in known:
         raise UserError(f"best_metric={metric} is no metric of task {task}; {nearest(metric, known)}")

@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch
 
 from hrm_ray.config.inference import Inference
+from hrm_ray.data.format import IDENTIFIERS, TEST_PUZZLES
 from hrm_ray.data.shards import Dataset
-from hrm_ray.evaluation.held_out import TEST_PUZZLES, HeldOut, read_held_out
+from hrm_ray.evaluation.held_out import HeldOut, read_held_out
 from hrm_ray.evaluation.pass_at_k import KS, pass_at_k
 from hrm_ray.evaluation.scores import Direction, Score
 from hrm_ray.evaluation.votes import State, Votes
@@ -16,7 +17,11 @@ from hrm_ray.models.inference import Answers
 
 
 class PassAtK(Score, task="arc"):
-    """Votes of the evaluation's own rows. Nothing is reported where the data set has no test tasks."""
+    """Votes of the evaluation's own rows.
+
+    Nothing is reported where the data set has no test tasks. Of an evaluation of some rows only, the tasks count all of
+    whose test pairs were seen.
+    """
 
     names: ClassVar[Mapping[str, Direction]] = {
         **{f"{kind}@{k}": "maximize" for kind in ("pass", "hrm_pass") for k in KS},
@@ -26,7 +31,7 @@ class PassAtK(Score, task="arc"):
     def __init__(self, dataset: Dataset, inference: Inference, device: torch.device):
         super().__init__(dataset, inference, device)
         self.held_out: HeldOut | None = None
-        if (dataset.root / TEST_PUZZLES).is_file():
+        if self.reported(dataset):
             self.held_out = read_held_out(str(dataset.root))
         self.votes = Votes(self.held_out.names if self.held_out else [])
 
@@ -42,6 +47,16 @@ class PassAtK(Score, task="arc"):
     def metrics(self, states: Sequence[State]) -> dict[str, float]:
         if self.held_out is None:
             return {}
-        self.votes = Votes(self.held_out.names)
+        self.votes.reset()
         self.votes.merge(states)
-        return pass_at_k(self.votes, self.held_out)
+        seen = {
+            task: pairs
+            for task, pairs in self.held_out.tasks.items()
+            if self.is_whole or all(self.votes.num_votes(task, pair.input) for pair in pairs)
+        }
+        return pass_at_k(self.votes, self.held_out._replace(tasks=seen))
+
+    @classmethod
+    def reported(cls, dataset: Dataset) -> Mapping[str, Direction]:
+        has_tasks = all((dataset.root / name).is_file() for name in (IDENTIFIERS, TEST_PUZZLES))
+        return cls.names if has_tasks else {}

@@ -21,13 +21,12 @@ from pydantic import Field, field_validator, model_validator
 from tqdm import tqdm
 
 from hrm_ray.data.builder import Builder, Examples, Part, Workers
-from hrm_ray.data.format import from_tokens, to_tokens
+from hrm_ray.data.format import IDENTIFIERS, TEST_PUZZLES, from_tokens, to_tokens
 from hrm_ray.data.recipe import Recipe
 from hrm_ray.data.tasks.arc import BLANK_NAME, Arc, Plan, format_name
 from hrm_ray.data.tasks.arc.source import ArcSource, ArcTask, Grids
 from hrm_ray.errors import shown
 
-IDENTIFIERS, TEST_PUZZLES = "identifiers.json", "test_puzzles.json"
 _ROWS_PER_TASK = 4_096  # rows that are written at once, 7 MB
 _LISTED = 5  # names in a note
 
@@ -210,7 +209,9 @@ class ArcBuilder(Builder, recipe=ArcRecipe):
         found = [
             f"{task.subset}/{task.id}: {trained[pair]}"
             for task in test
-            for pair in (_bytes_of(*pair) for pair in task.test[: len(task.test) - task.num_unsolved])
+            for pair in (
+                _bytes_of(*pair) for pair, solved in zip(task.test, task.is_solved, strict=True) if solved
+            )
             if pair in trained
         ]
         ids = {task.id for task in test}
@@ -225,7 +226,7 @@ class ArcBuilder(Builder, recipe=ArcRecipe):
         self._report["training_tasks_with_the_name_of_a_test_task"] = shared
         if found:
             self._notes.append(
-                f"{len(found)} test pair(s) are trained on as well, in another task: {_listed(found)}; leave those "
+                f"{len(found)} test pair(s) are among the training pairs as well: {_listed(found)}; leave those "
                 "tasks out, or read their accuracy with care"
             )
         if shared:
@@ -233,7 +234,7 @@ class ArcBuilder(Builder, recipe=ArcRecipe):
                 f"{len(shared)} task(s) of other subsets have the name, and so the identifiers, of a test task: "
                 f"{_listed(shared)}"
             )
-        unsolved = sum(task.num_unsolved for task in test)
+        unsolved = sum(not solved for task in test for solved in task.is_solved)
         self._report["test_pairs_without_solution"] = unsolved
         if unsolved:
             self._notes.append(

@@ -42,14 +42,14 @@ class ArcTask:
     Attributes:
         id: its name; subset: where it is from.
         train, test: pairs of grids, uint8 [h, w] each.
-        num_unsolved: how many test pairs have no solution; their output is one cell of colour 0.
+        is_solved: whether each test pair has a solution; the output of the others is one cell of colour 0.
     """
 
     id: str
     subset: str
     train: tuple[tuple[np.ndarray, np.ndarray], ...]
     test: tuple[tuple[np.ndarray, np.ndarray], ...]
-    num_unsolved: int
+    is_solved: tuple[bool, ...]
 
     @cached_property
     def grids(self) -> Grids:
@@ -190,10 +190,10 @@ def _task(id: str, subset: str, value: Any, solutions: Any, where: str) -> ArcTa
         parts["test"] = [
             {**pair, "output": answer} for pair, answer in zip(parts["test"], solutions, strict=True)
         ]
-    num_unsolved = sum("output" not in pair for pair in parts["test"])
+    is_solved = tuple("output" in pair for pair in parts["test"])
     parts["test"] = [{"output": UNKNOWN, **pair} for pair in parts["test"]]
     read = {part: tuple(_pairs(pairs, part, where)) for part, pairs in parts.items()}
-    return ArcTask(id, subset, read["train"], read["test"], num_unsolved)
+    return ArcTask(id, subset, read["train"], read["test"], is_solved)
 
 
 def _pairs(pairs: list[dict[str, Any]], part: str, where: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
