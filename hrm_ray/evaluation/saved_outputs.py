@@ -150,21 +150,23 @@ def count_votes(
     votes = Votes(held_out.names)
     num_votes = 0
     for saved in files:
+        num_puzzles = 0  # rows that are no padding
         for batch in saved.batches():
             try:
                 votes.add(*batch)
             except UserError as error:
                 raise UserError(f"{saved.file}: {error}") from None
+            num_puzzles += int((batch[2] != 0).sum())
             if on_rows:
                 on_rows(len(batch[0]))
         before, num_votes = num_votes, _num_votes(votes, held_out)
         known = f"{saved.file}: {num_votes - before} of its {saved.num_rows} inputs are of test pairs of the data set"
         if num_votes == before:
             raise UserError(f"{known}; give outputs of its test split")
-        if 2 * (num_votes - before) < saved.num_rows:
+        if 2 * (num_votes - before) < num_puzzles:
             raise UserError(
-                f"{known}: they are of another build, in which the puzzle identifiers mean other copies; give the data set "
-                "that the outputs are of"
+                f"{known}: they are of another build, in which the puzzle identifiers mean other copies; give the data "
+                "set that the outputs are of"
             )
     return votes
 

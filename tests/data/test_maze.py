@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hrm_ray.data.builder import builder_of
 from hrm_ray.data.dihedral import turned
 from hrm_ray.data.pipeline import build
+from hrm_ray.data.puzzle_files import PuzzleFile
 from hrm_ray.data.recipe import load_recipe
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.data.tasks.base import get_task
@@ -208,3 +209,21 @@ def test_recipes_that_do_not_fit(values, problem):
             "maze_small", {**dict.fromkeys(("num_train", "num_test", "size", "source"), None), **values}
         )
     assert problem in str(caught.value)
+
+
+def test_a_maze_over_several_lines_is_read(tmp_path):
+    rows = [QUESTION[i : i + 4] for i in range(0, 16, 4)], [ANSWER[i : i + 4] for i in range(0, 16, 4)]
+    question, answer = ("\n".join(part) for part in rows)
+    (tmp_path / "mazes.csv").write_text(f'question,answer\n"{question}","{answer}"\n{QUESTION},{ANSWER}\n')
+    recipe = MazeRecipe(source=str(tmp_path / "mazes.csv"), size=4, num_test=0)
+    build(recipe, tmp_path / "data", show_progress=False)
+    split = open_dataset(tmp_path / "data").split("train")
+    labels = split.rows(np.arange(2))["labels"]
+    np.testing.assert_array_equal(labels[0], labels[1])
+
+
+def test_drawings_in_a_text_file_are_read(tmp_path):
+    drawing = "\n".join(QUESTION[i : i + 4] for i in range(0, 16, 4))
+    (tmp_path / "mazes.txt").write_text(f"{drawing}\n\n{QUESTION}\n")
+    texts = [text for _, text in PuzzleFile(tmp_path / "mazes.txt", SMALL).questions()]
+    assert [SMALL.parse(text).tolist() for text in texts] == 2 * [SMALL.parse(QUESTION).tolist()]

@@ -1,6 +1,7 @@
 """Scores: what each task reports, from one worker and from several."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -182,3 +183,44 @@ def test_a_visit_moves_both_grids_of_an_example_together(arc):
         assert corners[0] == corners[1]
         moved += corners[0] != (0, 0)
     assert moved > 10
+
+
+def test_a_model_is_not_used_with_the_identifiers_of_another_build(tmp_path, arc):
+    """As many identifiers, that mean other copies."""
+    recipe = ArcRecipe(**json.loads(json.dumps(arc.manifest.recipe)) | {"seed": 7})
+    build(recipe, tmp_path / "other", show_progress=False)
+    config = TrainConfig(**toy_config(arc.path, tmp_path / "runs", max_steps=1, num_eval_examples=4))
+    trainer.train(config, show_progress=False)
+    solver = api.load(tmp_path / "runs/toy")
+    with pytest.raises(UserError, match="other is another build than the one"):
+        solver.evaluate(tmp_path / "other")
+    assert solver.evaluate(arc.path, num_examples=4)[0]["accuracy"] >= 0
+
+
+def test_of_some_rows_the_tasks_count_that_were_seen(arc):
+    split = arc.split("test")
+    rows = split.rows(np.arange(split.num_examples))
+    first = json.loads((arc.root / "identifiers.json").read_text())[rows["puzzle_identifiers"][0]]
+    num_of_first = len(json.loads((arc.root / "test_puzzles.json").read_text())[first]["test"])
+    score = PassAtK(arc, AS_TRAINED, CPU)
+    score.is_whole = False
+    part = slice(0, num_of_first)
+    score.add(batch_of(rows).rows(part), answers_of(rows["labels"][part], np.zeros(num_of_first)))
+    assert score.metrics([score.state()])["pass@1"] == 1.0
+
+
+def test_what_is_not_known_of_a_data_set_is_no_best_metric(arc, tmp_path):
+    check_best_metric("eval/pass@2", arc)
+    shutil.copytree(arc.root, tmp_path / "data")
+    (tmp_path / "data" / "test_puzzles.json").unlink()
+    without = SimpleNamespace(task=arc.task, root=tmp_path / "data", path="data")
+    with pytest.raises(UserError, match="best_metric=eval/pass@2 is not known for data"):
+        check_best_metric("eval/pass@2", without)
+
+
+def test_hiding_identifiers_from_a_model_without_any_is_refused(tmp_path, mazes):
+    arch = toy_config(tmp_path, tmp_path)["arch"] | {"puzzle_emb_ndim": 0}
+    config = TrainConfig(**toy_config(mazes.path, tmp_path / "runs", arch=arch, max_steps=1))
+    trainer.train(config, show_progress=False)
+    with pytest.raises(UserError, match="ablate=puzzle_id: this model has no embedding of puzzles"):
+        api.load(tmp_path / "runs/toy").evaluate(mazes.path, hides_identifiers=True)

@@ -155,8 +155,8 @@ def without(name: str) -> dict[str, np.ndarray]:
         ),
         (arrays() | {"puzzle_identifiers": np.array([1, -1, 1])}, "puzzle identifier -1"),
         (arrays() | {"q_halt_logits": np.array([0, 0, np.nan])}, "q_halt_logits of row 2 is not a number"),
-        (arrays() | {"inputs": arrays()["preds"]}, "none of its 3 inputs is of a test pair of the data set"),
-        (arrays() | {"puzzle_identifiers": np.zeros(3, int)}, "none of its 3 inputs is of a test pair"),
+        (arrays() | {"inputs": arrays()["preds"]}, "0 of its 3 inputs are of test pairs of the data set"),
+        (arrays() | {"puzzle_identifiers": np.zeros(3, int)}, "0 of its 3 inputs are of test pairs"),
     ],
 )
 def test_outputs_that_cannot_be_counted(here, capsys, content, message):
@@ -243,3 +243,16 @@ def test_what_a_submission_may_replace(here, capsys):
     Path("link.json").symlink_to("nowhere")
     assert "link.json is there, and no submission" in said(capsys, *words, "submission=link.json")
     assert "cannot write to /proc/s.json" in said(capsys, *words, "submission=/proc/s.json")
+
+
+def test_outputs_of_another_build_are_refused(here, capsys):
+    """Numbers that exist, but mean other copies: few of the inputs are then those of test pairs."""
+    mixed = arrays(5)
+    mixed["inputs"][1:4] = place(OTHER)
+    np.savez("outputs.npz", **mixed)
+    assert "2 of its 5 inputs are of test pairs of the data set: they are of another build" in said(
+        capsys, "outputs.npz", "data=data"
+    )
+    mixed["puzzle_identifiers"][1:4] = 0  # padding, which is no puzzle
+    np.savez("outputs.npz", **mixed)
+    assert main(["vote", "outputs.npz", "data=data", "--json"]) == 0
