@@ -45,11 +45,10 @@ class MazeRecipe(RowRecipe):
     def make_task(self) -> Maze | None:
         return None if self.size is None else Maze(self.size)
 
-    def of_generator(self) -> tuple[str, ...]:
-        return *super().of_generator(), "size"
-
     @model_validator(mode="after")
     def _ranges_fit(self) -> Self:
+        if self.source == GENERATOR and self.size is None:
+            raise ValueError("'size' is not given; source=generator needs size=NUMBER")
         if self.source == GENERATOR and not self.path[0] <= self.path[1]:
             raise ValueError(f"min_path={self.path[0]} is above max_path={self.path[1]}")
         if self.walls[0] > self.walls[1]:
