@@ -181,7 +181,7 @@ def test_leaks_missing_copies_and_missing_solutions_are_said(tmp_path, capsys):
     values = {"source": str(tmp_path), "subsets": ["a", "b"], "test_subset": "b"}
     dataset = made(tmp_path / "data", show_progress=True, num_aug=3, **values)
     said = capsys.readouterr().err
-    assert "1 test pair(s) are trained on as well, in another task: b/two: a/one" in said
+    assert "1 test pair(s) are among the training pairs as well: b/two: a/one" in said
     assert "1 task(s) of other subsets have the name, and so the identifiers, of a test task: a/two" in said
     assert dataset.manifest.report["test_pairs_also_trained_on"] == ["b/two: a/one"]
 

@@ -133,7 +133,7 @@ def test_a_published_maze_is_recognised(tmp_path):
     )
     for name, text in (("inputs", QUESTION), ("labels", ANSWER)):
         np.save(tmp_path / "train" / f"all__{name}.npy", SMALL.parse(text)[None].astype(arrays[name].dtype))
-    assert (open_any(tmp_path).task.name, open_any(tmp_path).manifest.task) == ("maze", "tokens")
+    assert (open_any(tmp_path).task.name, open_any(tmp_path).manifest.task) == ("maze", "maze")
 
 
 def test_groups_are_evenly_spread_and_copies_the_first(tmp_path):
