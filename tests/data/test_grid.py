@@ -1,6 +1,8 @@
 """Grids of one's own: what is read from the data, symmetries by declaration, frames, and reasoning-gym's puzzles."""
 
 import importlib
+import os
+import subprocess
 import sys
 from functools import partial
 from itertools import pairwise
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hrm_ray
 from hrm_ray.data.builder import builder_of
 from hrm_ray.data.dihedral import turned
 from hrm_ray.data.pipeline import build
@@ -396,8 +399,19 @@ def test_puzzles_of_reasoning_gym(fake):
 
 @pytest.mark.ray
 def test_puzzles_of_reasoning_gym_on_ray(fake, tmp_path):
-    source = "reasoning_gym:binary_matrix"
-    dataset = built(tmp_path, source, num_train=40, num_test=10)
+    """In a process of its own, whose Ray begins with the fixture's environment; this one may have another by now."""
+    recipe = "task: grid\nsource: reasoning_gym:binary_matrix\nnum_train: 40\nnum_test: 10\n"
+    (tmp_path / "gym.yaml").write_text(recipe)
+    paths = f"{os.environ['PYTHONPATH']}{os.pathsep}{Path(hrm_ray.__file__).parents[1]}"
+    words = ["data", "build", f"recipe={tmp_path / 'gym.yaml'}", f"out={tmp_path / 'data'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "hrm_ray.cli", *words],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    dataset = open_dataset(tmp_path / "data")
     np.testing.assert_array_equal(rows_of(dataset, "test")["inputs"], gym_parts()[1]["test"][:, :4])
 
 
