@@ -61,6 +61,7 @@ def _wait_for(condition, what: str, timeout_s: float = 120):
     return value
 
 
+@pytest.mark.long  # and `test_the_life_of_a_job` stops one too
 def test_ray_job_stop_ends_with_a_checkpoint_and_the_same_job_continues(tmp_path, head):
     from ray.job_submission import JobStatus, JobSubmissionClient
 
