@@ -1,6 +1,5 @@
 """Every optimizer: a run of it continues bit for bit, and on two workers as on one."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -34,8 +33,8 @@ def trained(config):
 def test_a_run_continues_bit_for_bit(tmp_path, data, name):
     values = {"optimizer": {"name": name}, "max_steps": 8}
     step, whole = trained(toy_config(data, tmp_path / "whole", **values))
-    trained(toy_config(data, tmp_path / "parts", **values | {"max_steps": 5}))
-    assert (step, whole) != (5, None)
+    first, _ = trained(toy_config(data, tmp_path / "parts", **values | {"max_steps": 5}))
+    assert first == 5
     again, parts = trained(toy_config(data, tmp_path / "parts", **values))
     assert again == step == 8
     for file, tensors in whole.items():
@@ -113,4 +112,4 @@ def test_a_run_does_not_change_its_optimizer(tmp_path, data):
     trained(config)
     with pytest.raises(UserError, match="was trained with optimizer=adam_atan2, not adamw"):
         trained(config | {"optimizer": {"name": "adamw"}, "max_steps": 4})
-    assert np.isfinite(trained(config | {"max_steps": 3})[0])
+    assert trained(config | {"max_steps": 3})[0] == 3  # with its own it goes on
