@@ -8,13 +8,13 @@ same name under `config/arch/`. Its configuration derives from `ArchConfig` and 
 import importlib
 import math
 import pkgutil
-from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from hrm_ray.config.validate import Settings, abbreviated, known_keys, nearest
+from hrm_ray.config.choice import chosen_by_name
+from hrm_ray.config.validate import Settings, nearest
 from hrm_ray.errors import UserError
 
 ROOM = "hrm_ray.models"  # where the architectures are
@@ -109,16 +109,7 @@ def arch_class(name: str) -> type[ArchConfig]:
     return known[name]
 
 
-def _as_its_class(values: Any) -> Any:
-    if not isinstance(values, Mapping):
-        return values
-    kind = arch_class(values.get("name", DEFAULT_ARCH))
-    for key in values:
-        if key not in kind.model_fields:
-            hint = nearest(f"arch.{key}", known_keys(kind, "arch."), kind.listed_by)
-            raise ValueError(f"unknown key {abbreviated(f'arch.{key}')}; {hint}")
-    return kind.model_validate(dict(values))
-
-
 # The field of a configuration that holds any architecture.
-Arch = Annotated[SerializeAsAny[ArchConfig], BeforeValidator(_as_its_class)]
+Arch = Annotated[
+    SerializeAsAny[ArchConfig], BeforeValidator(chosen_by_name("arch", arch_class, DEFAULT_ARCH))
+]

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, SerializeAsAny
 
-from hrm_ray.config.validate import Settings, abbreviated, known_keys, nearest
+from hrm_ray.config.choice import chosen_by_name
+from hrm_ray.config.validate import Settings, nearest
 from hrm_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,16 +74,8 @@ def default_optimizer() -> OptimizerConfig:
     return optimizer_class(DEFAULT_OPTIMIZER).model_validate({})
 
 
-def _as_its_class(values: Any) -> Any:
-    if not isinstance(values, Mapping):
-        return values
-    kind = optimizer_class(values.get("name", DEFAULT_OPTIMIZER))
-    for key in values:
-        if key not in kind.model_fields:
-            hint = nearest(f"optimizer.{key}", known_keys(kind, "optimizer."))
-            raise ValueError(f"unknown key {abbreviated(f'optimizer.{key}')}; {hint}")
-    return kind.model_validate(dict(values))
-
-
 # The field of a configuration that holds any optimizer.
-Optimizer = Annotated[SerializeAsAny[OptimizerConfig], BeforeValidator(_as_its_class)]
+Optimizer = Annotated[
+    SerializeAsAny[OptimizerConfig],
+    BeforeValidator(chosen_by_name("optimizer", optimizer_class, DEFAULT_OPTIMIZER)),
+]
