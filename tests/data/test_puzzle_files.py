@@ -465,7 +465,7 @@ BAD = {
         "a,b\n1,2",
         "has no column 'question' (it has: a, b), and none that holds",
     ),
-    "answer of another": ("a.csv", f"q,a\n{Q},{A2}", f"line 2: answer '{A2}' does not fit its question"),
+    "answer of another": ("a.csv", f"q,a\n{Q},{A2}", f"line 2: answer '{A2}': it does not fit its question"),
     "extra field far below": (
         "a.csv",
         "q,a\n" + f"{Q},{A}\n" * 300 + "1,2,3\x1b[31m",

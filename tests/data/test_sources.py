@@ -88,15 +88,15 @@ BAD_ROWS = {
     "contradicting clues": ("web,11" + "." * 14 + ",,1", "its clues contradict: 1 twice in row 1"),
     "answer of another question": (
         f"web,{blanked(SOLVED, 3)},{OTHER},1",
-        f"answer '{OTHER}' does not fit its question: clue in row 1, column 1 differs",
+        f"answer '{OTHER}': it does not fit its question: clue in row 1, column 1 differs",
     ),
     "answer wrong": (
         f"web,{blanked(SOLVED, 15)},{SOLVED[:-1]}2,1",
-        f"answer '{SOLVED[:-1]}2' is no solution: 2 twice in row 4",
+        f"answer '{SOLVED[:-1]}2': it is no solution: 2 twice in row 4",
     ),
     "answer incomplete": (
         f"web,{blanked(SOLVED, 0)},.{SOLVED[1:]},1",
-        f"answer '.{SOLVED[1:]}' is not complete",
+        f"answer '.{SOLVED[1:]}': it is not complete",
     ),
     "answer too short": (
         f"web,{blanked(SOLVED, 0)},{SOLVED[1:]},1",
@@ -171,7 +171,7 @@ def test_folder(tmp_path):
 def test_a_question_that_is_solved_already_is_none(tmp_path):
     """It is the answer of another one, in a layout that nobody has thought of."""
     (tmp_path / "a.json").write_text(f'[["{blanked(SOLVED, 1)}", "{SOLVED}"]]')
-    assert message(tmp_path / "a.json").startswith(f"a.json, entry 2: question '{SOLVED}' has no blank; ")
+    assert message(tmp_path / "a.json").startswith(f"a.json, entry 2: question '{SOLVED}': it has no blank; ")
     _, bad = read(tmp_path / "a.json", skip=True)
     assert bad.count == 1
 

@@ -134,19 +134,31 @@ class Task(ABC):
         """What is wrong with a puzzle as far as can be seen without solving it, in words; None: nothing."""
         try:
             inputs = self.parse(question)
-            if contradiction := self.contradiction(inputs):
-                return f"question: {contradiction}"
         except UserError as error:
-            return f"question: {error}"
+            return f"{self.quoted('question', question)}: {error}"
+        if wrong := self.why_no_question(inputs):
+            return f"{self.quoted('question', question)}: {wrong}"
         if not answer:
             return None
         try:
             outputs = self.parse(answer)
         except UserError as error:
-            return f"answer: {error}"
+            return f"{self.quoted('answer', answer)}: {error}"
         if self.checkable and not self.is_solution(inputs[None], outputs[None])[0]:
-            return "answer: it does not solve the question"
+            return f"{self.quoted('answer', answer)}: {self.why_no_solution(inputs, outputs)}"
         return None
+
+    def quoted(self, what: str, text: str) -> str:
+        """How a message names a question or an answer; with its text where that is short."""
+        return what
+
+    def why_no_question(self, question: np.ndarray) -> str | None:
+        """Why a question (uint8[seq_len]) in a file is none, in words; None: nothing is wrong."""
+        return self.contradiction(question)
+
+    def why_no_solution(self, question: np.ndarray, answer: np.ndarray) -> str:
+        """Why an answer that is no solution (both uint8[seq_len]) is none, in words."""
+        return "it does not solve the question"
 
     @classmethod
     def of_arrays(

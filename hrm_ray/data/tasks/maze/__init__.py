@@ -140,25 +140,11 @@ class Maze(WrittenTask):
             np.ascontiguousarray(np.where(known, outputs, 0), np.uint8),
         )
 
-    def problem(self, question: str, answer: str | None = None) -> str | None:
-        try:
-            inputs = self.parse(question)
-        except UserError as error:
-            return f"question: {error}"
-        if contradiction := self.contradiction(inputs):
-            return f"question: {contradiction}"
-        if not answer:
-            return None
-        try:
-            outputs = self.parse(answer)
-        except UserError as error:
-            return f"answer: {error}"
-        if self.is_solution(inputs[None], outputs[None])[0]:
-            return None
-        changed = np.flatnonzero((inputs != outputs) & ~((inputs == FREE) & (outputs == PATH)))
+    def why_no_solution(self, question: np.ndarray, answer: np.ndarray) -> str:
+        changed = np.flatnonzero((question != answer) & ~((question == FREE) & (answer == PATH)))
         if len(changed):
-            return f"answer: {self._place(int(changed[0]))} is not as in the question"
-        return "answer: the path does not connect start and goal"
+            return f"{self._place(int(changed[0]))} is not as in the question"
+        return "the path does not connect start and goal"
 
     def contradiction(self, question: np.ndarray) -> str | None:
         for token, what in ((START, "start (S)"), (GOAL, "goal (G)")):

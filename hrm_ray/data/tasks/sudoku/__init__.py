@@ -149,30 +149,24 @@ class Sudoku(WrittenTask):
             solved[part] = valid & ((given == answer) | (given == BLANK)).all(axis=1)
         return solved
 
-    def problem(self, question: str, answer: str | None = None) -> str | None:
-        try:
-            inputs = self.parse(question)
-        except UserError as error:
-            return f"question '{shown(question)}': {error}"
-        if contradiction := self.contradiction(inputs):
-            return f"question '{question}': its clues contradict: {contradiction}"
-        if not (inputs == BLANK).any():
-            return f"question '{question}' has no blank; is it the answer of another? Give both as one row"
-        if not answer:
-            return None
-        try:
-            outputs = self.parse(answer)
-        except UserError as error:
-            return f"answer '{shown(answer)}': {error}"
-        if self.is_solution(inputs[None], outputs[None])[0]:
-            return None
-        differ = np.flatnonzero((inputs != outputs) & (inputs != BLANK))
+    def quoted(self, what: str, text: str) -> str:
+        return f"{what} '{shown(text)}'"
+
+    def why_no_question(self, question: np.ndarray) -> str | None:
+        if contradiction := self.contradiction(question):
+            return f"its clues contradict: {contradiction}"
+        if not (question == BLANK).any():
+            return "it has no blank; is it the answer of another? Give both as one row"
+        return None
+
+    def why_no_solution(self, question: np.ndarray, answer: np.ndarray) -> str:
+        differ = np.flatnonzero((question != answer) & (question != BLANK))
         if len(differ):
             row, col = divmod(int(differ[0]), self.size)
-            return f"answer '{answer}' does not fit its question: clue in row {row + 1}, column {col + 1} differs"
-        if (outputs == BLANK).any():
-            return f"answer '{answer}' is not complete"
-        return f"answer '{answer}' is no solution: {self.contradiction(outputs)}"
+            return f"it does not fit its question: clue in row {row + 1}, column {col + 1} differs"
+        if (answer == BLANK).any():
+            return "it is not complete"
+        return f"it is no solution: {self.contradiction(answer)}"
 
     def contradiction(self, question: np.ndarray) -> str | None:
         cells_of_unit, _ = self._geometry
