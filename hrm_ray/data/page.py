@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from hrm_ray.data.drawing import RIGHT, WRONG, as_grid, row_width, used
+from hrm_ray.data.format import IDENTIFIERS
 from hrm_ray.data.shards import Dataset, Split
 from hrm_ray.errors import UserError
 from hrm_ray.html import document
 
-IDENTIFIERS = "identifiers.json"
 MAX_EXAMPLES = 12  # of a puzzle
 MAX_CELLS = 4_000_000  # in a page, about its size in bytes
 

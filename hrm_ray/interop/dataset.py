@@ -26,7 +26,7 @@ from pydantic import Field
 
 from hrm_ray.config.validate import Settings, validated
 from hrm_ray.data.files import sha256
-from hrm_ray.data.format import Manifest, SplitInfo
+from hrm_ray.data.format import IDENTIFIERS, TEST_PUZZLES, Manifest, SplitInfo
 from hrm_ray.data.placing import is_remote, placed
 from hrm_ray.data.tasks.base import Task, family_names, task_class
 from hrm_ray.data.tasks.tokens import Tokens
@@ -36,7 +36,7 @@ from hrm_ray.interop.files import check_regular, read_bytes
 from hrm_ray.manifest import MANIFEST
 from hrm_ray.published import DATASET_FILE, SPLITS, dataset_hint
 
-BESIDE = "identifiers.json", "test_puzzles.json"
+BESIDE = IDENTIFIERS, TEST_PUZZLES
 INT32_MAX = 2**31 - 1  # puzzles, groups and identifiers are int32 columns
 
 _MAX_ABOUT_BYTES, _MAX_BESIDE_BYTES = 10_000_000, 1_000_000_000
