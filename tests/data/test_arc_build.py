@@ -247,3 +247,14 @@ def test_solutions_must_fit(tmp_path):
     write_task(tmp_path, "a", {"one": TASK}, {})
     with pytest.raises(UserError, match=r"a_solutions\.json has no solution for it"):
         made(tmp_path / "data", source=str(tmp_path), subsets=["a"], test_subset="a")
+
+
+def test_two_files_of_a_subset_are_one_too_many(tmp_path):
+    for prefix in ("x", "y"):
+        write_task(tmp_path, f"{prefix}_a", {"one": TASK}, {"one": [[[1]]]})
+    with pytest.raises(UserError, match="holds several files of subset a"):
+        made(tmp_path / "data", source=str(tmp_path), subsets=["a"], test_subset="a")
+    (tmp_path / "y_a_challenges.json").unlink()
+    (tmp_path / "x_a_challenges.json").write_text("[")
+    with pytest.raises(UserError, match=r"x_a_challenges\.json is no valid JSON"):
+        made(tmp_path / "data", source=str(tmp_path), subsets=["a"], test_subset="a")

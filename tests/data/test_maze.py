@@ -227,3 +227,18 @@ def test_drawings_in_a_text_file_are_read(tmp_path):
     (tmp_path / "mazes.txt").write_text(f"{drawing}\n\n{QUESTION}\n")
     texts = [text for _, text in PuzzleFile(tmp_path / "mazes.txt", SMALL).questions()]
     assert [SMALL.parse(text).tolist() for text in texts] == 2 * [SMALL.parse(QUESTION).tolist()]
+
+
+@pytest.mark.parametrize(
+    "values, problem",
+    [
+        ({"size": 4, "min_path": 16}, "no 4x4 maze with a path of 16 to 16 steps found in 20000 tries"),
+        ({"size": 2, "num_train": 500}, "found only"),
+    ],
+)
+def test_mazes_that_there_are_not_are_one_line(tmp_path, values, problem):
+    with pytest.raises(UserError) as caught:
+        build(
+            MazeRecipe(**GENERATED | {"source": "generator"} | values), tmp_path / "data", show_progress=False
+        )
+    assert problem in str(caught.value) and not (tmp_path / "data").exists()
