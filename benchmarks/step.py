@@ -37,12 +37,12 @@ from benchmarks.clock import in_turns, medians_ms
 from benchmarks.machine import a_product, peak_tflops
 from hrm_ray import machine, memory
 from hrm_ray.errors import UserError, first_line
+from hrm_ray.halting.base import Control
 from hrm_ray.models import act as act_module
 from hrm_ray.models import attention as attention_module
 from hrm_ray.models import layers, losses
 from hrm_ray.models.act import ACT, Batch, Carry
 from hrm_ray.models.compiled import compile_recursion, reason
-from hrm_ray.models.halting import Control
 from hrm_ray.models.hrm_v1 import HRMConfig
 from hrm_ray.models.recursive import RecursiveModel
 from hrm_ray.models.registry import build_model
@@ -154,7 +154,7 @@ def make_step(
     optimizer = AdamATan2(model.parameters(), backend=setup.optimizer_backend)
     tokens = torch.randint(1, size + 2, (batch_size, size * size), device=setup.device)
     batch = Batch(tokens.int(), tokens, torch.zeros(batch_size, dtype=torch.int32, device=setup.device))
-    control = Control(min_halt_steps=torch.zeros(batch_size, dtype=torch.int32, device=setup.device))
+    control = Control(torch.zeros(batch_size, dtype=torch.int32, device=setup.device))
     carry = model.initial_carry(batch)
     if plain:
         read_ahead_in_full(model.inner, batch)

@@ -17,7 +17,7 @@ import torch
 
 from hrm_ray import machine, memory
 from hrm_ray.config.compose import train_config
-from hrm_ray.config.halting import HaltingConfig
+from hrm_ray.config.halting import halting_of
 from hrm_ray.config.inference import Inference
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import as_text, validated
@@ -96,7 +96,7 @@ class Solver:
             num_tokens=manifest.arch.num_tokens(manifest.dataset.seq_len),
             head_dim=manifest.arch.hidden_size // manifest.arch.num_heads,
         )
-        halting = validated(HaltingConfig, manifest.config.get("halting", {}), str(checkpoint.folder))
+        halting = halting_of(manifest.config, str(checkpoint.folder))
         with memory.needed_for(f"the model on {self.setup.device}", "free some, or take another device"):
             self.model = build_model(manifest.arch, manifest.dataset, self.setup, halting)
             self.model.inner.load_state_dict(checkpoint.weights())

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from hrm_ray.errors import TransientError, UserError, first_line
 from hrm_ray.memory import is_out_of_memory
@@ -161,3 +162,10 @@ def resolve(
         attention=resolve_attention(attention, place, dtype, num_tokens=num_tokens, head_dim=head_dim),
         optimizer_backend=optimizer_backend,
     )
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; to a GPU from pinned memory, so that nobody waits for the copy."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -23,7 +23,7 @@ from unittest import mock
 import numpy as np
 
 from hrm_ray import cli
-from hrm_ray.config.compose import ALIASES, GROUPS
+from hrm_ray.config.compose import GROUPS, aliases
 from hrm_ray.config.inference import Inference
 from hrm_ray.config.published_words import ABSENT, KEYS
 from hrm_ray.config.schema import TrainConfig
@@ -229,7 +229,7 @@ class Inputs:
             *known_keys(TrainConfig),
             *arch,
             *GROUPS,
-            *ALIASES,
+            *aliases(),
             *KEYS,
             *ABSENT,
             "data_paths",

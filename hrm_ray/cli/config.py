@@ -67,14 +67,13 @@ def show(args: argparse.Namespace) -> None:
 
 
 def _show_values(words: Sequence[str]) -> None:
-    from hrm_ray.config.compose import train_config
+    from hrm_ray.config.compose import CHOSEN_BY_NAME, train_config
     from hrm_ray.config.schema import TrainConfig
 
     config = train_config(words)
     values = dict(_flat(config.model_dump(mode="json")))
-    for key, field in all_fields(
-        TrainConfig, arch=type(config.arch), optimizer=type(config.optimizer)
-    ).items():
+    kinds = {group: type(getattr(config, group)) for group in CHOSEN_BY_NAME}
+    for key, field in all_fields(TrainConfig, inside=kinds).items():
         if key in values:
             _print(f"{key}={abbreviated(values[key]).strip(QUOTES)}", field)
 
@@ -110,8 +109,7 @@ def _show(name: str) -> None:
 
 def _keys() -> dict[str, dict[str, FieldInfo]]:
     """All keys, by the kind of configuration that they belong to: train, an architecture, recipe, sweep, machine."""
-    from hrm_ray.config.arch import architectures
-    from hrm_ray.config.optimizer import optimizer_class, optimizer_names
+    from hrm_ray.config.compose import CHOSEN_BY_NAME
     from hrm_ray.config.schema import TrainConfig
     from hrm_ray.data.recipe import recipe_classes
     from hrm_ray.scale.machine import Machine
@@ -119,8 +117,11 @@ def _keys() -> dict[str, dict[str, FieldInfo]]:
 
     return {
         "train": all_fields(TrainConfig),
-        **{name: all_fields(kind, "arch.") for name, kind in architectures().items()},
-        **{name: all_fields(optimizer_class(name), "optimizer.") for name in optimizer_names()},
+        **{
+            name: all_fields(kind, f"{group}.")
+            for group, (_, all_kinds) in CHOSEN_BY_NAME.items()
+            for name, kind in all_kinds().items()
+        },
         "recipe": {key: field for kind in recipe_classes() for key, field in all_fields(kind).items()},
         **{f"recipe:{kind.model_fields['task'].default}": all_fields(kind) for kind in recipe_classes()},
         "sweep": all_fields(SweepConfig),

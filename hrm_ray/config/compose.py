@@ -5,7 +5,7 @@ Defaults have one home, the classes of `schema`; they enter the composition as t
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -17,8 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hrm_ray.config import published_words
 from hrm_ray.config.arch import arch_class, architectures
-from hrm_ray.config.halting import OLD_STEP_COUNTS, HaltingConfig
-from hrm_ray.config.optimizer import optimizer_class, optimizer_names
+from hrm_ray.config.halting import HALTINGS, HaltingConfig
+from hrm_ray.config.optimizer import OPTIMIZERS
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import (
     Settings,
@@ -36,9 +36,19 @@ from hrm_ray.config.validate import (
 from hrm_ray.errors import UserError, first_line
 
 GROUPS = ("arch", "halting", "optimizer", "scaling", "experiment")
-ALIASES = {"data": "data_path"} | {
-    key: f"halting.{key}" for key in HaltingConfig.model_fields if key != "name"
+# Groups whose classes of settings are found by name: how one is found, and all of them.
+CHOSEN_BY_NAME: dict[str, tuple[Callable[[Any], type[Settings]], Callable[[], dict[str, type[Settings]]]]] = {
+    "arch": (arch_class, lambda: dict(architectures())),
+    "halting": (HALTINGS.find, lambda: dict(HALTINGS.all())),
+    "optimizer": (OPTIMIZERS.find, lambda: dict(OPTIMIZERS.all())),
 }
+
+
+@cache
+def aliases() -> dict[str, str]:
+    """Keys that may be given under a shorter name, by that: those of the ways of halting, too."""
+    halting = {key: f"halting.{key}" for kind in HALTINGS.all().values() for key in kind.model_fields}
+    return {"data": "data_path"} | {key: own for key, own in halting.items() if key != "name"}
 
 
 def choices(group: str) -> list[str]:
@@ -78,7 +88,7 @@ def _train_config(words: Sequence[str]) -> TrainConfig:
             "data_path is not given; add data=DIR, or choose an experiment: "
             + ", ".join(f"experiment={name}" for name in choices("experiment"))
         )
-    _check_halting_words(set(given), values["halting"])
+    _check_durations(set(given), HALTINGS.find(values["halting"]["name"]))
     is_asked_for = "compile" in given and values["compile"] is True
     if os.environ.get("DISABLE_COMPILE", "0") not in ("", "0") and not is_asked_for:
         values["compile"] = False  # said here, since workers may have another environment
@@ -103,27 +113,23 @@ def _sorted(words: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
                 raise UserError(f"unknown {key} {abbreviated(text)}; {nearest(text, choices(key))}")
             chosen[key] = text
         else:
-            given[ALIASES.get(key, key)] = text
+            given[aliases().get(key, key)] = text
     return chosen, given
 
 
 def _with_words(values: dict[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
     """`values` with words on top, and with ``${KEY}`` replaced. Raises UserError for unknown keys."""
-    if "arch.name" in given:
-        values["arch"]["name"] = read_value("arch.name", given["arch.name"])
-    if "optimizer.name" in given:
-        values["optimizer"]["name"] = read_value("optimizer.name", given["optimizer.name"])
-    known = known_keys(
-        TrainConfig,
-        arch=arch_class(values["arch"]["name"]),
-        optimizer=optimizer_class(values["optimizer"]["name"]),
-    )
+    for group in CHOSEN_BY_NAME:
+        if (key := f"{group}.name") in given:
+            values[group]["name"] = read_value(key, given[key])
+    kinds = _kinds(values)
+    known = known_keys(TrainConfig, inside=kinds)
     texts = {}
     for key, text in given.items():
         if key not in known:
             if published_words.is_let_pass(key, text):
                 continue
-            raise UserError(f"unknown key {abbreviated(key)}; {_hint(key, known)}")
+            raise UserError(_why_unknown(key, known, values))
         value = value_of(TrainConfig, key, text)
         if is_text(TrainConfig, key):
             texts[key] = value
@@ -134,17 +140,25 @@ def _with_words(values: dict[str, Any], given: Mapping[str, str]) -> dict[str, A
     return values | texts
 
 
-def _hint(key: str, known: Sequence[str]) -> str:
-    """What a key that this configuration does not have may be."""
-    optimizers = {name: optimizer_class(name) for name in optimizer_names()}
-    kinds: Mapping[str, Mapping[str, type[Settings]]] = {"arch": architectures(), "optimizer": optimizers}
-    for group, of in kinds.items():
+def _kinds(values: Mapping[str, Any]) -> dict[str, type[Settings]]:
+    """The classes of settings that `values` choose by name."""
+    return {group: find(values[group]["name"]) for group, (find, _) in CHOSEN_BY_NAME.items()}
+
+
+def _why_unknown(key: str, known: Sequence[str], values: Mapping[str, Any]) -> str:
+    """What to say of a key that this configuration does not have: others may have it."""
+    everything = {*known, *GROUPS}
+    for group, (_, all_kinds) in CHOSEN_BY_NAME.items():
+        kinds = all_kinds()
         name = key.removeprefix(f"{group}.")
-        having = [choice for choice, kind in of.items() if name in kind.model_fields]
+        having = [f"{group}={choice}" for choice, kind in kinds.items() if name in kind.model_fields]
         if name != key and having:
-            return f"{group}={f' or {group}='.join(having)} has it"
+            return (
+                f"{key} has no effect with {group}={values[group]['name']}; it is of {' and '.join(having)}"
+            )
+        everything.update(*(known_keys(kind, f"{group}.") for kind in kinds.values()))
     wanted = published_words.USUAL.get(key, key)
-    return nearest(wanted, {*known, *GROUPS}, TrainConfig.listed_by)
+    return f"unknown key {abbreviated(key)}; {nearest(wanted, everything, TrainConfig.listed_by)}"
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
@@ -157,25 +171,24 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _replaced(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with what ``${KEY}`` stands for, which may also be a default of the architecture."""
-    defaults = arch_class(values["arch"]["name"]).model_validate({}).model_dump(mode="json")
+    """`values` with what ``${KEY}`` stands for, which may also be a default of what is chosen by name."""
+    defaults = {
+        group: kind.model_validate({}).model_dump(mode="json") | values[group]
+        for group, kind in _kinds(values).items()
+    }
     try:
-        whole = OmegaConf.create(values | {"arch": defaults | values["arch"]})
-        replaced: Any = OmegaConf.to_container(whole, resolve=True)
+        replaced: Any = OmegaConf.to_container(OmegaConf.create(values | defaults), resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"${{...}} stands for no value: {first_line(error)}") from None
-    return replaced | {"arch": {key: replaced["arch"][key] for key in values["arch"]}}
+    return replaced | {group: {key: replaced[group][key] for key in values[group]} for group in defaults}
 
 
-def _check_halting_words(given: set[str], halting: Mapping[str, Any]) -> None:
-    """Raise UserError for keys that would be without effect: two of one duration, or of another way of halting."""
-    pairs = {f"halting.{old}": f"halting.{ratio}" for old, ratio in OLD_STEP_COUNTS.items()}
+def _check_durations(given: set[str], halting: type[HaltingConfig]) -> None:
+    """Raise UserError where two keys set one duration."""
+    pairs = {f"halting.{old}": f"halting.{key}" for old, key in halting.older.items()}
     for old, ratio in (pairs | {"lr_warmup_steps": "lr_warmup_ratio"}).items():
         if {old, ratio} <= given:
             raise UserError(f"{old} and {ratio} set the same duration; give only {ratio}")
-    learned = sorted(key for key in given if key.startswith("halting.") and key != "halting.name")
-    if learned and halting["name"] != "q_learning":
-        raise UserError(f"{learned[0]} has no effect with halting={halting['name']}; add halting=q_learning")
 
 
 def _composed(chosen: Mapping[str, str]) -> dict[str, Any]:
@@ -184,7 +197,7 @@ def _composed(chosen: Mapping[str, str]) -> dict[str, Any]:
 
 @cache
 def _compose(overrides: tuple[str, ...]) -> dict[str, Any]:
-    defaults = TrainConfig(data_path="").model_dump(mode="json", exclude={"arch", "optimizer"}) | {
+    defaults = TrainConfig(data_path="").model_dump(mode="json", exclude=set(CHOSEN_BY_NAME)) | {
         "data_path": None
     }
     ConfigStore.instance().store(name="schema", node=defaults)

@@ -1,75 +1,76 @@
-"""How a slot comes to halt in training, and what of it is annealed. Durations are ratios of the run's steps."""
+"""How a slot comes to halt in training: `halting.name` finds its class.
 
-from typing import Literal
+A way of halting is a module of `hrm_ray.halting` and a YAML under `config/halting/`, both of its name. The module has a
+class of `HaltingConfig` that gives `name` that default, and the way itself, a class of `hrm_ray.halting.base.Halting`.
+"""
 
-from pydantic import Field, model_validator
+from __future__ import annotations
 
-from hrm_ray.config.validate import NonNegativeFloat, PositiveFloat, PositiveInt, Settings
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-# Numbers of steps under the names of older code, and the ratios that they are converted to.
-OLD_STEP_COUNTS = {
-    "expansion_anneal_steps": "expansion_anneal_ratio",
-    "q_temperature_anneal_steps": "q_temperature_anneal_ratio",
-    "epsilon_anneal_steps": "epsilon_anneal_ratio",
-    "dqn_warmup_steps": "dqn_warmup_ratio",
-}
+from pydantic import BeforeValidator, SerializeAsAny
+
+from hrm_ray.config.choice import Choice
+from hrm_ray.config.validate import Settings, in_one_line, validated
+
+if TYPE_CHECKING:
+    from hrm_ray.config.arch import ArchConfig
+    from hrm_ray.halting.base import Halting as Way
 
 
 class HaltingConfig(Settings):
-    """`act` as published, `q_learning`, or `fixed`; all keys but `name` are of q_learning."""
+    """What the ways' own keys derive from. Durations are ratios of the run's steps."""
 
-    name: Literal["act", "q_learning", "fixed"] = "act"
+    kept: ClassVar[tuple[str, ...]] = ()  # keys whose values a continued run must have too
+    older: ClassVar[dict[str, str]] = {}  # keys of older code, and those that took their place
+
+    name: str
     """The way of halting; halting=NAME chooses it."""
-    dqn_warmup_ratio: float = Field(default=0.1, ge=0, le=1)
-    """Share of the run before Q values decide."""
 
-    expansion_penalty: NonNegativeFloat = 0.1
-    """Price of one more ACT step, in units of a solved puzzle, at the start."""
-    expansion_penalty_end: NonNegativeFloat = 0.001
-    """The same at the end of its annealing."""
-    expansion_anneal_ratio: float = Field(default=0.5, ge=0, le=1)
-    """Share of the run over which the price falls, as a cosine."""
-    q_temperature: PositiveFloat = 1.0
-    """Of the choice between halting and going on: high is random, low is greedy; at the start."""
-    q_temperature_end: PositiveFloat = 0.1
-    """The same at the end of its annealing."""
-    q_temperature_anneal_ratio: float = Field(default=1.0, ge=0, le=1)
-    """Share of the run over which the temperature falls, exponentially."""
-    epsilon: float = Field(default=0.2, ge=0, le=1)
-    """Share of choices made by a coin, at the start."""
-    epsilon_end: float = Field(default=0.01, ge=0, le=1)
-    """The same at the end of its annealing."""
-    epsilon_anneal_ratio: float = Field(default=0.5, ge=0, le=1)
-    """Share of the run over which epsilon falls, linearly."""
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        HALTINGS.register(cls)
 
-    target_rate: float = Field(default=0.05, gt=0, le=1)
-    """Share of the Q head that its slow copy, the target, takes on at a step."""
-    replay_max_age: int = Field(default=32, ge=3, le=10**6)
-    """ACT steps that the replay memory goes back."""
-    replay_half_life: PositiveFloat = 8
-    """ACT steps after which a memory is drawn half as often."""
-    replay_samples: int = Field(default=4, gt=0, le=10**6)
-    """Memories drawn a puzzle and ACT step."""
+    @abstractmethod
+    def build(self, arch: ArchConfig) -> Way:
+        """The way itself, for a model of `arch`."""
 
-    expansion_anneal_steps: PositiveInt | None = None
-    """Older name of expansion_anneal_ratio, in optimizer steps; if given, it holds."""
-    q_temperature_anneal_steps: PositiveInt | None = None
-    """Older name of q_temperature_anneal_ratio, in optimizer steps; if given, it holds."""
-    epsilon_anneal_steps: PositiveInt | None = None
-    """Older name of epsilon_anneal_ratio, in optimizer steps; if given, it holds."""
-    dqn_warmup_steps: PositiveInt | None = None
-    """Older name of dqn_warmup_ratio, in optimizer steps; if given, it holds."""
+    def check(self, total_steps: int) -> None:
+        """Raise UserError if this cannot be for a run of `total_steps`."""
 
-    @model_validator(mode="after")
-    def _falls(self) -> "HaltingConfig":
-        for key in ("expansion_penalty", "q_temperature", "epsilon"):
-            start, end = getattr(self, key), getattr(self, f"{key}_end")
-            if end > start:
-                raise ValueError(
-                    f"halting.{key}={start:g} is annealed down to halting.{key}_end={end:g}, which is higher; "
-                    f"lower {key}_end or raise {key}"
-                )
-        return self
+    def warnings(self, total_steps: int) -> list[str]:
+        """What a user should know before a run of `total_steps`, a line each."""
+        return []
+
+    def describe(self, total_steps: int) -> list[str]:
+        """A line for each schedule: at which step it ends."""
+        return []
+
+    def annealed(self, step: int, total_steps: int) -> dict[str, float]:
+        """What is annealed, at `step`, by key; reported as train/KEY."""
+        return {}
 
 
-AS_PUBLISHED = HaltingConfig()
+HALTINGS: Choice[HaltingConfig] = Choice("halting", room="hrm_ray.halting", default="act")
+
+# The field of a configuration that holds any way of halting.
+Halting = Annotated[SerializeAsAny[HaltingConfig], BeforeValidator(HALTINGS.from_values)]
+
+
+def halting_of(config: Mapping[str, Any], where: str) -> HaltingConfig:
+    """The way of halting of a saved run's configuration.
+
+    Those of earlier versions had the keys of `q_learning` whatever their way was; they are left out.
+
+    Args:
+        where: what the configuration came from, for messages.
+
+    Raises:
+        UserError: there is no such way, or a value does not fit.
+    """
+    with in_one_line(where):
+        values = dict(config.get("halting", {}))
+        kind = HALTINGS.find(values.get("name", HALTINGS.default))
+        return validated(kind, {key: values[key] for key in values if key in kind.model_fields}, where)

@@ -7,38 +7,30 @@ class of `OptimizerConfig` that gives `name` that default and builds the optimiz
 
 from __future__ import annotations
 
-import importlib
 from abc import abstractmethod
 from collections.abc import Mapping
-from importlib.resources import files
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny
 
-from hrm_ray.config.choice import chosen_by_name
-from hrm_ray.config.validate import Settings, nearest
-from hrm_ray.errors import UserError
+from hrm_ray.config.choice import Choice
+from hrm_ray.config.validate import Settings
 
 if TYPE_CHECKING:
     from torch import nn, optim
 
     from hrm_ray.config.schema import TrainConfig
 
-ROOM = "hrm_ray.optim"  # where the optimizers are
-DEFAULT_OPTIMIZER = "adam_atan2"
-
 
 class OptimizerConfig(Settings):
     """What the optimizers' own keys derive from."""
-
-    classes: ClassVar[dict[str, type[OptimizerConfig]]] = {}
 
     name: str
     """The optimizer; optimizer=NAME chooses it."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        OptimizerConfig.classes[cls.model_fields["name"].default] = cls
+        OPTIMIZERS.register(cls)
 
     @abstractmethod
     def build(
@@ -55,27 +47,7 @@ class OptimizerConfig(Settings):
         """
 
 
-def optimizer_names() -> list[str]:
-    """All optimizers."""
-    folder = files("hrm_ray.config") / "optimizer"
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
-
-
-def optimizer_class(name: Any) -> type[OptimizerConfig]:
-    """The class of the optimizer `name`. Raises UserError if there is none."""
-    if not isinstance(name, str) or name not in optimizer_names():
-        raise UserError(f"optimizer.name={name} is unknown; {nearest(str(name), optimizer_names())}")
-    importlib.import_module(f"{ROOM}.{name}")
-    return OptimizerConfig.classes[name]
-
-
-def default_optimizer() -> OptimizerConfig:
-    """The published one."""
-    return optimizer_class(DEFAULT_OPTIMIZER).model_validate({})
-
+OPTIMIZERS: Choice[OptimizerConfig] = Choice("optimizer", room="hrm_ray.optim", default="adam_atan2")
 
 # The field of a configuration that holds any optimizer.
-Optimizer = Annotated[
-    SerializeAsAny[OptimizerConfig],
-    BeforeValidator(chosen_by_name("optimizer", optimizer_class, DEFAULT_OPTIMIZER)),
-]
+Optimizer = Annotated[SerializeAsAny[OptimizerConfig], BeforeValidator(OPTIMIZERS.from_values)]

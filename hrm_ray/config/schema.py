@@ -9,8 +9,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from hrm_ray.config.arch import DEFAULT_ARCH, Arch, arch_class
-from hrm_ray.config.halting import HaltingConfig
-from hrm_ray.config.optimizer import Optimizer, default_optimizer
+from hrm_ray.config.halting import HALTINGS, Halting
+from hrm_ray.config.optimizer import OPTIMIZERS, Optimizer
 from hrm_ray.config.validate import MANY, NonNegativeFloat, PositiveFloat, PositiveInt, Seconds, Settings
 
 
@@ -63,9 +63,9 @@ class TrainConfig(Settings):
     """Data set, a folder or URI made by hrm-ray data build; also data=DIR."""
     arch: Arch = Field(default_factory=lambda: arch_class(DEFAULT_ARCH).model_validate({}))
     """The model; arch=NAME chooses one."""
-    halting: HaltingConfig = HaltingConfig()
+    halting: Halting = Field(default_factory=HALTINGS.make)
     """How a puzzle comes to halt in training; halting=NAME chooses a way. Its keys may be given without halting."""
-    optimizer: Optimizer = Field(default_factory=default_optimizer)
+    optimizer: Optimizer = Field(default_factory=OPTIMIZERS.make)
     """What moves the weights, but for puzzle embeddings; optimizer=NAME chooses one."""
 
     # length

@@ -118,12 +118,16 @@ def _closest(name: str, known: Iterable[str]) -> list[str]:
     return [tails[tail] for tail in difflib.get_close_matches(name.removeprefix(prefix), tails, n=1)]
 
 
-def known_keys(settings: type[Settings], prefix: str = "", **inside: type[Settings]) -> list[str]:
+def known_keys(
+    settings: type[Settings], prefix: str = "", inside: Mapping[str, type[Settings]] | None = None
+) -> list[str]:
     """All dotted keys that `settings` accepts; for `inside`, see `all_fields`."""
-    return list(all_fields(settings, prefix, **inside))
+    return list(all_fields(settings, prefix, inside))
 
 
-def all_fields(settings: type[Settings], prefix: str = "", **inside: type[Settings]) -> dict[str, FieldInfo]:
+def all_fields(
+    settings: type[Settings], prefix: str = "", inside: Mapping[str, type[Settings]] | None = None
+) -> dict[str, FieldInfo]:
     """The fields of `settings` and of the settings inside it, by dotted key.
 
     Args:
@@ -132,7 +136,7 @@ def all_fields(settings: type[Settings], prefix: str = "", **inside: type[Settin
     found = {}
     for name, field in settings.model_fields.items():
         found[f"{prefix}{field.alias or name}"] = field
-        kind = inside.get(name, field.annotation)
+        kind = (inside or {}).get(name, field.annotation)
         if _are_settings(kind):
             found |= all_fields(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
     return found

@@ -13,18 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hrm_ray.models.halting import Control, Fixed
+from hrm_ray.halting.base import Control, Halting
+from hrm_ray.machine import send
 from hrm_ray.models.layers import cast_weights
 from hrm_ray.models.recursive import Prediction, RecursiveModel, State
 
 IGNORE = -100  # the label of a cell that is not scored
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`; to a GPU from pinned memory, so that nobody waits for the copy."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 class Batch(NamedTuple):
@@ -101,7 +95,7 @@ class ACT(nn.Module):
         halting: when a slot halts before.
     """
 
-    def __init__(self, inner: RecursiveModel, halt_max_steps: int, halting: Fixed):
+    def __init__(self, inner: RecursiveModel, halt_max_steps: int, halting: Halting):
         super().__init__()
         self.inner = inner
         self.halt_max_steps = halt_max_steps

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from hrm_ray.errors import first_line
+from hrm_ray.halting.base import Control
 from hrm_ray.models.act import ACT, Batch, Carry
-from hrm_ray.models.halting import Control
 from hrm_ray.models.layers import ReasoningModule
 
 # Programs for the same code that torch keeps in a process: modules x with and without gradients x sizes of batches.

@@ -5,11 +5,10 @@ from typing import Protocol
 import torch
 
 from hrm_ray.config.arch import ArchConfig, architectures
-from hrm_ray.config.halting import AS_PUBLISHED, HaltingConfig
+from hrm_ray.config.halting import HALTINGS, HaltingConfig
 from hrm_ray.errors import UserError
 from hrm_ray.machine import Setup
 from hrm_ray.models.act import ACT
-from hrm_ray.models.halting import build_halting
 from hrm_ray.models.recursive import RecursiveModel
 
 
@@ -24,10 +23,11 @@ class DataShape(Protocol):
     def num_puzzle_identifiers(self) -> int: ...
 
 
-def build_model(
-    arch: ArchConfig, data: DataShape, setup: Setup, halting: HaltingConfig = AS_PUBLISHED
-) -> ACT:
+def build_model(arch: ArchConfig, data: DataShape, setup: Setup, halting: HaltingConfig | None = None) -> ACT:
     """A freshly initialised model, drawn from torch's global generator on the CPU and moved to its device.
+
+    Args:
+        halting: when its slots halt; None: as published.
 
     On torch's meta device nothing is drawn: it has shapes only.
     """
@@ -43,4 +43,4 @@ def build_model(
             dtype=setup.dtype,
             attention=setup.attention,
         )
-    return ACT(inner, arch.halt_max_steps, build_halting(halting, arch)).to(setup.device)
+    return ACT(inner, arch.halt_max_steps, (halting or HALTINGS.make()).build(arch)).to(setup.device)

@@ -11,14 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from hrm_ray.config.arch import ArchConfig
-from hrm_ray.config.halting import AS_PUBLISHED, HaltingConfig
+from hrm_ray.config.halting import HaltingConfig
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.recipe import RowRecipe, load_recipe, recipe_names
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.errors import UserError
+from hrm_ray.halting.base import Moment
 from hrm_ray.machine import Setup
 from hrm_ray.models.act import Batch
-from hrm_ray.models.halting import Control
 from hrm_ray.models.losses import act_loss
 from hrm_ray.models.registry import DataShape, build_model
 from hrm_ray.training.plan import Plan
@@ -115,16 +115,17 @@ class Model:
     evaluation: Pass
 
     @classmethod
-    def of(cls, arch: ArchConfig, data: DataShape, halting: HaltingConfig = AS_PUBLISHED) -> "Model":
+    def of(cls, arch: ArchConfig, data: DataShape, halting: HaltingConfig | None = None) -> "Model":
         """Take a step of each kind on torch's meta device, which computes shapes only."""
         setup = Setup(torch.device("meta"), torch.float32, "matmul", "reference")
         model = build_model(arch, data, setup, halting)
         B = 2  # not one, of which a product may become another operation
         with torch.device("meta"):
             tokens = torch.zeros(B, data.seq_len, dtype=torch.int64)
-            ids, draws = torch.zeros(B, dtype=torch.int32), torch.zeros(B)
+            ids = torch.zeros(B, dtype=torch.int32)
         batch = Batch(tokens.int(), tokens, ids)
-        control, carry = Control(ids, draws), model.initial_carry(batch)
+        moment = Moment(0, 1, 1, 1, num_slots=B, slots=slice(B), device=setup.device)
+        control, carry = model.halting.control(moment), model.initial_carry(batch)
         with _Products() as trained:
             act_loss(model(carry, batch, control), arch.loss.loss_type)[0].backward()
         with torch.no_grad(), _Products() as evaluated:

@@ -160,7 +160,7 @@ class Trainer:
         checkpoint = self._newest_checkpoint()
         sums, num_steps = None, 0
         if checkpoint is not None:
-            sums = self.state.restore(checkpoint, self.world, config)
+            sums = self.state.restore(checkpoint, self.world)
             num_steps = checkpoint.manifest.unreported_steps
         elif config.resume == "weights":
             self._start_from_weights()

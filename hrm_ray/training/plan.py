@@ -3,20 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
-from hrm_ray.config.halting import OLD_STEP_COUNTS, HaltingConfig
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Split
-from hrm_ray.errors import UserError
-from hrm_ray.optim.schedules import Shape, anneal, first_step_at, warmup_cosine
-
-# What is annealed while halting is learned: the key, the ratio that says until when, the shape.
-ANNEALED: tuple[tuple[str, str, Shape], ...] = (
-    ("expansion_penalty", "expansion_anneal_ratio", "cosine"),
-    ("q_temperature", "q_temperature_anneal_ratio", "exponential"),
-    ("epsilon", "epsilon_anneal_ratio", "linear"),
-)
+from hrm_ray.optim.schedules import anneal, first_step_at, warmup_cosine
 
 
 @dataclass(frozen=True)
@@ -46,30 +36,13 @@ class Plan:
         batches = config.epochs * examples_per_epoch / (config.global_batch_size * config.supervision_steps)
         total_steps = max(1, int(batches) if config.drop_last else -int(-batches // 1))
         last_step = min(total_steps, config.max_steps or total_steps)
-        plan = cls(config, total_steps, last_step, examples_per_epoch)
-        plan._check_durations()
-        return plan
-
-    def _check_durations(self) -> None:
-        for key, ratio in OLD_STEP_COUNTS.items():
-            value = getattr(self.config.halting, key)
-            if value is not None and value > self.total_steps:
-                raise UserError(
-                    f"{key}={value} is longer than the run's {self.total_steps} steps; lower it, or give "
-                    f"{ratio}=RATIO, a share of the run"
-                )
+        config.halting.check(total_steps)
+        return cls(config, total_steps, last_step, examples_per_epoch)
 
     @property
     def steps_per_epoch(self) -> float:
         """Optimizer steps in which every group is visited once."""
         return self.examples_per_epoch / (self.config.global_batch_size * self.config.supervision_steps)
-
-    @cached_property
-    def halting(self) -> HaltingConfig:
-        """`config.halting` with numbers of steps, where they were given, turned into ratios."""
-        given = {old: getattr(self.config.halting, old) for old in OLD_STEP_COUNTS}
-        ratios = {OLD_STEP_COUNTS[old]: n / self.total_steps for old, n in given.items() if n is not None}
-        return self.config.halting.model_copy(update=ratios)
 
     def warnings(self) -> list[str]:
         """A warning for every number of steps that became a ratio, and for a warm-up that never ends."""
@@ -80,16 +53,11 @@ class Plan:
                 f"learning rate only rises to {self.lr(self.total_steps):.2g}; lr_warmup_ratio=0.1 is a warm-up of a "
                 "tenth of the run"
             )
-        return too_long + [
-            f"{old}={getattr(self.config.halting, old)} of {self.total_steps} steps is taken as "
-            f"{ratio}={getattr(self.halting, ratio):g}; give that instead"
-            for old, ratio in OLD_STEP_COUNTS.items()
-            if getattr(self.config.halting, old) is not None
-        ]
+        return too_long + self.config.halting.warnings(self.total_steps)
 
     def describe(self) -> list[str]:
         """Lines for a user: the length of the run, and the step at which each schedule ends."""
-        config, h = self.config, self.halting
+        config = self.config
         lines = [f"{self.total_steps} steps, {self.steps_per_epoch:.5g} an epoch"]
         ratio = self.lr_warmup_steps / self.total_steps
         warmup = f"lr: warm-up to step {math.ceil(self.lr_warmup_steps)} (lr_warmup_ratio={ratio:.3g})"
@@ -102,34 +70,10 @@ class Plan:
             lines.append(
                 f"weight_decay: {config.weight_decay:g} to {config.weight_decay_end:g} at step {end}"
             )
-        if h.name == "q_learning":
-            lines.append(f"Q-learning: warm-up to step {self._ends(h.dqn_warmup_ratio)}")
-            for key, ratio_key, _ in ANNEALED:
-                start, end = getattr(h, key), getattr(h, f"{key}_end")
-                lines.append(f"{key}: {start:g} to {end:g} at step {self._ends(getattr(h, ratio_key))}")
-        return lines
+        return lines + config.halting.describe(self.total_steps)
 
     def _ends(self, ratio: float) -> int:
         return first_step_at(ratio, self.total_steps)
-
-    def annealed(self, step: int) -> dict[str, float]:
-        """The values of `ANNEALED` at `step`, by name."""
-        h = self.halting
-        return {
-            key: anneal(
-                step,
-                self.total_steps,
-                start=getattr(h, key),
-                end=getattr(h, f"{key}_end"),
-                ratio=getattr(h, ratio),
-                shape=shape,
-            )
-            for key, ratio, shape in ANNEALED
-        }
-
-    def is_warming_up(self, step: int) -> bool:
-        """Whether Q-learning only watches at `step`."""
-        return step <= self._ends(self.halting.dqn_warmup_ratio)
 
     def weight_decay(self, step: int) -> float:
         """Weight decay of the dense parameters at `step`."""
@@ -178,9 +122,8 @@ class Plan:
         values = {"train/lr": self.lr(step)}
         if self.config.weight_decay_end is not None:
             values["train/weight_decay"] = self.weight_decay(step)
-        if self.config.halting.name == "q_learning":
-            values |= {f"train/{key}": value for key, value in self.annealed(step).items()}
-        return values
+        annealed = self.config.halting.annealed(step, self.total_steps)
+        return values | {f"train/{key}": value for key, value in annealed.items()}
 
     def evaluates(self, step: int) -> bool:
         """Whether an evaluation follows `step`: at the end of every `eval_interval` epochs, or every

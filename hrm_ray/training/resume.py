@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from hrm_ray.config.halting import HaltingConfig
-from hrm_ray.config.optimizer import DEFAULT_OPTIMIZER
+from hrm_ray.config.halting import halting_of
+from hrm_ray.config.optimizer import OPTIMIZERS
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset
 from hrm_ray.errors import UserError
@@ -47,11 +47,13 @@ def mismatch(checkpoint: Checkpoint, config: TrainConfig, dataset: Dataset) -> s
     keys = ("seed", "global_batch_size", "supervision_steps", "ema")
     there |= {key: manifest.config.get(key, TrainConfig.model_fields[key].default) for key in keys}
     here |= {key: getattr(config, key) for key in keys}
-    before = manifest.config.get("optimizer", {"name": DEFAULT_OPTIMIZER})
+    before = manifest.config.get("optimizer", {"name": OPTIMIZERS.default})
     there["optimizer"], here["optimizer"] = before["name"], config.optimizer.name
-    own = HaltingConfig.model_validate(manifest.config.get("halting", {}))
-    for key in ("name", "replay_max_age") if config.halting.name == "q_learning" else ("name",):
-        there[f"halting.{key}"], here[f"halting.{key}"] = getattr(own, key), getattr(config.halting, key)
+    own = halting_of(manifest.config, str(checkpoint.folder))
+    there["halting.name"], here["halting.name"] = own.name, config.halting.name
+    if own.name == config.halting.name:
+        there |= {f"halting.{key}": getattr(own, key) for key in own.kept}
+        here |= {f"halting.{key}": getattr(config.halting, key) for key in own.kept}
     for key in here:
         if there[key] != here[key]:
             return f"{key}={str(there[key])[:40]}, not {str(here[key])[:40]}"

@@ -18,9 +18,9 @@ from hrm_ray.data import format as data_format
 from hrm_ray.data.format import IDENTIFIERS
 from hrm_ray.data.shards import Dataset
 from hrm_ray.errors import UserError
+from hrm_ray.halting.base import Learner
 from hrm_ray.machine import Setup
 from hrm_ray.models.act import ACT, Batch, Carry
-from hrm_ray.models.q_learning import Head, Memory, QLearner
 from hrm_ray.models.recursive import State
 from hrm_ray.models.registry import build_model
 from hrm_ray.training.checkpoint import (
@@ -35,7 +35,8 @@ from hrm_ray.training.checkpoint import (
 from hrm_ray.training.saver import Snapshot
 from hrm_ray.world import World
 
-REPLAY = "replay."  # before the names of the memory's tensors, which lie beside the carry's
+REPLAY = "replay."  # before the names of a learner's tensors by slot, which lie beside the carry's
+TARGET_FILE = "target.safetensors"  # a learner's other tensors
 STEP = "step"  # the optimizer's count of steps, which stays on the CPU
 PER_PUZZLE = {"puzzle_emb.weights"}  # tensors whose size follows from the data set
 
@@ -54,7 +55,7 @@ class TrainState:
     carry: Carry | None  # None: of a new run, until `begin`
     global_step: int
     train_s: float  # seconds trained so far, over all attempts
-    learner: QLearner | None = None  # if halting is learned by Q-learning, from `begin` on
+    learner: Learner | None = None  # if the way of halting has one, from `begin` on
     skipped_steps: frozenset[int] = frozenset()  # steps that are left out, after a loss that was not finite
     num_rollbacks: int = 0
     touched: Tensor | None = None
@@ -82,11 +83,10 @@ class TrainState:
             self.touched.zero_()
         return list(weights.values())
 
-    def begin(self, batch: Batch, config: TrainConfig) -> None:
+    def begin(self, batch: Batch) -> None:
         """Make the carry of the first step, whose puzzles are `batch`."""
         self.carry = self.model.initial_carry(batch)
-        if config.halting.name == "q_learning":
-            self.learner = QLearner(self.model.inner.q_head, len(batch.inputs), config.halting)
+        self.learner = self.model.halting.learner(self.model.inner.q_head, len(batch.inputs))
 
     @torch.no_grad()
     def update_averages(self, rate: float) -> None:
@@ -119,7 +119,7 @@ class TrainState:
         assert self.carry is not None, "nothing to save before the first step"
         carry = _flatten_carry(self.carry) | {"sums": sums[None]}
         if self.learner is not None:
-            carry |= {REPLAY + name: tensor for name, tensor in self.learner.memory._asdict().items()}
+            carry |= {REPLAY + name: tensor for name, tensor in self.learner.by_slot().items()}
         files = {carry_name(world.rank, world.size): carry}
         if world.is_first:
             files[MODEL_FILE] = self.model.inner.state_dict()
@@ -127,7 +127,7 @@ class TrainState:
             if self.averages:
                 files[EMA_FILE] = self.averages
             if self.learner is not None:
-                files["target.safetensors"] = self.learner.target._asdict()
+                files[TARGET_FILE] = self.learner.shared()
         manifest = Manifest(
             global_step=self.global_step,
             world_size=world.size,
@@ -154,7 +154,7 @@ class TrainState:
             for key, value in self.optimizer.state[parameter].items()
         }
 
-    def restore(self, checkpoint: Checkpoint, world: World, config: TrainConfig) -> Tensor:
+    def restore(self, checkpoint: Checkpoint, world: World) -> Tensor:
         """Continue from `checkpoint`, which must fit (see `resume.check_fits`).
 
         Returns:
@@ -177,12 +177,10 @@ class TrainState:
             self.averages = {name: averages[name].to(device) for name in self.averages}
         share = _redistribute_carries(checkpoint, world)
         self.carry = _unflatten_carry(share, device, self.model.inner.dtype)
-        if config.halting.name == "q_learning":
-            self.learner = QLearner(self.model.inner.q_head, len(self.carry.steps), config.halting)
-            target = checkpoint.tensors("target.safetensors")
-            self.learner.target = Head(**{name: tensor.to(device) for name, tensor in target.items()})
-            memory = {name: share[REPLAY + name].to(device) for name in Memory._fields}
-            self.learner.memory = Memory(**memory)
+        self.learner = self.model.halting.learner(self.model.inner.q_head, len(self.carry.steps))
+        if self.learner is not None:
+            by_slot = {n.removeprefix(REPLAY): t for n, t in share.items() if n.startswith(REPLAY)}
+            self.learner.restore(by_slot, checkpoint.tensors(TARGET_FILE))
         manifest = checkpoint.manifest
         self.global_step, self.train_s = manifest.global_step, manifest.train_s
         self.skipped_steps, self.num_rollbacks = frozenset(manifest.skipped_steps), manifest.num_rollbacks

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,11 +21,11 @@ from torch.utils._pytree import tree_map_only
 from hrm_ray.batch import make_batch
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.prefetch import Prefetcher
-from hrm_ray.data.sampler import Sampler, choice_draws, min_halt_steps, replay_draws, visit_draws
+from hrm_ray.data.sampler import Sampler, visit_draws
 from hrm_ray.data.shards import Dataset
-from hrm_ray.models.act import ACT, Batch, Carry, send
+from hrm_ray.halting.base import Control, Moment
+from hrm_ray.models.act import ACT, Batch, Carry
 from hrm_ray.models.compiled import compile_recursion
-from hrm_ray.models.halting import Control
 from hrm_ray.models.layers import Linear
 from hrm_ray.models.losses import METRICS, LossType, act_loss, count_right
 from hrm_ray.optim.sign_sgd import sparse_sign_sgd
@@ -58,13 +57,6 @@ class LossModule(nn.Module):
             metrics[METRICS.index("q_continue_loss")] += replayed.detach()
         right = count_right(step.prediction.logits.argmax(-1), step.carry.batch.labels)
         return loss, metrics, step.carry, right
-
-
-class Recall(NamedTuple):
-    """Which memories are replayed: the supervision step at hand (int64 scalar) and draws [B, N] (`QLearner.loss`)."""
-
-    step: Tensor
-    uniform: Tensor
 
 
 class Learned(NamedTuple):
@@ -125,7 +117,7 @@ class Stepper:
         self._gradients: list[Tensor] = []  # of the weights, where what is recorded adds to them
         if state.carry is None:
             first_supervision_step = state.global_step * config.supervision_steps + 1
-            state.begin(self.batch(first_supervision_step), config)
+            state.begin(self.batch(first_supervision_step))
 
     def take(self, step: int) -> Outcome | None:
         """Move the state to the end of `step`. Collective.
@@ -169,16 +161,16 @@ class Stepper:
         """
         state, step = self.state, self.state.global_step + 1
         supervision_step = (step - 1) * self.config.supervision_steps + 1
-        batch, recordings = self.batch(supervision_step), Recordings()
+        recordings = Recordings()
         try:
-            self._learn(*next(self._calls(batch, self.control(step, supervision_step), supervision_step)))
+            self._learn(*next(self._calls(step, supervision_step)))
             for name, parameter in state.model.named_parameters():
                 if parameter.grad is None:  # zeros in its place would let the optimizer move it
                     raise RuntimeError(f"{name} has no gradient")
                 parameter.grad = torch.zeros_like(parameter)  # and there it stays
                 self._gradients.append(parameter.grad)
-            for at in (step, self.plan.last_step):  # after the warm-up of Q-learning it is another step
-                for args in self._calls(batch, self.control(at, supervision_step), supervision_step):
+            for at in (step, self.plan.last_step):  # after a warm-up of halting it is another step
+                for args in self._calls(at, supervision_step):
                     is_new = recordings.record(self._learn, *args)
                     if is_new and not self._replays_the_same(recordings, *args):
                         raise RuntimeError(f"replayed, a step of {len(args[1].inputs)} puzzles differs")
@@ -192,7 +184,7 @@ class Stepper:
         self._recordings = recordings
 
     def _replays_the_same(
-        self, recordings: Recordings, carry: Carry, batch: Batch, control: Control, recall: Recall | None
+        self, recordings: Recordings, carry: Carry, batch: Batch, control: Control, recall: Any
     ) -> bool:
         """Whether a replay of the call after this one, with other puzzles and draws, does what `_learn` does.
 
@@ -213,9 +205,7 @@ class Stepper:
             seconds spent on data, draws included.
         """
         started = time.perf_counter()
-        batch = self.batch(supervision_step)
-        control = self.control(step, supervision_step)
-        calls = list(self._calls(batch, control, supervision_step))
+        calls = list(self._calls(step, supervision_step))
         data_wait_s = time.perf_counter() - started
         state, num_before = self.state, len(parts)
         is_end = supervision_step % self.config.supervision_steps == 0
@@ -236,28 +226,22 @@ class Stepper:
             )
         return data_wait_s
 
-    def _calls(
-        self, batch: Batch, control: Control, supervision_step: int
-    ) -> Iterator[tuple[Carry, Batch, Control, Recall | None]]:
+    def _calls(self, step: int, supervision_step: int) -> Iterator[tuple[Carry, Batch, Control, Any]]:
         """The arguments of `_learn` for all slots."""
-        carry = self.state.carry
-        assert carry is not None
-        recall = self._recall(supervision_step)
+        state, batch = self.state, self.batch(supervision_step)
+        assert state.carry is not None
+        control = self.control(step, supervision_step)
+        recall = state.learner.recall(self._moment(step, supervision_step)) if state.learner else None
         for slots in self._micro_batches(batch):
-            yield carry.rows(slots), batch.rows(slots), control.rows(slots), recall
+            yield state.carry.rows(slots), batch.rows(slots), control.rows(slots), recall
             recall = None  # it is of all slots
 
-    def _learn(self, carry: Carry, batch: Batch, control: Control, recall: Recall | None) -> Learned:
+    def _learn(self, carry: Carry, batch: Batch, control: Control, recall: Any) -> Learned:
         """One ACT step of some slots. Adds the gradients of their loss to those of the weights."""
         replay_loss: ReplayLoss | None = None
         if recall is not None:
             assert self.state.learner is not None
-            replay_loss = partial(
-                self.state.learner.loss,
-                step=recall.step,
-                uniform_BN=recall.uniform,
-                penalty=control.penalty,
-            )
+            replay_loss = partial(self.state.learner.loss, recall=recall, control=control)
         loss, metrics, carry, right = self.module(carry, batch, control, replay_loss)
         num_supervised = self.config.global_batch_size * self.config.supervision_steps
         (loss * (self.world.size / num_supervised)).backward()
@@ -312,38 +296,19 @@ class Stepper:
         return self._batches.get(supervision_step).to(self.device)
 
     def control(self, step: int, supervision_step: int) -> Control:
-        """What decides about halting; drawn from (seed, supervision step, global slot)."""
-        arch, key = self.config.arch, (self.config.seed, supervision_step, self.config.global_batch_size)
-        if self.config.halting.name != "q_learning":
-            minima = min_halt_steps(
-                *key, exploration_prob=arch.halt_exploration_prob, halt_max_steps=arch.halt_max_steps
-            )
-            return Control(min_halt_steps=self._own(minima))
-        values = self.plan.annealed(step)
-        annealed = [values[name] for name in ("q_temperature", "epsilon", "expansion_penalty")]
-        temperature, epsilon, penalty = send(torch.tensor(annealed), self.device).unbind()
-        return Control(
-            uniform=self._own(choice_draws(*key)),
-            temperature=temperature,
-            epsilon=epsilon,
-            penalty=penalty,
-            is_warming_up=self.plan.is_warming_up(step),
-        )
+        """What decides about halting."""
+        return self.state.model.halting.control(self._moment(step, supervision_step))
 
-    def _recall(self, supervision_step: int) -> Recall | None:
-        if self.state.learner is None:
-            return None
-        draws = replay_draws(
+    def _moment(self, step: int, supervision_step: int) -> Moment:
+        return Moment(
             self.config.seed,
+            step,
+            self.plan.total_steps,
             supervision_step,
             self.config.global_batch_size,
-            self.config.halting.replay_samples,
+            self.slots,
+            self.device,
         )
-        return Recall(send(torch.tensor(supervision_step), self.device), self._own(draws))
-
-    def _own(self, values: np.ndarray) -> Tensor:
-        """This worker's part of an array with a row for every global slot."""
-        return send(torch.from_numpy(np.ascontiguousarray(values[self.slots])), self.device)
 
 
 def _read(

@@ -8,8 +8,7 @@ from typing import Any
 import optuna
 
 from hrm_ray.config import published_words
-from hrm_ray.config.arch import architectures
-from hrm_ray.config.compose import ALIASES, GROUPS, train_config
+from hrm_ray.config.compose import CHOSEN_BY_NAME, GROUPS, aliases, train_config
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import abbreviated, as_text, known_keys, nearest, split_word
 from hrm_ray.data.shards import Dataset, open_dataset
@@ -125,15 +124,20 @@ class Points:
 
     def check_keys(self) -> None:
         """Raise UserError for keys that no configuration has, or that the sweep itself sets."""
-        known = {*known_keys(TrainConfig), *GROUPS, *ALIASES}
-        known |= {f"arch.{key}" for kind in architectures().values() for key in known_keys(kind)}
+        known = {*known_keys(TrainConfig), *GROUPS, *aliases()}
+        known |= {
+            key
+            for group, (_, all_kinds) in CHOSEN_BY_NAME.items()
+            for kind in all_kinds().values()
+            for key in known_keys(kind, f"{group}.")
+        }
         known |= published_words.ABSENT.keys()  # which train_config answers
         given = {_key(word): "train" for word in self.config.train}
         for key in self.config.space:
             if key in given:
                 raise UserError(f"{key} is among the words of train: and in the space; leave one out")
         for key, where in {**given, **dict.fromkeys(self.config.space, "space")}.items():
-            name = ALIASES.get(key, key)
+            name = aliases().get(key, key)
             if name in OF_THE_SWEEP:
                 raise UserError(f"{where}: {key} is set by the sweep; give {OF_THE_SWEEP[name]} to it")
             if name not in known:

@@ -69,7 +69,10 @@ LEARN = ["data=d", "halting=q_learning"]
         ([*LEARN, "q_temperature=inf"], "halting.q_temperature"),
         ([*LEARN, "dqn_warmup_steps=9", "dqn_warmup_ratio=0.1"], "set the same duration"),
         (["data=d", "lr_warmup_steps=9", "lr_warmup_ratio=0.1"], "give only lr_warmup_ratio"),
-        (["data=d", "expansion_penalty=0.2"], "has no effect with halting=act; add halting=q_learning"),
+        (
+            ["data=d", "expansion_penalty=0.2"],
+            "has no effect with halting=act; it is of halting=q_learning",
+        ),
         ([*LEARN, "expansion_anneal_ratio=1.5"], "halting.expansion_anneal_ratio=1.5"),
         ([*LEARN, "dqn_warmup_ratio=-0.1"], "halting.dqn_warmup_ratio=-0.1"),
         (["data=d", "lr_warmup_ratio=2"], "lr_warmup_ratio=2"),

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrm_ray.data.sampler import PADDING, Sampler, min_halt_steps
+from hrm_ray.data.sampler import PADDING, Sampler
+from hrm_ray.halting.act import min_halt_steps
 
 
 def split(examples_per_puzzle: list[list[int]]) -> SimpleNamespace:

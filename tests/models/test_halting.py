@@ -5,10 +5,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hrm_ray.config.halting import HaltingConfig
-from hrm_ray.models.halting import Control, Drawn, Fixed, Published
+from hrm_ray.halting.act import Published
+from hrm_ray.halting.base import Control, Halting
+from hrm_ray.halting.q_learning import (
+    Drawn,
+    QLearner,
+    QLearningConfig,
+    Recall,
+    draw_ages,
+    shares_of_ages,
+)
+from hrm_ray.models.hrm_v1 import HRMConfig
 from hrm_ray.models.layers import Linear
-from hrm_ray.models.q_learning import QLearner, draw_ages, shares_of_ages
 from hrm_ray.models.recursive import Prediction
 
 B, D, AGE = 3, 4, 6
@@ -19,7 +27,17 @@ def prediction(q_halt, q_continue) -> Prediction:
 
 
 def control(**values) -> Control:
-    return Control(**{"min_halt_steps": torch.zeros(2, dtype=torch.int32), **values})
+    return Control(**{"draws": torch.zeros(2, dtype=torch.int32), **values})
+
+
+def published(no_ACT_continue: bool) -> Published:
+    return Published(HRMConfig(no_ACT_continue=no_ACT_continue))
+
+
+def replayed(head, learner, step, uniform, penalty):
+    """The loss of the learner at ACT step `step`."""
+    recall = Recall(torch.tensor(step), uniform)
+    return learner.loss(head, recall, Control(annealed=torch.tensor([penalty, 1.0, 0.0])))
 
 
 STEPS = torch.tensor([1, 3])
@@ -27,16 +45,16 @@ STEPS = torch.tensor([1, 3])
 
 def test_fixed_never_halts_in_training_and_by_its_sign_in_use():
     says = prediction([9.0, -9.0], [0.0, 0.0])
-    assert Fixed().chooses(says, STEPS, control()).tolist() == [False, False]
-    assert Fixed().is_done(says).tolist() == [True, False]
+    assert Halting().chooses(says, STEPS, control()).tolist() == [False, False]
+    assert Halting().is_done(says).tolist() == [True, False]
 
 
 def test_published_halts_greedily_but_not_before_the_drawn_minimum():
     says = prediction([1.0, 1.0], [0.5, 2.0])
-    assert Published(no_ACT_continue=False).chooses(says, STEPS, control()).tolist() == [True, False]
-    assert Published(no_ACT_continue=True).chooses(says, STEPS, control()).tolist() == [True, True]
-    late = control(min_halt_steps=torch.tensor([2, 2]))
-    assert Published(no_ACT_continue=True).chooses(says, STEPS, late).tolist() == [False, True]
+    assert published(False).chooses(says, STEPS, control()).tolist() == [True, False]
+    assert published(True).chooses(says, STEPS, control()).tolist() == [True, True]
+    late = control(draws=torch.tensor([2, 2]))
+    assert published(True).chooses(says, STEPS, late).tolist() == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -47,16 +65,16 @@ def test_drawn_halts_as_often_as_its_probability_says(temperature, epsilon, shar
     many = 20_000
     uniform = torch.rand(many, generator=torch.Generator().manual_seed(0))
     says = prediction([0.8472979] * many, [-0.405465] * many)  # 0.7 and 0.4 as probabilities
-    c = Control(uniform=uniform, temperature=temperature, epsilon=epsilon)
-    halts = Drawn().chooses(says, torch.ones(many), c)
+    c = Control(uniform, torch.tensor([0.0, temperature, epsilon]))
+    halts = Drawn(QLearningConfig()).chooses(says, torch.ones(many), c)
     assert halts.float().mean() == pytest.approx(share, abs=0.01)
-    assert not Drawn().chooses(says, torch.ones(many), c._replace(is_warming_up=True)).any()
+    assert not Drawn(QLearningConfig()).chooses(says, torch.ones(many), c._replace(is_warming_up=True)).any()
 
 
 def make_learner(**values) -> tuple[Linear, QLearner]:
     torch.manual_seed(1)
     head = Linear(D, 2, bias=True)
-    return head, QLearner(head, B, HaltingConfig(name="q_learning", replay_max_age=AGE, **values))
+    return head, QLearner(head, B, QLearningConfig(replay_max_age=AGE, **values))
 
 
 def test_replay_loss_is_that_of_the_equations():
@@ -78,7 +96,7 @@ def test_replay_loss_is_that_of_the_equations():
         learner.remember(step, torch.from_numpy(moment["states"]), **flags)
 
     uniform = torch.rand(B, 8, generator=torch.Generator().manual_seed(2))
-    got = learner.loss(head, 15, uniform, penalty=0.05)
+    got = replayed(head, learner, 15, uniform, 0.05)
     ages = draw_ages(uniform, shares_of_ages(AGE, learner.config.replay_half_life))
     assert ages.min() >= 1 and ages.max() <= AGE - 1
 
@@ -113,12 +131,12 @@ def test_recent_memories_are_drawn_more_often():
 def test_nothing_is_remembered_at_first_and_what_is_too_old_is_forgotten():
     head, learner = make_learner()
     uniform = torch.rand(B, 50)
-    assert learner.loss(head, 1, uniform, 0.1) == 0
+    assert replayed(head, learner, 1, uniform, 0.1) == 0
     flags = {"halted": torch.zeros(B).bool(), "is_last": torch.zeros(B).bool()}
     states = torch.randn(B, D)
     learner.remember(1, states, exact=torch.ones(B).bool(), is_puzzle=torch.ones(B).bool(), **flags)
-    assert learner.loss(head, 2, uniform, 0.1) > 0
-    assert learner.loss(head, 1 + AGE, uniform, 0.1) == 0
+    assert replayed(head, learner, 2, uniform, 0.1) > 0
+    assert replayed(head, learner, 1 + AGE, uniform, 0.1) == 0
 
 
 def test_target_follows():
@@ -143,7 +161,7 @@ def test_learns_the_values_of_a_known_episode():
             "is_last": torch.full((B,), phase == 3),
             "is_puzzle": torch.ones(B).bool(),
         }
-        loss = learner.loss(head, step, torch.rand(B, 8), penalty=0.1)
+        loss = replayed(head, learner, step, torch.rand(B, 8), 0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -7,8 +7,8 @@ import torch
 from hrm_ray.data.tasks.base import Symmetry, get_task
 from hrm_ray.errors import UserError
 from hrm_ray.evaluation.evaluate import copies_on
+from hrm_ray.halting.base import Halting
 from hrm_ray.models.act import ACT
-from hrm_ray.models.halting import Fixed
 from hrm_ray.models.inference import Answer, every_step, think, think_and_vote, thinking_for, vote
 from hrm_ray.models.recursive import Prediction, State
 from tests.golden_cases import FOLDER as GOLDEN
@@ -110,7 +110,7 @@ def test_a_copy_is_answered_in_its_own_labels_and_read_back():
             return Prediction(torch.nn.functional.one_hot(inputs.long(), 6).float(), zeros, zeros)
 
     real, batch = model_and_batch()
-    model = ACT(Copies(), 1, Fixed())
+    model = ACT(Copies(), 1, Halting())
     model.inner.initial_state, model.inner.reset = real.inner.initial_state, real.inner.reset
     task = get_task("sudoku", size=4)
     copies = copies_on(torch.device("cpu"), task.symmetries(5))

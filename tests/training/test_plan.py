@@ -27,10 +27,15 @@ def test_durations_are_ratios_of_the_run(total_steps):
     """The two published scenarios: warm-up for a tenth, the penalty falls until half, the temperature to the end."""
     p = plan(total_steps)
     tenth, half = total_steps // 10, total_steps // 2
-    assert p.is_warming_up(tenth) and not p.is_warming_up(tenth + 1)
-    assert p.annealed(0) == {"expansion_penalty": 0.1, "q_temperature": 1.0, "epsilon": 0.2}
-    assert p.annealed(half)["expansion_penalty"] == 0.001 < p.annealed(half - 1)["expansion_penalty"]
-    assert p.annealed(total_steps)["q_temperature"] == 0.1 < p.annealed(total_steps - 1)["q_temperature"]
+    halting = p.config.halting
+    assert halting.is_warming_up(tenth, total_steps) and not halting.is_warming_up(tenth + 1, total_steps)
+
+    def annealed(step):
+        return halting.annealed(step, total_steps)
+
+    assert annealed(0) == {"expansion_penalty": 0.1, "q_temperature": 1.0, "epsilon": 0.2}
+    assert annealed(half)["expansion_penalty"] == 0.001 < annealed(half - 1)["expansion_penalty"]
+    assert annealed(total_steps)["q_temperature"] == 0.1 < annealed(total_steps - 1)["q_temperature"]
     said = "; ".join(p.describe())
     assert f"{total_steps} steps, 100 an epoch" in said
     assert f"Q-learning: warm-up to step {tenth}" in said
@@ -40,8 +45,10 @@ def test_durations_are_ratios_of_the_run(total_steps):
 
 def test_numbers_of_steps_become_ratios_with_one_warning_each():
     p = plan(10_000, halting={"expansion_anneal_steps": 2_500, "dqn_warmup_steps": 500})
-    assert (p.halting.expansion_anneal_ratio, p.halting.dqn_warmup_ratio) == (0.25, 0.05)
-    assert p.annealed(2_500)["expansion_penalty"] == 0.001 < p.annealed(2_499)["expansion_penalty"]
+    halting = p.config.halting.in_ratios(10_000)
+    assert (halting.expansion_anneal_ratio, halting.dqn_warmup_ratio) == (0.25, 0.05)
+    before, after = (p.values(step)["train/expansion_penalty"] for step in (2_499, 2_500))
+    assert after == 0.001 < before
     assert p.warnings() == [
         "expansion_anneal_steps=2500 of 10000 steps is taken as expansion_anneal_ratio=0.25; give that instead",
         "dqn_warmup_steps=500 of 10000 steps is taken as dqn_warmup_ratio=0.05; give that instead",

@@ -55,7 +55,7 @@ def test_supervision_steps_go_on_over_the_ends_of_optimizer_steps(tmp_path):
     assert len(several) == len(single) == 6
     for (batch, control), (other, other_control) in zip(several, single, strict=True):
         assert torch.equal(batch.inputs, other.inputs)
-        assert torch.equal(control.min_halt_steps, other_control.min_halt_steps)
+        assert torch.equal(control.draws, other_control.draws)
 
 
 @pytest.mark.parametrize("halting", ["act", "q_learning"])

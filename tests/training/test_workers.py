@@ -141,7 +141,7 @@ def test_workers_continue_bit_for_bit(config, size):
 
 @pytest.mark.parametrize(("before", "halting"), [(2, "act"), (3, "q_learning")])
 def test_another_number_of_workers_goes_on_with_the_same_batches(config, before, halting):
-    config["halting"] = {"name": halting, "replay_max_age": 6}
+    config["halting"] = {"name": halting} | ({"replay_max_age": 6} if halting == "q_learning" else {})
     run(before, {**config, "run_name": "fewer", "max_steps": 9})
     fewer = run(1, {**config, "run_name": "fewer"})
     whole = run(1, {**config, "run_name": "whole"})

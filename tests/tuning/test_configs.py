@@ -187,7 +187,7 @@ def test_a_sweep_that_is_not_there():
         (
             "experiment=quickstart",
             {"q_temperature_anneal_ratio": [0.5]},
-            "every point .* has no effect with halting=act; add halting=q_learning",
+            "every point .* has no effect with halting=act; it is of halting=q_learning",
         ),
         (
             "experiment=quickstart arch.num_heads=5",
