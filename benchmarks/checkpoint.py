@@ -23,13 +23,14 @@ from benchmarks import front
 from hrm_ray.config.compose import train_config
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.training.checkpoint import finished
-from hrm_ray.training.loop import Hooks, Trainer
-from hrm_ray.training.trainer import run_folder
+from hrm_ray.training.driver import run_folder
+from hrm_ray.training.hooks import Hooks
+from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.world import World
 from tests.toy import toy_dataset
 
 
-class TimedTrainer(Trainer):
+class TimedTrainer(TrainingLoop):
     """Notes the seconds of every step, the seconds blocked for checkpoints in it, and whether one was being written."""
 
     def __init__(self, config: TrainConfig):

@@ -43,8 +43,9 @@ from hrm_ray.ray_session import ray_session
 from hrm_ray.scale.machine import Machine
 from hrm_ray.scale.model import OPTIMIZER_BYTES, step
 from hrm_ray.scale.work import Work, puzzles_of
-from hrm_ray.training.loop import Hooks, Trainer
-from hrm_ray.training.trainer import run_folder
+from hrm_ray.training.driver import run_folder
+from hrm_ray.training.hooks import Hooks
+from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.world import World
 
 BURST = 5  # steps, or all-reduces, that are timed together; the interval of the reports of real training
@@ -53,7 +54,7 @@ SMALL_BYTES = 1024  # of an all-reduce that takes the time of its messages only
 SMALL_BATCH, LARGE_BATCH = 0.25, 1.5  # shares of the batch
 
 
-class Steps(Trainer):
+class Steps(TrainingLoop):
     """Training steps of one process, as the loop takes them."""
 
     def __init__(self, config: TrainConfig):

@@ -13,7 +13,7 @@ from benchmarks.machine import facts
 from hrm_ray.config.compose import train_config
 from hrm_ray.data.pipeline import build
 from hrm_ray.data.recipe import load_recipe
-from hrm_ray.training import trainer
+from hrm_ray.training import launch
 
 RECIPES = {"quickstart": "sudoku_4x4", "sudoku_6x6": "sudoku_6x6"}
 
@@ -26,7 +26,7 @@ def measure(experiment: str, overrides: list[str]) -> dict:
         build_s = time.perf_counter() - started
         words = [f"experiment={experiment}", f"data={folder}/data", f"storage={folder}/runs", *overrides]
         started = time.perf_counter()
-        summary, _ = trainer.train(train_config(words))
+        summary, _ = launch.train(train_config(words))
         return {
             "benchmark": experiment,
             "overrides": overrides,

@@ -20,12 +20,12 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.pipeline import build
 from hrm_ray.data.recipe import load_recipe
 from hrm_ray.ray_session import ray_session
-from hrm_ray.training import trainer
+from hrm_ray.training import launch
 
 
 def step_times(config: TrainConfig) -> list[float]:
     """Seconds a step of every report after the warm-up, in a new run."""
-    trainer.train(config, show_progress=False)
+    launch.train(config, show_progress=False)
     lines = (Path(config.storage) / str(config.run_name) / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     return [

@@ -32,7 +32,7 @@ from benchmarks import front
 from hrm_ray.config.compose import train_config
 from hrm_ray.errors import RunFailed
 from hrm_ray.storage.storage import Storage
-from hrm_ray.training import trainer
+from hrm_ray.training import launch
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.tuning.config import plain, sweep_config
 from hrm_ray.tuning.sweep import run_sweep, trial_name
@@ -191,7 +191,7 @@ def _alone(file: str) -> None:
     swept = Path(config.storage) / str(config.run_name).replace("alone", "sweep") / "trials.csv"
     for row in csv.DictReader(swept.open()):
         words = [*shlex.split(row["words"]), f"storage={config.storage}-alone", "scaling.mode=local"]
-        trainer.train(
+        launch.train(
             train_config([*words, f"run_name={config.run_name}-{row['number']}"]), show_progress=False
         )
 
@@ -236,8 +236,8 @@ def kills(rounds: int) -> dict:
         for row in complete:
             words = [*shlex.split(row["words"]), f"storage={folder / 'again'}", "scaling.mode=local"]
             again = train_config(words)
-            trainer.train(again, show_progress=False)
-            if _weights(trainer.run_folder(again)) != _weights(
+            launch.train(again, show_progress=False)
+            if _weights(launch.run_folder(again)) != _weights(
                 Storage(sweep) / trial_name(int(row["number"]))
             ):
                 differ.append(row["number"])

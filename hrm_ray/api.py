@@ -331,14 +331,14 @@ def train(
         UserError: a mistake in them, before anything starts.
         RunFailed: the run cannot go on.
     """
-    from hrm_ray.training import trainer
+    from hrm_ray.training import launch
 
     if not isinstance(config, TrainConfig):
         config = train_config([*_words(config), *_as_words(keys)])
     elif keys:
         raise UserError("give keys with words, or a whole TrainConfig")
-    summary, stopped_by = trainer.train(config, show_progress=show_progress)
-    return TrainResult(trainer.run_folder(config), summary, stopped_by)
+    summary, stopped_by = launch.train(config, show_progress=show_progress)
+    return TrainResult(launch.run_folder(config), summary, stopped_by)
 
 
 def tune(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ray.util.metrics import Gauge
 
     from hrm_ray.config.schema import TrainConfig
-    from hrm_ray.training.loop import Hooks
+    from hrm_ray.training.hooks import Hooks
 
 REPEAT_S = 5.0  # Ray hands on every 10 s, unless told otherwise
 OF_A_RUN = {

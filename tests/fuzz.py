@@ -363,7 +363,7 @@ class Inputs:
 
 def make_files(folder: Path) -> None:
     """A data set, a run of a few steps, and saved outputs with what they are compared to, to be named and damaged."""
-    from hrm_ray.training import trainer
+    from hrm_ray.training import launch
 
     toy_dataset(folder / "data", num_train=8, num_test=8, rows_per_shard=8)
     arch = {
@@ -375,7 +375,7 @@ def make_files(folder: Path) -> None:
         "puzzle_emb_ndim": 0,
     }
     config = toy_config(folder / "data", folder, run_name="run", arch=arch, max_steps=1, lr_warmup_steps=0)
-    trainer.train(TrainConfig(**config), show_progress=False)
+    launch.train(TrainConfig(**config), show_progress=False)
     votes = folder / "votes"
     votes.mkdir()
     shutil.copy(folder / "data" / MANIFEST, votes)
@@ -396,7 +396,7 @@ def make_files(folder: Path) -> None:
 def no_work(folder: Path) -> Iterator[None]:
     """Inside, commands go as far as their work."""
 
-    def announce(config: TrainConfig) -> None:
+    def launch(config: TrainConfig) -> None:
         plan = Plan.of(config, EXAMPLES)  # type: ignore[arg-type]
         plan.describe(), plan.warnings(), plan.values(1), plan.evaluates(1)
         raise WorkBegins
@@ -409,7 +409,7 @@ def no_work(folder: Path) -> Iterator[None]:
             "hrm_ray.cli.build_parser": lambda: parser,
             "hrm_ray.cli.train.interrupts_end_the_process": contextlib.nullcontext,
             "hrm_ray.cli.tune.interrupts_end_the_process": contextlib.nullcontext,
-            "hrm_ray.training.trainer.announce": announce,
+            "hrm_ray.training.launch.Launch": launch,
             "hrm_ray.tuning.sweep.run_sweep": begin,
             "hrm_ray.data.pipeline.build": begin,
             "hrm_ray.cli.solve.load_solver": lambda checkpoint: solver,

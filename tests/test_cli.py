@@ -28,7 +28,7 @@ from hrm_ray.data.tasks.base import get_task
 from hrm_ray.data.writer import DatasetWriter, balanced_cuts
 from hrm_ray.scale.machine import machine_files
 from hrm_ray.storage.storage import Storage
-from hrm_ray.training import trainer
+from hrm_ray.training import launch
 from hrm_ray.training.checkpoint import MODEL_FILE, Checkpoint
 from hrm_ray.tuning.config import load_sweep, sweep_names
 from tests.toy import ARCH, toy_config, toy_dataset
@@ -95,7 +95,7 @@ def test_every_command_has_an_example():
 def trained(tmp_path) -> tuple[Path, Path]:
     """A toy dataset and a finished run on it."""
     toy_dataset(tmp_path / "data")
-    trainer.train(TrainConfig(**toy_config(tmp_path / "data", tmp_path / "runs")), show_progress=False)
+    launch.train(TrainConfig(**toy_config(tmp_path / "data", tmp_path / "runs")), show_progress=False)
     return tmp_path / "data", tmp_path / "runs" / "toy"
 
 
@@ -444,7 +444,7 @@ def sudoku_run(tmp_path) -> Path:
         run_name="sudoku",
         lr_warmup_steps=0,
     )
-    trainer.train(TrainConfig(**values), show_progress=False)
+    launch.train(TrainConfig(**values), show_progress=False)
     return tmp_path / "runs" / "sudoku"
 
 
@@ -559,9 +559,9 @@ def test_an_interrupt_at_the_start_is_not_lost(tmp_path, handler):
     code = """
 import os, signal, time
 from hrm_ray import cli
-from hrm_ray.training import trainer
+from hrm_ray.training import launch
 
-def announce(config):
+def announce(self):
     try:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
@@ -569,7 +569,8 @@ def announce(config):
         pass
     return "went on"
 
-trainer.announce = announce
+launch.Launch.__init__ = lambda self, config: None
+launch.Launch.announce = announce
 cli.main(["train", "data=DATA", "storage=DATA"])
 """
     run = subprocess.run(

@@ -29,12 +29,16 @@ def code_in(heading: str, kind: str) -> str:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """A copy of the package with the two files of the page in it, and data."""
+    """A copy of the package with the models' and the way of halting's files of the page in it, and data."""
     folder = tmp_path_factory.mktemp("own")
     shutil.copytree(Path(hrm_ray.__file__).parent, folder / "hrm_ray")
-    for kind, file in (("python", "models/gated.py"), ("yaml", "config/arch/gated.yaml")):
-        assert f"`hrm_ray/{file}`" in PAGE
-        (folder / "hrm_ray" / file).write_text(code_in("## A model", kind))
+    for heading, module, values in (
+        ("## A model", "models/gated.py", "config/arch/gated.yaml"),
+        ("## A way of halting", "halting/sure.py", "config/halting/sure.yaml"),
+    ):
+        for kind, file in (("python", module), ("yaml", values)):
+            assert f"`hrm_ray/{file}`" in PAGE
+            (folder / "hrm_ray" / file).write_text(code_in(heading, kind))
     toy_dataset(folder / "data")
     return folder
 
@@ -78,6 +82,17 @@ def test_it_trains_resumes_and_is_evaluated(tree, halting, dtype):
     evaluated = command(tree, "eval", f"runs/{halting}", "data=data", "halt=learned", "--json")
     assert evaluated.returncode == 0, evaluated.stderr
     assert 1 <= json.loads(evaluated.stdout)["eval/steps"] <= 4
+
+
+def test_a_way_of_halting_is_one_module_and_one_yaml(tree):
+    words = [*WORDS, "halting=sure", "run_name=sure", "max_steps=4"]
+    assert command(tree, *words, "halting.threshold=0.001").returncode == 0
+    evaluated = command(tree, "eval", "runs/sure", "data=data", "halt=learned", "--json")
+    assert json.loads(evaluated.stdout)["eval/steps"] == 1, evaluated.stderr
+    done = command(tree, *WORDS, "halting.threshold=0.5")
+    assert "halting.threshold has no effect with halting=act; it is of halting=sure" in done.stderr
+    done = command(tree, *words, "halting.threshold=1")
+    assert done.returncode == 2 and "halting.threshold=1" in done.stderr
 
 
 def test_its_keys_are_checked_as_all_others(tree):

@@ -35,7 +35,7 @@ CORE = (
     "hrm_ray.evaluation.evaluate",
     "hrm_ray.storage.storage",
     "hrm_ray.training.loop",
-    "hrm_ray.training.trainer",
+    "hrm_ray.training.launch",
 )
 # Makes `import ray` fail as if it were not there.
 NO_RAY = "import sys; sys.modules['ray'] = None; "
@@ -53,7 +53,7 @@ def test_imports():
 def test_trains_and_solves(tmp_path):
     run(
         "from pathlib import Path; from tests.toy import *; import hrm_ray\n"
-        "from hrm_ray.config.schema import TrainConfig; from hrm_ray.training.trainer import train\n"
+        "from hrm_ray.config.schema import TrainConfig; from hrm_ray.training.launch import train\n"
         f"root = Path({str(tmp_path)!r}); toy_dataset(root / 'data')\n"
         "train(TrainConfig(**toy_config(root / 'data', root / 'runs')), show_progress=False)\n"
         "assert len(hrm_ray.load(root / 'runs/toy').solve(['1 2 3 4 ' * 4])) == 1"

@@ -21,7 +21,7 @@ import yaml
 from hrm_ray import ray_metrics
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.ray_metrics import OF_A_RUN, OF_A_SWEEP, RunMetrics, SweepMetrics
-from hrm_ray.training.loop import Hooks
+from hrm_ray.training.hooks import Hooks
 from hrm_ray.tuning.config import plain
 from tests.faults.nodes import Nodes
 from tests.toy import toy_config, toy_dataset

@@ -19,8 +19,8 @@ from ray.experimental import internal_kv
 from hrm_ray import worker_logs
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import RayFailed, notes
-from hrm_ray.training import ray_train, trainer
-from hrm_ray.training.loop import Trainer
+from hrm_ray.training import launch, ray_train
+from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.tuning import execute
 from hrm_ray.tuning.sweep import run_sweep
 from hrm_ray.tuning.trial import Run, Trial
@@ -116,7 +116,7 @@ def test_what_takes_too_long_is_not_waited_for(monkeypatch):
 
 def dies(how: str, train, *parameters):
     """`train`, in which this process ends at the fifth step; to be run in a worker."""
-    take = Trainer._step
+    take = TrainingLoop._step
 
     def step(self, number):
         if number == 5:
@@ -129,11 +129,11 @@ def dies(how: str, train, *parameters):
             raise RuntimeError("CUDA error: misaligned address")
         return take(self, number)
 
-    Trainer._step = step
+    TrainingLoop._step = step
     try:
         return train(*parameters)
     finally:
-        Trainer._step = take  # it may serve others
+        TrainingLoop._step = take  # it may serve others
 
 
 WORKER, RUN = ray_train._worker, Run._trained
@@ -147,7 +147,7 @@ def config(tmp_path: Path) -> dict:
     )
 
 
-class Listens(trainer.Driver):
+class Listens(launch.Driver):
     """Keeps what it is to say."""
 
     def __init__(self, config):
@@ -177,7 +177,7 @@ def test_below_the_error_stands_what_the_worker_wrote_last(
     monkeypatch.setattr(ray_train, "_worker", partial(dies, how, WORKER))
     config = TrainConfig(**config | {"failure": {"max_failures": 0}})
     with pytest.raises(RayFailed) as info:
-        ray_train.train_on_ray(config, trainer.run_folder(config), Listens(config))
+        ray_train.train_on_ray(config, launch.run_folder(config), Listens(config))
     assert str(info.value) == f"Ray Train failed: {line}; the same command continues from the last checkpoint"
     (note,) = notes(info.value)
     first, *words = note.splitlines()
@@ -194,7 +194,7 @@ def test_the_log_of_a_worker_that_is_replaced_is_shown_too(config, ray_cluster, 
     config = TrainConfig(**config | {"failure": {"max_failures": 1}})
     driver = Listens(config)
     with pytest.raises(RayFailed):
-        ray_train.train_on_ray(config, trainer.run_folder(config), driver)
+        ray_train.train_on_ray(config, launch.run_folder(config), driver)
     assert driver.said[0].startswith("workers were lost or added: ")
     assert "wrote last, in " in driver.said[1] and "out of handles" in driver.said[1]
 

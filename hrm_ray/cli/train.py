@@ -36,13 +36,13 @@ def train(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from hrm_ray.config.compose import train_config
-    from hrm_ray.training import trainer
+    from hrm_ray.training import launch
 
     config = train_config(args.words)
     check_lasts("storage", config.storage)
-    print(trainer.announce(config), file=sys.stderr)
-    summary, stopped_by = trainer.train(config)
-    run = trainer.run_folder(config)
+    run_at_hand = launch.Launch(config)
+    print(run_at_hand.announce(), file=sys.stderr)
+    summary, stopped_by = run_at_hand.train()
     if stopped_by is not None:
         print(f"stopped at step {summary['global_step']}; the same command continues", file=sys.stderr)
         return 128 + stopped_by
@@ -60,7 +60,7 @@ def _train(args: argparse.Namespace) -> int:
         )
     final = summary["best"] or summary["final"]
     exact = final.get("eval/exact_accuracy")
-    print(f"{run}: step {summary['global_step']}, {summary['train_s']:.0f} s of training", end="")
+    print(f"{run_at_hand.run}: step {summary['global_step']}, {summary['train_s']:.0f} s of training", end="")
     print(f", exact accuracy {exact:.1%}" if exact is not None else "")
     return 0
 

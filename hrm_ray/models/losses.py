@@ -64,12 +64,12 @@ def count_right(tokens_BC: Tensor, labels_BC: Tensor) -> tuple[Tensor, Tensor]:
     return ((tokens_BC == labels_BC) & labelled).sum(-1), labelled.sum(-1)
 
 
-def act_loss(step: Step, loss_type: LossType) -> tuple[Tensor, Tensor]:
-    """Loss of one ACT step and its metrics.
+def act_loss(step: Step, loss_type: LossType) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Loss of one ACT step, its metrics, and what of it is right.
 
     Returns:
-        the loss (scalar, summed over slots) and the metrics (float32 vector in the order of `METRICS`, summed;
-        accuracies and steps over the slots that halted at this step).
+        the loss (scalar, summed over slots), the metrics (float32 vector in the order of `METRICS`, summed;
+        accuracies and steps over the slots that halted at this step), and `count_right`.
     """
     labels, prediction = step.carry.batch.labels, step.prediction
     num_right, num_labelled = count_right(prediction.logits.argmax(-1), labels)
@@ -105,4 +105,4 @@ def act_loss(step: Step, loss_type: LossType) -> tuple[Tensor, Tensor]:
                 q_continue_loss,
             )
         )
-    return loss, metrics
+    return loss, metrics, (num_right, num_labelled)

@@ -5,9 +5,8 @@ What follows on what: steps (`step`), reports, checkpoints, evaluations, and wha
 
 import gc
 import time
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +14,12 @@ import torch
 from hrm_ray import machine, memory
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset, open_dataset
-from hrm_ray.errors import NonFiniteLoss, RunFailed, UserError
+from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.evaluation.evaluate import Interrupted, evaluate
-from hrm_ray.models.compiled import STANCE, reason, uncompile
+from hrm_ray.models.compiled import STANCE
 from hrm_ray.storage.lock import Lock
 from hrm_ray.storage.storage import Storage, is_full
+from hrm_ray.training.account import Account
 from hrm_ray.training.agreement import WorkersDisagree, all_finite, bit_sum, odd_ones_out
 from hrm_ray.training.checkpoint import (
     FOLDER,
@@ -30,49 +30,18 @@ from hrm_ray.training.checkpoint import (
     step_name,
     write_manifest,
 )
-from hrm_ray.training.logging import RECORDS, Records, check_places, note_event
+from hrm_ray.training.hooks import Hooks
+from hrm_ray.training.logging import RECORDS, check_places
 from hrm_ray.training.meter import LossDiverged, Meter
 from hrm_ray.training.plan import Plan, stops_early
+from hrm_ray.training.preparation import Preparation
 from hrm_ray.training.resume import check_fits, weights_source
+from hrm_ray.training.rollback import check_allowed, steps_left_out
 from hrm_ray.training.saver import Saver
 from hrm_ray.training.state import TrainState
 from hrm_ray.training.step import Stepper
 from hrm_ray.training.watchdog import Watchdog
 from hrm_ray.world import World
-
-
-@dataclass
-class Progress:
-    """What a progress bar shows; the metrics are of the last report."""
-
-    step: int
-    last_step: int
-    phase: str  # "compile", "record", "train" or "eval"
-    setup: str  # what of the machine the first worker uses
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What the loop tells and asks its surroundings; called on the first worker only, `stop` on every one.
-
-    Attributes:
-        progress: called after every step and every evaluated batch.
-        report: called with every record once it is in metrics.jsonl; again with those that a resumed run repeats.
-        saved: called when a checkpoint has become whole.
-        stop: why to end after the step at hand; None to go on.
-        save: whether to write a checkpoint after the step at hand.
-        event: called with every entry of events.jsonl.
-        owner: who runs it: the same for workers that replace lost ones. None: this process alone.
-    """
-
-    progress: Callable[[Progress], None] = lambda progress: None
-    report: Callable[[dict[str, Any]], None] = lambda record: None
-    saved: Callable[[], None] = lambda: None
-    stop: Callable[[], str | None] = lambda: None
-    save: Callable[[], bool] = lambda: False
-    event: Callable[[dict[str, Any]], None] = lambda entry: None
-    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,10 +54,9 @@ class Votes:
 
 
 SMALLER = "use a smaller model, a smaller global_batch_size or more workers"  # where memory is lacking
-COMPILED, NOT_WANTED = None, ""  # what may come of compiling, besides a reason why it failed
 
 
-class Trainer:
+class TrainingLoop:
     """One worker's part of a run.
 
     Args:
@@ -102,19 +70,20 @@ class Trainer:
         self.config, self.world, self.hooks = config, world, hooks
         self.dataset = open_checked(config.data_path, world)
         self.plan = Plan.of(config, self.dataset.split("train"))
-        self.setup = self._resolve(config.forward_dtype)
-        if len(set(world.gather_objects(self.setup.dtype))) > 1:  # "auto" on unlike machines
-            self.setup = self._resolve("float32")
-        if self.setup.device.type == "cpu":
+        setup = self._resolve(config.forward_dtype)
+        if len(set(world.gather_objects(setup.dtype))) > 1:  # "auto" on unlike machines
+            setup = self._resolve("float32")
+        if setup.device.type == "cpu":
             memory.keep_memory()
         self._stop_reason: str | None = None
-        self._was_prepared = False  # what came of it is in `setup`
-        self._records: Records | None = None
         if world.is_first:
             check_places(run)
         # The first worker decides where the run goes on, and keeps others off it.
-        self._lock = run.lock(owner=hooks.owner, say=self._say) if world.is_first else Lock()
+        self._lock = run.lock(owner=hooks.owner, say=self._say_waits) if world.is_first else Lock()
         self.run = run = run.held_by(self._lock)
+        self._account = Account(config, self.plan, run, world, hooks, lambda: self.state.global_step)
+        self._note = self._account.note
+        self._preparation = Preparation(config, self.plan, world, setup, note=self._note, show=self._show)
         self._watchdog = Watchdog(config.watchdog_s)
         self._saver = Saver(
             run,
@@ -129,15 +98,17 @@ class Trainer:
                 self._begin()
             if world.is_first:
                 run.sweep(RECORDS)
-                step = self.state.global_step
-                self._records = Records(
-                    run, config, step, evaluates_again=self._evaluation_is_due, on_event=self._note
-                )
+                self._account.open(evaluates_again=self._evaluation_is_due)
                 if self._lock.weakness:
                     self._note("unlocked", self._lock.weakness)
         except BaseException as error:
             self._close()
             raise _as_full_disk(error, run) from None
+
+    @property
+    def setup(self) -> machine.Setup:
+        """What of this worker's machine is used."""
+        return self._preparation.setup
 
     def _resolve(self, forward_dtype: str) -> machine.Setup:
         """What of this worker's machine is used."""
@@ -211,8 +182,7 @@ class Trainer:
             with memory.needed_for(*self._memory_need()):
                 self._run()
             summary = self._summary()
-            if self._records:
-                self._records.summarise(summary)
+            self._account.summarise(summary)
             self._note("finished" if summary["finished"] else "stopped", summary["stop_reason"] or "done")
             return summary
         except (UserError, OSError) as error:
@@ -235,8 +205,7 @@ class Trainer:
         """Let go of everything."""
         self._saver.close()
         self._watchdog.close()
-        if self._records:
-            self._records.close()
+        self._account.close()
         self._lock.close()
 
     def _run(self) -> None:
@@ -257,65 +226,8 @@ class Trainer:
         self._finish_saving()
 
     def _prepare(self) -> None:
-        """Make the model ready for training; compiled and recorded, if that is wanted. Collective."""
-        self.state.model.train()
-        is_done = self.state.global_step >= self.plan.last_step and not self._evaluation_is_due
-        is_first_time, self._was_prepared = not self._was_prepared, True
-        if not is_done and (is_first_time or self.setup.compile):
-            self._compile(is_first_time)
-        has_steps = self.state.global_step < self.plan.last_step
-        if has_steps and (self.config.cuda_graphs if is_first_time else self.setup.cuda_graphs):
-            self._record(is_first_time)
-
-    def _compile(self, is_first_time: bool) -> None:
-        """Compile the model, if that is wanted and every worker can. Collective."""
-        started = time.monotonic()
-        outcomes = self.world.gather_objects(self._try_to_compile())
-        self.setup = replace(self.setup, compile=all(outcome is COMPILED for outcome in outcomes))
-        if self.setup.compile:
-            if is_first_time:
-                self._note("compiled", f"compiled the model in {time.monotonic() - started:.0f} s")
-            return
-        uncompile(self.state.model)
-        if any(outcome != NOT_WANTED for outcome in outcomes):
-            rank, why = next((r, o) for r, o in enumerate(outcomes) if o is not COMPILED)
-            self._note("not_compiled", f"continues without compiling: {why or 'no compiler'} (rank {rank})")
-
-    def _record(self, is_first_time: bool) -> None:
-        """Record the steps as CUDA graphs, or say why that failed. For one worker."""
-        started = time.monotonic()
-        self._show("record")
-        # Anything compiled now would use other settings, or would become part of the recording.
-        stance = torch.compiler.set_stance("fail_on_recompile") if self.setup.compile else nullcontext()
-        try:
-            with self._meter.excluded(), stance:
-                self.stepper.record()
-        except Exception as error:  # of any kind, as above
-            self.setup = replace(self.setup, cuda_graphs=False)
-            self._note("not_recorded", f"continues without CUDA graphs: {reason(error)}")
-            return
-        self.setup = replace(self.setup, cuda_graphs=True)
-        if is_first_time:
-            self._note("recorded", f"recorded CUDA graphs in {time.monotonic() - started:.0f} s")
-
-    def _try_to_compile(self) -> str | None:
-        """COMPILED, NOT_WANTED, or why it failed. Not collective."""
-        config, model = self.config, self.state.model
-        num_slots = self.plan.total_steps * config.supervision_steps * config.global_batch_size
-        try:
-            if not machine.compiles(
-                config.compile,
-                self.setup.device,
-                num_params=sum(p.numel() for p in model.parameters()),
-                num_tokens=num_slots * model.inner.num_tokens,
-            ):
-                return NOT_WANTED
-            self._show("compile")
-            with self._meter.excluded():
-                self.stepper.compile()
-            return COMPILED
-        except Exception as error:  # of any kind: a compiler has many ways to fail
-            return reason(error)
+        """Make the model ready for training. Collective."""
+        self._preparation.prepare(self.state, self.stepper, self._meter, has_work=not self._is_at_end)
 
     def _advance(self) -> None:
         """One step and what is due after it."""
@@ -325,7 +237,7 @@ class Trainer:
         self._step(step)
         votes = self._vote()
         if plan.reports(step):
-            self._report(self._meter.report(self.world) | plan.values(step))
+            self._account.report(self._meter.report(self.world) | plan.values(step))
         interval = self.config.checksum_interval
         if interval is not None and step % interval == 0:
             self._check_state()
@@ -357,6 +269,11 @@ class Trainer:
         return interval_s is not None and time.monotonic() - self._saved_at > interval_s
 
     @property
+    def _is_at_end(self) -> bool:
+        """Whether neither steps nor an evaluation are to come."""
+        return self.state.global_step >= self.plan.last_step and not self._evaluation_is_due
+
+    @property
     def _evaluation_is_due(self) -> bool:
         step, test = self.state.global_step, self.dataset.splits.get("test")
         return step > 0 and bool(test) and self.plan.evaluates(step) and self._evaluated_step != step
@@ -385,10 +302,10 @@ class Trainer:
         self.state.train_s += time.perf_counter() - started
         self._evaluated_step = self.state.global_step
         named = {f"eval/{name}": value for name, value in metrics.items()}
-        self._report(named)
+        self._account.report(named)
         self._finish_saving()
-        if self._records:
-            self._records.flush()  # before the checkpoint says that this evaluation is done
+        if self.world.is_first:
+            self._account.flush()  # before the checkpoint says that this evaluation is done
             folder = self.run / FOLDER / step_name(self.state.global_step)
             manifest = Checkpoint(folder).manifest
             update = {"metrics": named, "train_s": self.state.train_s}
@@ -408,9 +325,7 @@ class Trainer:
         self._show("eval")
 
     def _stop_early_if_due(self) -> None:
-        stops = self._records is not None and stops_early(
-            self._records.evaluations(self.config.best_metric), self.config.early_stopping
-        )
+        stops = stops_early(self._account.evaluations(), self.config.early_stopping)
         if self.world.from_first(stops) and self.state.global_step < self.plan.last_step:
             self._stop_reason = "early_stopping"
 
@@ -452,7 +367,7 @@ class Trainer:
         """Make the pending checkpoint valid, if there is one. Collective."""
         if self._saver.is_pending:
             with self._meter.excluded(checkpoint=True):
-                self._saver.finish(self._records.flush if self._records else lambda: None)
+                self._saver.finish(self._account.flush)
             if self.world.is_first:
                 self.hooks.saved()
 
@@ -462,68 +377,39 @@ class Trainer:
         Raises:
             RunFailed: the run is to stop instead, or was rolled back too often.
         """
-        config, skipped, num_rollbacks = self.config, self.state.skipped_steps, self.state.num_rollbacks
+        skipped, num_rollbacks = self.state.skipped_steps, self.state.num_rollbacks
         self._finish_saving()
-        if config.on_nonfinite == "stop" or num_rollbacks >= config.max_rollbacks:
-            hint = ", or leave out such batches with on_nonfinite=rollback"
-            raise NonFiniteLoss(
-                f"{problem.what}{f', after {num_rollbacks} rollbacks' if num_rollbacks else ''} "
-                f"(lr {self.plan.lr(problem.step):.3g}); lower lr or lengthen lr_warmup_steps"
-                f"{hint if config.on_nonfinite == 'stop' else ''}; the same command continues from the last "
-                "checkpoint, run_name=NAME starts a new run"
-            )
+        check_allowed(self.config, problem, num_rollbacks, self.plan.lr(problem.step))
         # The memory of the old ones is wanted for the new: frames of `problem` and compiled modules refer to them.
         del self.stepper, self.state
         problem.__traceback__ = None
         gc.collect()
         self._begin()
         state = self.state
-        # The batch that shows it and the one whose update may have caused it; where that did not help, twice as many.
-        width = 2 ** (1 + num_rollbacks - state.num_rollbacks)
-        first = max(state.global_step, problem.step - width) + 1
-        state.skipped_steps = skipped.union(range(first, problem.step + 1))
+        left_out = steps_left_out(problem, state.global_step, num_rollbacks - state.num_rollbacks)
+        state.skipped_steps = skipped.union(left_out)
         state.num_rollbacks = num_rollbacks + 1
         self._prepare()
-        if self._records:
-            self._records.rewind(state.global_step)
+        self._account.rewind()
         self._note(
             "rolled_back",
-            f"{problem.what}; back to step {state.global_step}; the batches of steps {first} to {problem.step} "
-            "are skipped",
+            f"{problem.what}; back to step {state.global_step}; the batches of steps {left_out[0]} to "
+            f"{problem.step} are skipped",
         )
 
-    def _report(self, values: dict[str, float]) -> None:
-        """Write one record of metrics, which every worker has alike."""
-        if self._records is None:
-            return
-        step = self.state.global_step
-        record = {"global_step": step, "epoch": round(self.plan.epoch(step), 4), **values}
-        self._records.write(record)
-        self.hooks.report(record)
-
-    def _say(self, text: str) -> None:
+    def _say_waits(self, text: str) -> None:
         """Tell the user, before this process may write in the run's folder."""
         self.hooks.event({"event": "waits", "message": text})
 
-    def _note(self, event: str, message: str) -> None:
-        """Write down what has happened to the run."""
-        if self.world.is_first:
-            place = {"global_step": self.state.global_step, "num_workers": self.world.size}
-            self.hooks.event(note_event(self.run, event, **place, message=message))
-
     def _show(self, phase: str) -> None:
-        if self._records:
-            progress = Progress(
-                self.state.global_step, self.plan.last_step, phase, self.setup.describe(), self._records.last
-            )
-            self.hooks.progress(progress)
+        self._account.show(phase, self.setup.describe())
 
     def _summary(self) -> dict[str, Any]:
         """What summary.json holds; metrics of the end and of the best checkpoint."""
-        chosen = best(finished(self.run)) if self._records else None
-        at_end = self.state.global_step >= self.plan.last_step and not self._evaluation_is_due
+        chosen = best(finished(self.run)) if self.world.is_first else None
+        at_end = self._is_at_end
         return {
-            "final": self._records.last if self._records else {},
+            "final": self._account.last,
             "best": chosen.manifest.metrics if chosen else {},
             "global_step": self.state.global_step,
             "finished": at_end or self._stop_reason == "early_stopping",

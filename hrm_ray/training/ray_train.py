@@ -47,9 +47,10 @@ from hrm_ray.ray_metrics import RunMetrics
 from hrm_ray.ray_session import cluster_address, ray_session
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.channel import Channel
-from hrm_ray.training.loop import Hooks, Progress, Trainer
+from hrm_ray.training.driver import Driver
+from hrm_ray.training.hooks import Hooks, Progress
+from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.training.shared import check_seen
-from hrm_ray.training.trainer import Driver
 from hrm_ray.worker_logs import last_words
 from hrm_ray.world import World
 
@@ -85,7 +86,7 @@ class NoWorkers(Exception):
 def train_on_ray(
     config: TrainConfig, run: Storage, driver: Driver, group: "PlacementGroup | None" = None
 ) -> dict[str, Any]:
-    """Train `config` in the folder `run`; returns the summary. For what is raised, see `trainer.train`.
+    """Train `config` in the folder `run`; returns the summary. For what is raised, see `launch.train`.
 
     Args:
         group: a placement group that has a bundle for each worker, and stays when the run has ended, with nothing in
@@ -541,7 +542,7 @@ def _worker(parameters: dict[str, Any]) -> dict[str, Any]:
             if world.is_first:
                 metrics = RunMetrics(config, parameters.get("sweep", ""), _num_starts(channel) - 1)
                 hooks = stack.enter_context(metrics).heard_by(hooks)
-            summary = Trainer(config, run, world, hooks).train()
+            summary = TrainingLoop(config, run, world, hooks).train()
         if world.is_first:
             channel.put("summary", summary)
         return summary

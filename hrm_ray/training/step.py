@@ -27,7 +27,7 @@ from hrm_ray.halting.base import Control, Moment
 from hrm_ray.models.act import ACT, Batch, Carry
 from hrm_ray.models.compiled import compile_recursion
 from hrm_ray.models.layers import Linear
-from hrm_ray.models.losses import METRICS, LossType, act_loss, count_right
+from hrm_ray.models.losses import METRICS, LossType, act_loss
 from hrm_ray.optim.sign_sgd import sparse_sign_sgd
 from hrm_ray.training.cuda_graph import Recordings, is_the_same
 from hrm_ray.training.plan import Plan
@@ -50,12 +50,11 @@ class LossModule(nn.Module):
     ) -> tuple[Tensor, Tensor, Carry, tuple[Tensor, Tensor]]:
         """The loss and metrics of one ACT step (see `act_loss`), the new carry, and `count_right`."""
         step = self.model(carry, batch, control)
-        loss, metrics = act_loss(step, self.loss_type)
+        loss, metrics, right = act_loss(step, self.loss_type)
         if replay_loss is not None:
             replayed = replay_loss(self.model.inner.q_head)
             loss = loss + 0.5 * replayed
             metrics[METRICS.index("q_continue_loss")] += replayed.detach()
-        right = count_right(step.prediction.logits.argmax(-1), step.carry.batch.labels)
         return loss, metrics, step.carry, right
 
 

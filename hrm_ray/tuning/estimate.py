@@ -86,7 +86,8 @@ def measure(run: TrainConfig, cpus: int) -> Probe:
 
     from hrm_ray.data.shards import open_dataset
     from hrm_ray.storage.storage import Storage
-    from hrm_ray.training.loop import Hooks, Progress, Trainer
+    from hrm_ray.training.hooks import Hooks, Progress
+    from hrm_ray.training.loop import TrainingLoop
     from hrm_ray.world import World
 
     test = open_dataset(run.data_path).splits.get("test")
@@ -107,7 +108,7 @@ def measure(run: TrainConfig, cpus: int) -> Probe:
     with tempfile.TemporaryDirectory(prefix="hrm_ray-probe-") as aside:
         torch.set_num_threads(cpus)
         started = time.perf_counter()
-        trainer = Trainer(
+        trainer = TrainingLoop(
             run.model_copy(update=short | {"checkpoint_interval": None}),
             Storage(aside),
             World(),

@@ -28,8 +28,8 @@ from hrm_ray.memory import ONE_ARENA
 from hrm_ray.nodes import Growth, Request, fit, growth, living, most, room
 from hrm_ray.ray_session import cluster_address, ray_session
 from hrm_ray.storage.storage import Storage
+from hrm_ray.training.driver import run_folder
 from hrm_ray.training.ray_train import absolute, trusted_tasks, where_not_set
-from hrm_ray.training.trainer import run_folder
 from hrm_ray.tuning.trial import Trial
 from hrm_ray.tuning.view import View
 from hrm_ray.worker_logs import last_words

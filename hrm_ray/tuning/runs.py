@@ -11,7 +11,7 @@ from hrm_ray.config.compose import train_config
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import split_word
 from hrm_ray.storage.storage import Storage
-from hrm_ray.training.trainer import last_summary
+from hrm_ray.training.launch import last_summary
 from hrm_ray.tuning.execute import Book, Live
 from hrm_ray.tuning.points import Points, value_of
 from hrm_ray.tuning.view import View

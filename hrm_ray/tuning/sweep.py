@@ -37,7 +37,7 @@ from hrm_ray.storage.lock import LeaseLost
 from hrm_ray.storage.storage import Storage, numbered
 from hrm_ray.training.checkpoint import discard_all
 from hrm_ray.training.logging import is_dumped, keep_changed
-from hrm_ray.training.trainer import StopRequest
+from hrm_ray.training.signals import StopRequest
 from hrm_ray.tuning import report
 from hrm_ray.tuning.config import Repeat, SweepConfig, plain, with_settings
 from hrm_ray.tuning.estimate import Probe, Spent

@@ -17,9 +17,9 @@ from ray import tune
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import NonFiniteLoss, OutOfMemory, Unseen, UserError, first_line, notes
 from hrm_ray.ray_metrics import RunMetrics
+from hrm_ray.training.driver import run_folder
 from hrm_ray.training.logging import reports
 from hrm_ray.training.shared import check_seen
-from hrm_ray.training.trainer import run_folder
 from hrm_ray.tuning.lineage import take_over
 from hrm_ray.worker_logs import MAX_FRAMES
 
@@ -78,8 +78,9 @@ class Run:
     def _trained(self) -> dict[str, Any]:
         import torch
 
-        from hrm_ray.training.loop import Hooks, Progress, Trainer
-        from hrm_ray.training.trainer import StopRequest
+        from hrm_ray.training.hooks import Hooks, Progress
+        from hrm_ray.training.loop import TrainingLoop
+        from hrm_ray.training.signals import StopRequest
         from hrm_ray.world import World
 
         deadline = StopRequest(self._config.max_time_s)
@@ -107,7 +108,7 @@ class Run:
         hooks = Hooks(progress=progress, report=self.reports.put, stop=reason, owner=self._owner)
         try:
             with RunMetrics(self._config, self._sweep) as metrics:
-                return Trainer(self._config, run, World(), metrics.heard_by(hooks)).train()
+                return TrainingLoop(self._config, run, World(), metrics.heard_by(hooks)).train()
         finally:
             gc.collect()
             if torch.cuda.is_available():

@@ -10,9 +10,10 @@ from typing import Any
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import OutOfMemory, RunFailed
 from hrm_ray.storage.storage import Storage
-from hrm_ray.training.loop import Progress
+from hrm_ray.training.driver import Driver
+from hrm_ray.training.hooks import Progress
 from hrm_ray.training.ray_train import train_on_ray
-from hrm_ray.training.trainer import Driver, StopRequest
+from hrm_ray.training.signals import StopRequest
 
 
 class TrialDriver(Driver):
@@ -73,7 +74,7 @@ def train_in_reservation(
         the summary.
 
     Raises:
-        UserError: as `trainer.train` does.
+        UserError: as `launch.train` does.
     """
     from ray.util import get_current_placement_group
 

@@ -8,8 +8,9 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.errors import UserError
 from hrm_ray.manifest import seal
-from hrm_ray.training.loop import Hooks, Trainer
-from hrm_ray.training.trainer import run_folder
+from hrm_ray.training.driver import run_folder
+from hrm_ray.training.hooks import Hooks
+from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.world import World
 from tests.damage import assert_every_damage_is_refused
 from tests.toy import toy_config, toy_dataset
@@ -35,7 +36,7 @@ def test_training_refuses_a_flipped_bit(tmp_path, split):
     file.write_bytes(content)
     config = TrainConfig(**toy_config(tmp_path / "data", tmp_path / "runs"))
     with pytest.raises(UserError, match=f"{file} is damaged: its SHA-256 .*; build the dataset again"):
-        Trainer(config, run_folder(config), World(), Hooks())
+        TrainingLoop(config, run_folder(config), World(), Hooks())
     assert not (tmp_path / "runs").exists()
 
 

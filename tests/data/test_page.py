@@ -19,7 +19,7 @@ from hrm_ray.data.tasks.arc import place
 from hrm_ray.errors import UserError
 from hrm_ray.interop.dataset import import_npy
 from hrm_ray.interop.look import open_any
-from hrm_ray.training import trainer
+from hrm_ray.training import launch
 from tests.data.test_maze import ANSWER, QUESTION, SMALL
 from tests.interop.test_dataset import write_set
 from tests.toy import toy_config, toy_dataset
@@ -184,7 +184,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     toy_dataset(folder / "data", num_identifiers=3, num_test=4)
     config = toy_config(folder / "data", folder, run_name="run", max_steps=4)
-    trainer.train(TrainConfig(**config), show_progress=False)
+    launch.train(TrainConfig(**config), show_progress=False)
     return folder
 
 

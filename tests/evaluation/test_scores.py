@@ -27,7 +27,7 @@ from hrm_ray.evaluation.scores.maze import Path
 from hrm_ray.evaluation.votes import Votes
 from hrm_ray.models.act import IGNORE, Batch
 from hrm_ray.models.inference import Answers
-from hrm_ray.training import trainer
+from hrm_ray.training import launch
 from tests.toy import toy_config, toy_dataset
 
 CPU = torch.device("cpu")
@@ -121,7 +121,7 @@ def test_votes_of_two_workers_are_those_of_one(arc):
 def test_a_run_reports_the_scores_of_its_task_and_is_judged_by_one(tmp_path, mazes):
     values = {"arch": {**toy_config(tmp_path, tmp_path)["arch"], "puzzle_emb_ndim": 0}, "max_steps": 4}
     config = toy_config(mazes.path, tmp_path / "runs", **values, best_metric="eval/valid_path")
-    summary, _ = trainer.train(TrainConfig(**config), show_progress=False)
+    summary, _ = launch.train(TrainConfig(**config), show_progress=False)
     assert {"eval/valid_path", "eval/shortest_path", "eval/exact_accuracy"} <= summary["final"].keys()
     solver = api.load(tmp_path / "runs/toy")
     metrics, _ = solver.evaluate(mazes.path, votes=8, num_examples=2)
@@ -129,7 +129,7 @@ def test_a_run_reports_the_scores_of_its_task_and_is_judged_by_one(tmp_path, maz
     with pytest.raises(UserError, match="votes=9: a maze has only 8"):
         solver.evaluate(mazes.path, votes=9)
     with pytest.raises(UserError, match="best_metric=eval/valid is no metric of task maze"):
-        trainer.train(TrainConfig(**config | {"best_metric": "eval/valid"}), show_progress=False)
+        launch.train(TrainConfig(**config | {"best_metric": "eval/valid"}), show_progress=False)
 
 
 def test_arc_is_trained_with_moving_grids_evaluated_by_votes_and_blinded(tmp_path, arc):
@@ -137,7 +137,7 @@ def test_arc_is_trained_with_moving_grids_evaluated_by_votes_and_blinded(tmp_pat
     recipe = ArcRecipe(**json.loads(json.dumps(arc.manifest.recipe)) | {"translate": "visit"})
     build(recipe, out, show_progress=False)
     config = TrainConfig(**toy_config(out, tmp_path / "runs", max_steps=2, num_eval_examples=20))
-    summary, _ = trainer.train(config, show_progress=False)
+    summary, _ = launch.train(config, show_progress=False)
     assert "eval/pass@1" in summary["final"] and "eval/hrm_pass@2" in summary["final"]
     solver = api.load(tmp_path / "runs/toy")
     # Training hardly moved the puzzles' embeddings: make it matter which one is seen.
@@ -151,7 +151,7 @@ def test_arc_is_trained_with_moving_grids_evaluated_by_votes_and_blinded(tmp_pat
 def test_solving_examples_of_a_data_set_tells_the_model_which_puzzle_it_is(tmp_path):
     toy_dataset(tmp_path / "data", num_identifiers=5)
     config = TrainConfig(**toy_config(tmp_path / "data", tmp_path / "runs", max_steps=2))
-    trainer.train(config, show_progress=False)
+    launch.train(config, show_progress=False)
     solver = api.load(tmp_path / "runs/toy")
     solver.model.inner.puzzle_emb.weights.normal_(std=10)
     puzzles = solver.questions(tmp_path / "data", count=8)
@@ -190,7 +190,7 @@ def test_a_model_is_not_used_with_the_identifiers_of_another_build(tmp_path, arc
     recipe = ArcRecipe(**json.loads(json.dumps(arc.manifest.recipe)) | {"seed": 7})
     build(recipe, tmp_path / "other", show_progress=False)
     config = TrainConfig(**toy_config(arc.path, tmp_path / "runs", max_steps=1, num_eval_examples=4))
-    trainer.train(config, show_progress=False)
+    launch.train(config, show_progress=False)
     solver = api.load(tmp_path / "runs/toy")
     with pytest.raises(UserError, match="other is another build than the one"):
         solver.evaluate(tmp_path / "other")
@@ -221,6 +221,6 @@ def test_what_is_not_known_of_a_data_set_is_no_best_metric(arc, tmp_path):
 def test_hiding_identifiers_from_a_model_without_any_is_refused(tmp_path, mazes):
     arch = toy_config(tmp_path, tmp_path)["arch"] | {"puzzle_emb_ndim": 0}
     config = TrainConfig(**toy_config(mazes.path, tmp_path / "runs", arch=arch, max_steps=1))
-    trainer.train(config, show_progress=False)
+    launch.train(config, show_progress=False)
     with pytest.raises(UserError, match="ablate=puzzle_id: this model has no embedding of puzzles"):
         api.load(tmp_path / "runs/toy").evaluate(mazes.path, hides_identifiers=True)

@@ -23,7 +23,7 @@ from hrm_ray.errors import UserError
 from hrm_ray.interop.checkpoint import export_checkpoint, import_checkpoint
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import Checkpoint, find
-from hrm_ray.training.trainer import train
+from hrm_ray.training.launch import train
 from tests.golden_cases import batch_of
 from tests.toy import toy_config, toy_dataset
 

@@ -12,7 +12,7 @@ import pytest
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.storage.storage import Storage
-from hrm_ray.training import trainer
+from hrm_ray.training import launch
 from hrm_ray.training.checkpoint import finished
 from tests.toy import toy_config, toy_dataset
 from tests.training.test_ray import command
@@ -148,8 +148,8 @@ def test_a_preempted_job_goes_on_and_ends_bit_equal(tmp_path, slurm):
     assert f"continues after step {step}" in log.read_text()
 
     undisturbed = TrainConfig(**{**config, "run_name": "undisturbed", "compile": False})
-    trainer.train(undisturbed, show_progress=False)
-    last, expected = finished(run)[-1], finished(trainer.run_folder(undisturbed))[-1]
+    launch.train(undisturbed, show_progress=False)
+    last, expected = finished(run)[-1], finished(launch.run_folder(undisturbed))[-1]
     assert (last.step, last.manifest.files) == (expected.step, expected.manifest.files)
 
 

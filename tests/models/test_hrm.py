@@ -71,7 +71,7 @@ def run(act: ACT, steps=3):
     carry, losses = act.initial_carry(batch()), []
     for _ in range(steps):
         step = act(carry, batch(), UNTIL_THE_END)
-        loss, _ = act_loss(step, "stablemax_cross_entropy")
+        loss, _, _ = act_loss(step, "stablemax_cross_entropy")
         losses.append(loss)
         carry = step.carry
     return losses, step

@@ -56,8 +56,8 @@ def test_padding_rows_count_nowhere(loss_type):
         carry = Carry(State(nothing, nothing), steps, halted, batch)
         return Step(carry, Prediction(logits[rows], q[rows], q[rows]), torch.full((len(rows),), 0.5))
 
-    loss, metrics = act_loss(step(torch.tensor([0, 1, 2, 3])), loss_type)
-    loss_without, metrics_without = act_loss(step(torch.tensor([0, 1])), loss_type)
+    loss, metrics, _ = act_loss(step(torch.tensor([0, 1, 2, 3])), loss_type)
+    loss_without, metrics_without, _ = act_loss(step(torch.tensor([0, 1])), loss_type)
     torch.testing.assert_close(loss, loss_without)
     torch.testing.assert_close(metrics, metrics_without)
     assert metrics[METRICS.index("count")] == 2

@@ -18,8 +18,9 @@ from hrm_ray.storage import lock
 from hrm_ray.storage.lock import NAME, Lease, LeaseLost
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import FOLDER, finished, newest_whole, step_name, write_manifest
-from hrm_ray.training.loop import Hooks, Trainer
-from hrm_ray.training.trainer import run_folder
+from hrm_ray.training.driver import run_folder
+from hrm_ray.training.hooks import Hooks
+from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.world import World
 from tests.toy import toy_config, toy_dataset
 
@@ -120,7 +121,7 @@ def test_a_storage_that_ignores_conditions_is_said(s3, s3_proxy, tmp_path):
     toy_dataset(tmp_path / "data")
     events = []
     config = TrainConfig(**{**toy_config(tmp_path / "data", tmp_path), "storage": s3("runs"), "max_steps": 2})
-    Trainer(config, run_folder(config), World(), Hooks(event=events.append)).train()
+    TrainingLoop(config, run_folder(config), World(), Hooks(event=events.append)).train()
     assert any(entry["event"] == "unlocked" for entry in events)
 
 
@@ -196,9 +197,9 @@ def config(tmp_path, s3):
     return {**toy_config(tmp_path / "data", tmp_path, checkpoint_interval=2), "storage": s3("runs")}
 
 
-def trained(config: dict, **hooks) -> Trainer:
+def trained(config: dict, **hooks) -> TrainingLoop:
     parsed = TrainConfig(**config)
-    trainer = Trainer(parsed, run_folder(parsed), World(), Hooks(**hooks))
+    trainer = TrainingLoop(parsed, run_folder(parsed), World(), Hooks(**hooks))
     trainer.train()
     return trainer
 
@@ -214,7 +215,7 @@ def test_a_run_that_was_taken_over_ends_without_writing(config):
 
     parsed = TrainConfig(**config)
     asks = iter(range(100))
-    trainer = Trainer(parsed, run, World(), Hooks(stop=lambda: stop() if next(asks) == 5 else None))
+    trainer = TrainingLoop(parsed, run, World(), Hooks(stop=lambda: stop() if next(asks) == 5 else None))
     with pytest.raises(LeaseLost):
         trainer.train()
     assert other[0].state.global_step == 12

@@ -8,7 +8,7 @@ import tempfile
 def start(worker, size: int, *arguments) -> None:
     """Run `worker(rank, size, meeting_point, *arguments)` in `size` processes, to their end."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hrm_ray.training.trainer"])  # torch is imported once for all of them
+    context.set_forkserver_preload(["hrm_ray.training.launch"])  # torch is imported once for all of them
     with tempfile.TemporaryDirectory() as folder:
         meeting_point = os.path.join(folder, "rendezvous")  # noqa: PTH118
         processes = [

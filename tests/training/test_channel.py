@@ -10,9 +10,9 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import NonFiniteLoss, OutOfMemory, RunFailed, UserError
 from hrm_ray.training import ray_train
 from hrm_ray.training.channel import Channel
-from hrm_ray.training.loop import Progress
+from hrm_ray.training.driver import Driver
+from hrm_ray.training.hooks import Progress
 from hrm_ray.training.ray_train import TimeLimits
-from hrm_ray.training.trainer import Driver
 from hrm_ray.world import World
 
 
@@ -151,7 +151,7 @@ def test_a_failure_is_of_the_same_kind_for_the_driver(monkeypatch, tmp_path, err
     monkeypatch.setattr(ray_train, "Channel", lambda name: channel)
     context = Mock(get_world_rank=lambda: 1, get_world_size=lambda: 2, get_local_rank=lambda: 1)
     monkeypatch.setattr("ray.train.get_context", lambda: context)
-    monkeypatch.setattr(ray_train, "Trainer", Mock(side_effect=error))
+    monkeypatch.setattr(ray_train, "TrainingLoop", Mock(side_effect=error))
     monkeypatch.setattr(ray_train, "check_seen", Mock())
     config = TrainConfig(data_path="data").model_dump(mode="json")
     with pytest.raises(type(error)):

@@ -20,8 +20,9 @@ from hrm_ray.models.inference import think
 from hrm_ray.models.layers import ReasoningModule
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import finished
-from hrm_ray.training.loop import Hooks, Trainer
-from hrm_ray.training.trainer import run_folder
+from hrm_ray.training.driver import run_folder
+from hrm_ray.training.hooks import Hooks
+from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.world import World
 from tests.toy import TRM, toy_config, toy_dataset
 
@@ -30,12 +31,12 @@ LONG = {"num_params": 27_000_000, "num_tokens": 20e6 * 81}
 SHORT = {"num_params": 445_000, "num_tokens": 120_000 * 16}  # the quickstart's
 
 
-def trainer_of(folder, **values) -> Trainer:
+def trainer_of(folder, **values) -> TrainingLoop:
     parsed = TrainConfig(**toy_config(folder / "data", folder / "runs", **values))
-    return Trainer(parsed, run_folder(parsed), World(), Hooks())
+    return TrainingLoop(parsed, run_folder(parsed), World(), Hooks())
 
 
-def events(trainer: Trainer) -> dict[str, str]:
+def events(trainer: TrainingLoop) -> dict[str, str]:
     lines = (trainer.run.local_path / "events.jsonl").read_text().splitlines()
     return {entry["event"]: entry["message"] for entry in map(json.loads, lines)}
 

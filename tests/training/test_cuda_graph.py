@@ -21,10 +21,11 @@ from hrm_ray.models.losses import METRICS
 from hrm_ray.training import cuda_graph
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.cuda_graph import GraphMemory, Recordings
-from hrm_ray.training.loop import Hooks, Trainer
+from hrm_ray.training.driver import run_folder
+from hrm_ray.training.hooks import Hooks
+from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.training.meter import LossDiverged, Meter
 from hrm_ray.training.step import Outcome, Stepper
-from hrm_ray.training.trainer import run_folder
 from hrm_ray.world import World
 from tests.toy import TRM, toy_config, toy_dataset
 from tests.training import recorder
@@ -50,13 +51,13 @@ def device(request, monkeypatch):
     return "cuda"
 
 
-def trainer_of(folder, device, **values) -> Trainer:
+def trainer_of(folder, device, **values) -> TrainingLoop:
     values = {"compile": False} | values
     parsed = TrainConfig(**toy_config(folder / "data", folder / "runs", device=device, **values))
-    return Trainer(parsed, run_folder(parsed), World(), Hooks())
+    return TrainingLoop(parsed, run_folder(parsed), World(), Hooks())
 
 
-def events(trainer: Trainer) -> dict[str, str]:
+def events(trainer: TrainingLoop) -> dict[str, str]:
     lines = (trainer.run.local_path / "events.jsonl").read_text().splitlines()
     return {entry["event"]: entry["message"] for entry in map(json.loads, lines)}
 
@@ -124,7 +125,7 @@ def test_a_recorded_run_goes_on_as_it_was(tmp_path, device):
     assert_ends_alike(device, whole.run, parts.run)
 
 
-def spoil(trainer: Trainer, at: int) -> None:
+def spoil(trainer: TrainingLoop, at: int) -> None:
     """Make the loss of step `at` infinite, once."""
     add, left = trainer._meter.add, [True]
 

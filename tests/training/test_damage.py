@@ -7,7 +7,8 @@ from hrm_ray.data.shards import open_dataset
 from hrm_ray.errors import UserError
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import Checkpoint, finished
-from hrm_ray.training.trainer import run_folder, train
+from hrm_ray.training.driver import run_folder
+from hrm_ray.training.launch import train
 from tests.damage import assert_every_damage_is_refused
 from tests.toy import ARCH, toy_config, toy_dataset
 

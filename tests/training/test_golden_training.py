@@ -7,13 +7,14 @@ import torch
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.models.losses import METRICS
 from hrm_ray.storage.storage import Storage
-from hrm_ray.training.loop import Hooks, Trainer
+from hrm_ray.training.hooks import Hooks
+from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.world import World
 from tests.golden_cases import CASES, FOLDER, NUM_IDENTIFIERS, arch_of, batch_of, config_of, load_weights
 from tests.toy import toy_dataset
 
 
-class GoldenTrainer(Trainer):
+class GoldenTrainer(TrainingLoop):
     """The loop, fed the published batches; keeps each step's sums and halting decisions."""
 
     def use(self, case: str) -> None:

@@ -35,10 +35,11 @@ from hrm_ray.training.checkpoint import (
     write_manifest,
     write_tensors,
 )
+from hrm_ray.training.driver import run_folder
+from hrm_ray.training.hooks import Hooks
 from hrm_ray.training.logging import check_places, last_summary, reports
-from hrm_ray.training.loop import Hooks, Trainer
+from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.training.resume import set_aside, weights_source
-from hrm_ray.training.trainer import run_folder
 from hrm_ray.world import World
 from tests.toy import ARCH, toy_config, toy_dataset
 
@@ -384,14 +385,14 @@ def config(tmp_path: Path) -> dict:
     return toy_config(tmp_path / "data", tmp_path / "runs", arch=SMALL, checkpoint_interval=2, keep_last=2)
 
 
-def trained(config: dict, max_steps: int, **values) -> Trainer:
+def trained(config: dict, max_steps: int, **values) -> TrainingLoop:
     parsed = TrainConfig(**{**config, "max_steps": max_steps, **values})
-    trainer = Trainer(parsed, run_folder(parsed), World(), Hooks())
+    trainer = TrainingLoop(parsed, run_folder(parsed), World(), Hooks())
     trainer.train()
     return trainer
 
 
-def assert_same_end(a: Trainer, b: Trainer) -> None:
+def assert_same_end(a: TrainingLoop, b: TrainingLoop) -> None:
     last_a, last_b = finished(a.run)[-1].manifest, finished(b.run)[-1].manifest
     assert last_a.global_step == last_b.global_step and last_a.files == last_b.files
 

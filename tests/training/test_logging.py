@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.training import trainer
+from hrm_ray.training import launch
 from tests.toy import toy_config, toy_dataset
 
 
@@ -18,8 +18,8 @@ def config(tmp_path):
 
 def train(config: dict):
     parsed = TrainConfig(**config)
-    summary, _ = trainer.train(parsed, show_progress=False)
-    return summary, trainer.run_folder(parsed).local_path
+    summary, _ = launch.train(parsed, show_progress=False)
+    return summary, launch.run_folder(parsed).local_path
 
 
 def test_config_metrics_and_summary(config):
@@ -61,6 +61,6 @@ def test_storage_may_be_a_uri(config, tmp_path):
 
 def test_a_finished_run_does_not_start_again(config, monkeypatch):
     summary, _ = train(config)
-    monkeypatch.setattr(trainer, "_train_here", None)
+    monkeypatch.setattr(launch.Launch, "_here", None)
     assert train(config)[0] == summary
-    assert "is finished at step 20" in trainer.announce(TrainConfig(**config))
+    assert "is finished at step 20" in launch.Launch(TrainConfig(**config)).announce()

@@ -9,7 +9,7 @@ import hrm_ray
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
 from hrm_ray.models.act import ACT
-from hrm_ray.training import trainer
+from hrm_ray.training import launch
 from tests.toy import ARCH, toy_config, toy_dataset
 
 PETABYTE = 2**50
@@ -38,7 +38,7 @@ def test_a_model_without_room(values):
     with pytest.raises(
         UserError, match="memory for the model and a batch on cpu; use a smaller model"
     ) as info:
-        trainer.train(config, show_progress=False)
+        launch.train(config, show_progress=False)
     assert info.value.exit_code == 2
 
 
@@ -55,14 +55,14 @@ def test_a_model_without_room(values):
 def test_a_step_without_room(values, monkeypatch, fails, micro_batch_size, said):
     """The run goes on once it is mended."""
     config = TrainConfig(**values, micro_batch_size=micro_batch_size, checkpoint_interval=5)
-    trainer.train(config.model_copy(update={"max_steps": 5}), show_progress=False)
+    launch.train(config.model_copy(update={"max_steps": 5}), show_progress=False)
     with monkeypatch.context() as patch, pytest.raises(UserError, match=said):
         patch.setattr(ACT, "forward", fails)
-        trainer.train(config, show_progress=False)
-    events = (trainer.run_folder(config).local_path / "events.jsonl").read_text().splitlines()
+        launch.train(config, show_progress=False)
+    events = (launch.run_folder(config).local_path / "events.jsonl").read_text().splitlines()
     last = json.loads(events[-1])
     assert last["event"] == "failed" and last["global_step"] == 6 and "not enough memory" in last["message"]
-    summary, _ = trainer.train(config.model_copy(update={"micro_batch_size": 2}), show_progress=False)
+    summary, _ = launch.train(config.model_copy(update={"micro_batch_size": 2}), show_progress=False)
     assert summary["finished"] and summary["global_step"] == 20
 
 
@@ -72,14 +72,14 @@ def test_other_errors_are_left_as_they_are(values, monkeypatch):
 
     monkeypatch.setattr(ACT, "forward", fails)
     with pytest.raises(RuntimeError, match="a bug"):
-        trainer.train(TrainConfig(**values), show_progress=False)
+        launch.train(TrainConfig(**values), show_progress=False)
 
 
 @pytest.mark.parametrize("use", ["solve", "evaluate"])
 def test_answers_without_room(values, monkeypatch, use):
     config = TrainConfig(**values)
-    trainer.train(config, show_progress=False)
-    solver = hrm_ray.load(trainer.run_folder(config).local_path, device="cpu")
+    launch.train(config, show_progress=False)
+    solver = hrm_ray.load(launch.run_folder(config).local_path, device="cpu")
     monkeypatch.setattr(ACT, "forward", too_large)
     with pytest.raises(UserError, match="for 7 puzzles at once on cpu; give a smaller batch_size"):
         if use == "solve":
@@ -90,7 +90,7 @@ def test_answers_without_room(values, monkeypatch, use):
 
 def test_loading_without_room(values, monkeypatch):
     config = TrainConfig(**values)
-    trainer.train(config, show_progress=False)
+    launch.train(config, show_progress=False)
     monkeypatch.setattr("hrm_ray.api.build_model", too_large)
     with pytest.raises(UserError, match="for the model on cpu; free some, or take another device"):
-        hrm_ray.load(trainer.run_folder(config).local_path, device="cpu")
+        hrm_ray.load(launch.run_folder(config).local_path, device="cpu")

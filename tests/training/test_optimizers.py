@@ -9,7 +9,7 @@ from hrm_ray.config.optimizer import OPTIMIZERS
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
 from hrm_ray.optim.adam_atan2 import AdamATan2
-from hrm_ray.training import trainer
+from hrm_ray.training import launch
 from hrm_ray.training.checkpoint import finished
 from tests.toy import toy_config, toy_dataset
 from tests.training.test_workers import run
@@ -22,8 +22,8 @@ def data(tmp_path_factory):
 
 def trained(config):
     """The files of the last checkpoint of a run."""
-    trainer.train(TrainConfig(**config), show_progress=False)
-    folder = finished(trainer.run_folder(TrainConfig(**config)))[-1]
+    launch.train(TrainConfig(**config), show_progress=False)
+    folder = finished(launch.run_folder(TrainConfig(**config)))[-1]
     return folder.manifest.global_step, {
         name: folder.tensors(name) for name in ("model.safetensors", "optimizer.safetensors")
     }

@@ -15,7 +15,7 @@ import pytest
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.training.checkpoint import finished
-from hrm_ray.training.trainer import run_folder
+from hrm_ray.training.driver import run_folder
 from tests.toy import toy_config, toy_dataset
 from tests.training.test_ray import command
 

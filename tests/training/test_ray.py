@@ -29,7 +29,7 @@ from hrm_ray import nodes, ray_session
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import RunFailed, TransientError, UserError, notes
 from hrm_ray.nodes import parsed
-from hrm_ray.training import ray_overrides, ray_train, trainer
+from hrm_ray.training import launch, ray_overrides, ray_train
 from hrm_ray.training.checkpoint import finished
 from tests.toy import toy_config, toy_dataset
 
@@ -47,16 +47,16 @@ def on_ray(num_workers: int) -> dict:
 
 
 def last(config: TrainConfig):
-    return finished(trainer.run_folder(config))[-1]
+    return finished(launch.run_folder(config))[-1]
 
 
 def test_two_ray_workers_equal_the_bare_loop(config, ray_cluster):
     bare = TrainConfig(**config | {"run_name": "bare"})
     ray = TrainConfig(**config | {"run_name": "ray", "scaling": on_ray(2)})
-    trainer.train(bare, show_progress=False)
-    summary, stopped_by = trainer.train(ray, show_progress=False)
+    launch.train(bare, show_progress=False)
+    summary, stopped_by = launch.train(ray, show_progress=False)
     assert stopped_by is None
-    assert summary == json.loads((trainer.run_folder(ray).local_path / "summary.json").read_text())
+    assert summary == json.loads((launch.run_folder(ray).local_path / "summary.json").read_text())
     assert summary["global_step"] == 20 and summary["finished"]
     expected = last(bare).tensors("model.safetensors")
     for name, tensor in last(ray).tensors("model.safetensors").items():
@@ -66,17 +66,17 @@ def test_two_ray_workers_equal_the_bare_loop(config, ray_cluster):
 def test_a_loss_that_is_not_finite_ends_the_run_without_retries(config, ray_cluster):
     bad = TrainConfig(**config | {"lr": 1e30, "lr_warmup_steps": 0, "scaling": on_ray(2)})
     with pytest.raises(RunFailed, match=r"not finite at step \d+ on rank \d"):
-        trainer.train(bad, show_progress=False)
+        launch.train(bad, show_progress=False)
 
 
 def test_a_model_without_room_ends_the_run_without_retries(config, ray_cluster):
     config |= {"arch": config["arch"] | {"hidden_size": 2**22}, "scaling": on_ray(1)}
     with pytest.raises(UserError, match="not enough memory for the model") as info:
-        trainer.train(TrainConfig(**config), show_progress=False)
+        launch.train(TrainConfig(**config), show_progress=False)
     assert info.value.exit_code == 2
 
 
-class KillOnce(trainer.Driver):
+class KillOnce(launch.Driver):
     """Kills a process of the run after step 7, once: the worker, or `victim`. Notes the environment that it had."""
 
     def __init__(self, config, victim="RayTrainWorker"):
@@ -102,7 +102,7 @@ def test_what_is_killed_and_not_to_be_replaced_ends_the_run_in_one_line(config, 
     with pytest.raises(
         RunFailed, match=r"Ray Train failed: .*; the same command continues from the last"
     ) as e:
-        ray_train.train_on_ray(lost, trainer.run_folder(lost), KillOnce(lost, victim))
+        ray_train.train_on_ray(lost, launch.run_folder(lost), KillOnce(lost, victim))
     assert "\n" not in str(e.value)
     if victim == "RayTrainWorker":
         assert "died without an exception" in str(e.value) and notes(e.value)[0].startswith(
@@ -121,7 +121,7 @@ def test_another_ray_is_refused_before_it_trains(monkeypatch):
 def test_what_ray_does_not_understand_is_said_in_one_line(config, ray_cluster, monkeypatch):
     monkeypatch.setenv("RAY_TRAIN_CALLBACKS", "no.such.Callback")
     with pytest.raises(RunFailed, match=r"Ray Train failed: .*no\.such\.Callback"):
-        trainer.train(TrainConfig(**config | {"scaling": on_ray(1)}), show_progress=False)
+        launch.train(TrainConfig(**config | {"scaling": on_ray(1)}), show_progress=False)
 
 
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(config, ray_cluster):
@@ -130,7 +130,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(config, ray_cluster):
     whole = TrainConfig(
         **config | {"run_name": "whole", "scaling": scaling, "max_steps": 60, "epochs": 30, "log_interval": 4}
     )
-    trainer.train(whole, show_progress=False)
+    launch.train(whole, show_progress=False)
     config |= {
         "run_name": "killed",
         "scaling": scaling,
@@ -141,7 +141,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(config, ray_cluster):
     }
     killed = TrainConfig(**config)
     driver = KillOnce(killed)
-    ray_train.train_on_ray(killed, trainer.run_folder(killed), driver)
+    ray_train.train_on_ray(killed, launch.run_folder(killed), driver)
     assert driver.environment, "the worker was never killed"
     assert driver.environment["MALLOC_ARENA_MAX"] == "1"  # so that it keeps memory, on a CPU
     assert last(killed).manifest.files == last(whole).manifest.files
@@ -158,7 +158,7 @@ def test_when_the_session_of_a_run_ends_nothing_in_the_process_uses_it(config, r
         found.extend(set(threading.enumerate()) - ours)
 
     monkeypatch.setattr(ray_session, "ray_session", session)
-    trainer.train(TrainConfig(**config | {"scaling": on_ray(1)}), show_progress=False)
+    launch.train(TrainConfig(**config | {"scaling": on_ray(1)}), show_progress=False)
     assert last(TrainConfig(**config)).manifest.global_step == 20
     assert not found
 
@@ -235,7 +235,7 @@ def _train_with(_: DiesWhenRead, parameters: dict) -> dict:
 def test_a_worker_killed_as_it_is_told_to_train_is_replaced(config, ray_cluster, tmp_path, monkeypatch):
     """The two workers take the whole cluster; the other one already trains."""
     monkeypatch.setattr(ray_train, "_worker", partial(_train_with, DiesWhenRead(tmp_path, times=1)))
-    summary, _ = trainer.train(TrainConfig(**config | {"scaling": on_ray(2)}), show_progress=False)
+    summary, _ = launch.train(TrainConfig(**config | {"scaling": on_ray(2)}), show_progress=False)
     assert (tmp_path / "killed-0").exists() and summary["finished"]
 
 
@@ -246,7 +246,7 @@ def test_workers_that_die_whenever_they_are_told_to_train_end_the_run(
     monkeypatch.setattr(ray_train, "_worker", partial(_train_with, DiesWhenRead(tmp_path, times=100)))
     config |= {"scaling": on_ray(1), "failure": {"max_failures": 1}}
     with pytest.raises(RunFailed, match=r"Ray Train failed: .*; the same command continues") as info:
-        trainer.train(TrainConfig(**config), show_progress=False)
+        launch.train(TrainConfig(**config), show_progress=False)
     assert "\n" not in str(info.value)
     assert len(list(tmp_path.glob("killed-*"))) == 2
 
@@ -318,7 +318,7 @@ def test_what_may_pass_is_not_told_to_the_driver_which_would_end_the_run(
     monkeypatch.setattr(ray_train, "Channel", lambda name: channel)
     context = Mock(get_world_rank=lambda: 1, get_world_size=lambda: 2, get_local_rank=lambda: 1)
     monkeypatch.setattr("ray.train.get_context", lambda: context)
-    monkeypatch.setattr(ray_train, "Trainer", Mock(side_effect=error))
+    monkeypatch.setattr(ray_train, "TrainingLoop", Mock(side_effect=error))
     monkeypatch.setattr(ray_train, "check_seen", Mock())
     values = TrainConfig(**config).model_dump(mode="json")
     with pytest.raises(type(error)):
@@ -342,7 +342,7 @@ def test_a_worker_killed_while_the_workers_join_leaves_nothing_reserved(
     marker = tmp_path / "killed"
     dying = partial(DiesWhileJoining, marker=str(marker), joining=joining)
     monkeypatch.setattr(ray_overrides, "Joined", dying)
-    summary, _ = trainer.train(TrainConfig(**config | {"scaling": on_ray(2)}), show_progress=False)
+    summary, _ = launch.train(TrainConfig(**config | {"scaling": on_ray(2)}), show_progress=False)
     assert marker.exists() and summary["finished"]
 
 
@@ -354,12 +354,12 @@ def test_where_no_worker_comes_though_there_is_room_ray_is_joined_anew(config, t
         from functools import partial
         from ray.train.v2._internal.execution.controller import TrainController
         from hrm_ray.config.schema import TrainConfig
-        from hrm_ray.training import ray_overrides, ray_train, trainer
+        from hrm_ray.training import ray_overrides, ray_train, launch
         from tests.training.test_ray import DiesWhileJoining
         marker, config = sys.argv[1], json.loads(sys.argv[2])
         ray_overrides.Controller = TrainController  # Ray's own, which keeps what the dead start had reserved
         ray_overrides.Joined, ray_train.COMING_S = partial(DiesWhileJoining, marker=marker), 8.0
-        trainer.train(TrainConfig(**config))
+        launch.train(TrainConfig(**config))
     """
     scaling = {"mode": "ray", "num_workers": 2, "cpus_per_worker": (os.cpu_count() or 2) // 2}
     config |= {"scaling": scaling, "watchdog_s": 16.0}
@@ -371,7 +371,7 @@ def test_where_no_worker_comes_though_there_is_room_ray_is_joined_anew(config, t
 
 
 def _records(config: TrainConfig) -> list[dict]:
-    lines = (trainer.run_folder(config).local_path / "metrics.jsonl").read_text().splitlines()
+    lines = (launch.run_folder(config).local_path / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -401,7 +401,7 @@ def command(config: dict, *more: str) -> list[str]:
 def test_a_signal_stops_with_a_checkpoint_and_the_same_command_continues(config, mode, number):
     config |= {"epochs": 400, "max_steps": 2500, "eval_interval": 1000, "log_interval": 1}
     words = command(config, f"scaling={mode}", "scaling.num_workers=1")
-    run = trainer.run_folder(TrainConfig(**config)).local_path
+    run = launch.run_folder(TrainConfig(**config)).local_path
     # A process group of its own, signalled whole: what Ctrl-C in a terminal does, and closing it.
     process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE, text=True)
     try:
@@ -413,7 +413,7 @@ def test_a_signal_stops_with_a_checkpoint_and_the_same_command_continues(config,
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 128 + number, errors
     assert "the same command continues" in errors
-    stopped_at = finished(trainer.run_folder(TrainConfig(**config)))[-1].manifest.global_step
+    stopped_at = finished(launch.run_folder(TrainConfig(**config)))[-1].manifest.global_step
     assert 0 < stopped_at < 2500
     words = command(config | {"max_steps": stopped_at + 3}, f"scaling={mode}", "scaling.num_workers=1")
     again = subprocess.run(words, capture_output=True, text=True, timeout=120)
@@ -451,8 +451,8 @@ def _wait_for(condition, process=None) -> None:
 def test_more_workers_than_the_machine_has_is_said_at_once(config, ray_cluster):
     many = TrainConfig(**config | {"scaling": on_ray(4)})
     with pytest.raises(UserError, match="needs 4 CPUs, this machine has 2; use fewer"):
-        trainer.train(many, show_progress=False)
-    assert not trainer.run_folder(many).exists()
+        launch.train(many, show_progress=False)
+    assert not launch.run_folder(many).exists()
 
 
 @pytest.mark.parametrize(
@@ -468,7 +468,7 @@ def test_more_workers_than_the_machine_has_is_said_at_once(config, ray_cluster):
 )
 def test_what_the_machine_has_not_is_said_with_what_mends_it(config, ray_cluster, wish, mend):
     with pytest.raises(UserError, match=mend):
-        trainer.train(TrainConfig(**config | wish), show_progress=False)
+        launch.train(TrainConfig(**config | wish), show_progress=False)
 
 
 def test_time_is_up_although_no_worker_could_be_had(config, ray_cluster, monkeypatch):
@@ -479,12 +479,12 @@ def test_time_is_up_although_no_worker_could_be_had(config, ray_cluster, monkeyp
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     monkeypatch.setattr(ray_train, "WAIT_S", 1.0)
     said = []
-    monkeypatch.setattr(trainer.Driver, "say", lambda self, text: said.append(text))
+    monkeypatch.setattr(launch.Driver, "say", lambda self, text: said.append(text))
     others = placement_group([{"CPU": 1}])
     ray.get(others.ready())
     try:
         both = TrainConfig(**config | {"scaling": on_ray(2), "max_time_s": 6.0})
-        summary, stopped_by = trainer.train(both, show_progress=False)
+        summary, stopped_by = launch.train(both, show_progress=False)
     finally:
         remove_placement_group(others)
     assert stopped_by is None and summary["stop_reason"] == "max_time_s"
@@ -509,7 +509,7 @@ def test_a_cluster_that_does_not_grow_is_not_waited_for(config, ray_cluster, mon
         ),
     ):
         with pytest.raises(UserError, match=said):
-            trainer.train(TrainConfig(**config | wish), show_progress=False)
+            launch.train(TrainConfig(**config | wish), show_progress=False)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ import torch.distributed as dist
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import RunFailed, UserError
-from hrm_ray.training import saver, trainer, watchdog
+from hrm_ray.training import launch, saver, watchdog
 from hrm_ray.training.agreement import WorkersDisagree, bit_sum, odd_ones_out
 from hrm_ray.training.checkpoint import finished
-from hrm_ray.training.loop import Hooks, Trainer
+from hrm_ray.training.hooks import Hooks
+from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.training.plan import stops_early
 from hrm_ray.world import World
 from tests.toy import ARCH, toy_config, toy_dataset
@@ -31,7 +32,7 @@ def config(tmp_path: Path) -> dict:
     return toy_config(tmp_path / "data", tmp_path / "runs")
 
 
-class PoisonedTrainer(Trainer):
+class PoisonedTrainer(TrainingLoop):
     """The weights become NaN in the update of step 11, whenever it is computed."""
 
     poisoned_step = 11
@@ -43,18 +44,18 @@ class PoisonedTrainer(Trainer):
                 self.state.model.inner.lm_head.weight[0, 0] = float("nan")
 
 
-def run(config: dict, kind: type[Trainer] = Trainer, **hooks) -> Trainer:
+def run(config: dict, kind: type[TrainingLoop] = TrainingLoop, **hooks) -> TrainingLoop:
     parsed = TrainConfig(**config)
-    made = kind(parsed, trainer.run_folder(parsed), World(), Hooks(**hooks))
+    made = kind(parsed, launch.run_folder(parsed), World(), Hooks(**hooks))
     made.train()
     return made
 
 
-def records(made: Trainer) -> list[dict]:
+def records(made: TrainingLoop) -> list[dict]:
     return [json.loads(line) for line in (made.run.local_path / "metrics.jsonl").read_text().splitlines()]
 
 
-def events(made: Trainer) -> list[dict]:
+def events(made: TrainingLoop) -> list[dict]:
     return [json.loads(line) for line in (made.run.local_path / "events.jsonl").read_text().splitlines()]
 
 
@@ -122,7 +123,7 @@ def test_an_exploding_loss_counts_as_not_finite(config):
 def test_an_infinite_moment_is_never_saved(config):
     """An infinite gradient leaves the weights finite for a step, and the moments infinite for good."""
 
-    class InfiniteMoment(Trainer):
+    class InfiniteMoment(TrainingLoop):
         def _step(self, step):
             super()._step(step)
             if step == 5 and step not in self.state.skipped_steps:
@@ -137,7 +138,7 @@ def test_an_infinite_moment_is_never_saved(config):
 def test_a_rollback_that_did_not_help_leaves_out_more(config):
     """The cause lies four steps before what shows it."""
 
-    class LateEffect(Trainer):
+    class LateEffect(TrainingLoop):
         poisoned = False
 
         def _step(self, step):
@@ -195,9 +196,9 @@ def test_patience(values, patience, stops):
 
 def test_time_that_is_up_stops_with_a_checkpoint(config, capsys):
     config |= {"epochs": 100_000, "max_steps": None, "eval_interval": None, "max_time_s": 1.0}
-    summary, signal = trainer.train(TrainConfig(**config), show_progress=False)
+    summary, signal = launch.train(TrainConfig(**config), show_progress=False)
     assert signal is None and summary["stop_reason"] == "max_time_s" and not summary["finished"]
-    (checkpoint,) = finished(trainer.run_folder(TrainConfig(**config)))
+    (checkpoint,) = finished(launch.run_folder(TrainConfig(**config)))
     assert checkpoint.manifest.global_step == summary["global_step"] > 0
 
 
@@ -228,9 +229,9 @@ def test_a_write_that_fails_leaves_the_checkpoint_before(config):
     program = f"""
         import json, resource, sys
         from hrm_ray.config.schema import TrainConfig
-        from hrm_ray.training import trainer
+        from hrm_ray.training import launch
         resource.setrlimit(resource.RLIMIT_FSIZE, ({largest} - 1, resource.RLIM_INFINITY))
-        trainer.train(TrainConfig(**json.loads(sys.argv[1])), show_progress=False)
+        launch.train(TrainConfig(**json.loads(sys.argv[1])), show_progress=False)
     """
     words = [sys.executable, "-c", textwrap.dedent(program), json.dumps(config)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
@@ -262,14 +263,15 @@ def test_a_process_that_hangs_is_ended_and_says_where(config):
     program = """
         import json, sys, threading
         from hrm_ray.config.schema import TrainConfig
-        from hrm_ray.training import trainer
-        from hrm_ray.training.loop import Hooks, Trainer
+        from hrm_ray.training import launch
+        from hrm_ray.training.hooks import Hooks
+        from hrm_ray.training.loop import TrainingLoop
         from hrm_ray.world import World
         def hang(progress):
             if progress.step == 5:
                 threading.Event().wait()
         config = TrainConfig(**json.loads(sys.argv[1]))
-        Trainer(config, trainer.run_folder(config), World(), Hooks(progress=hang)).train()
+        TrainingLoop(config, launch.run_folder(config), World(), Hooks(progress=hang)).train()
     """
     config |= {"watchdog_s": 0.5, "checkpoint_interval": 2, "run_name": "hung"}
     words = [sys.executable, "-c", textwrap.dedent(program), json.dumps(config)]
@@ -290,7 +292,7 @@ def _disagreeing_worker(rank: int, size: int, meeting_point: str, config: dict, 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=size)
     parsed = TrainConfig(**config)
-    made = Trainer(parsed, trainer.run_folder(parsed), World(rank, size, rank), Hooks())
+    made = TrainingLoop(parsed, launch.run_folder(parsed), World(rank, size, rank), Hooks())
 
     step = made._step
 
@@ -314,7 +316,7 @@ def test_a_worker_whose_weights_differ_is_named_and_nothing_of_it_is_saved(confi
     start(_disagreeing_worker, 3, config, tmp_path)
     said = {(tmp_path / str(rank)).read_text() for rank in range(3)}
     assert said == {"the weights of ranks 1 differ from the others' after step 8"}
-    assert [c.manifest.global_step for c in finished(trainer.run_folder(TrainConfig(**config)))] == [3, 6]
+    assert [c.manifest.global_step for c in finished(launch.run_folder(TrainConfig(**config)))] == [3, 6]
 
 
 def test_odd_ones_out():
@@ -340,24 +342,24 @@ def test_resume_weights_starts_anew_from_the_weights_of_a_run_that_does_not_fit(
     toy_dataset(tmp_path / "other", seed=1, num_identifiers=7)
     other = config | {"data_path": str(tmp_path / "other")}
     with pytest.raises(UserError, match=r"data set=\w+, not \w+;.* resume=weights"):
-        trainer.train(TrainConfig(**other), show_progress=False)
+        launch.train(TrainConfig(**other), show_progress=False)
     values = TrainConfig(**{**other, "resume": "weights", "max_steps": 12})
-    summary, _ = trainer.train(values, show_progress=False)
+    summary, _ = launch.train(values, show_progress=False)
     assert summary["global_step"] == 12
     aside = first.run.parent / "toy-before-1"
     assert [c.manifest.global_step for c in finished(aside)] == [8]
     entries = (first.run.local_path / "events.jsonl").read_text()
     assert "new run from the weights of" in entries and "(newly initialised: puzzle_emb.weights)" in entries
     # The same command continues; it does not start over a second time.
-    summary, _ = trainer.train(values.model_copy(update={"max_steps": 16}), show_progress=False)
+    summary, _ = launch.train(values.model_copy(update={"max_steps": 16}), show_progress=False)
     assert summary["global_step"] == 16 and finished(aside)
 
 
 def test_resume_weights_takes_the_weights(config):
     first = run({**config, "max_steps": 8})
     parsed = TrainConfig(**{**config, "seed": 5, "resume": "weights"})
-    trainer.set_aside(first.run)
-    made = Trainer(parsed, trainer.run_folder(parsed), World(), Hooks())
+    launch.set_aside(first.run)
+    made = TrainingLoop(parsed, launch.run_folder(parsed), World(), Hooks())
     for name, tensor in first.state.model.inner.state_dict().items():
         assert torch.equal(made.state.model.inner.state_dict()[name], tensor)
     assert made.state.global_step == 0
@@ -367,10 +369,10 @@ def test_resume_weights_of_another_architecture_names_a_shape(config):
     run({**config, "max_steps": 2})
     wider = {**config, "arch": {**ARCH, "hidden_size": 64, "puzzle_emb_ndim": 64}, "resume": "weights"}
     with pytest.raises(UserError, match=r"weights do not fit: .* is \(.*\) there and \(.*\) here"):
-        trainer.train(TrainConfig(**wider), show_progress=False)
+        launch.train(TrainConfig(**wider), show_progress=False)
     run(config)  # the run is still there
 
 
 def test_resume_weights_without_any_is_said(config):
     with pytest.raises(UserError, match="has no checkpoint to take weights from"):
-        trainer.train(TrainConfig(**{**config, "resume": "weights"}), show_progress=False)
+        launch.train(TrainConfig(**{**config, "resume": "weights"}), show_progress=False)

@@ -14,25 +14,27 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import finished, newest_whole
-from hrm_ray.training.loop import Hooks, Trainer
-from hrm_ray.training.trainer import announce, run_folder
+from hrm_ray.training.driver import run_folder
+from hrm_ray.training.hooks import Hooks
+from hrm_ray.training.launch import Launch
+from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.world import World
 from tests.toy import ARCH, TRM, toy_config, toy_dataset
 
 
-def run(config: dict, hooks: Hooks | None = None) -> Trainer:
+def run(config: dict, hooks: Hooks | None = None) -> TrainingLoop:
     parsed = TrainConfig(**config)
-    trainer = Trainer(parsed, run_folder(parsed), World(), hooks or Hooks())
+    trainer = TrainingLoop(parsed, run_folder(parsed), World(), hooks or Hooks())
     trainer.train()
     return trainer
 
 
-def records(trainer: Trainer) -> list[dict]:
+def records(trainer: TrainingLoop) -> list[dict]:
     lines = (trainer.run.local_path / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
 
 
-def assert_same_state(a: Trainer, b: Trainer) -> None:
+def assert_same_state(a: TrainingLoop, b: TrainingLoop) -> None:
     last_a, last_b = finished(a.run)[-1], finished(b.run)[-1]
     assert last_a.manifest.global_step == last_b.manifest.global_step
     # Equal bytes of every file: weights, moments, averages, carry.
@@ -53,7 +55,7 @@ def test_a_run_on_a_cpu_keeps_freed_memory_and_no_other(config, monkeypatch):
     begin = Mock(side_effect=UserError("there is no such device"))
     elsewhere = replace(machine.resolve(), device=torch.device("cuda"))
     monkeypatch.setattr(machine, "resolve", lambda **_: elsewhere)
-    monkeypatch.setattr(Trainer, "_begin", begin)
+    monkeypatch.setattr(TrainingLoop, "_begin", begin)
     with pytest.raises(UserError, match="no such device"):
         run({**config, "run_name": "elsewhere"})
     assert asked == [True]
@@ -115,12 +117,12 @@ def test_every_kind_of_run_continues(config, change):
 def test_annealed_values_go_on_in_the_middle_of_a_long_run(config):
     """10,000 steps, stopped and resumed at 5,000; what lies long before and after is left out."""
 
-    class FromTheMiddle(Trainer):
+    class FromTheMiddle(TrainingLoop):
         def _begin(self):
             super()._begin()
             self.state.global_step = max(self.state.global_step, 4_990)
 
-    def train(name: str, max_steps: int) -> Trainer:
+    def train(name: str, max_steps: int) -> TrainingLoop:
         parsed = TrainConfig(**{**config, "run_name": name, "max_steps": max_steps})
         trainer = FromTheMiddle(parsed, run_folder(parsed), World(), Hooks())
         trainer.train()
@@ -142,7 +144,7 @@ def test_annealed_values_go_on_in_the_middle_of_a_long_run(config):
 def test_how_often_a_model_is_called_changes_nothing(config):
     """No schedule, draw or memory counts calls: a run whose model is called between the steps is the same run."""
 
-    class Called(Trainer):
+    class Called(TrainingLoop):
         def _step(self, step):
             super()._step(step)
             state, batch = self.state, self.stepper.batch(step)
@@ -229,14 +231,14 @@ def test_another_dataset_is_not_continued(config, tmp_path):
         run({**config, "data_path": str(tmp_path / "other")})
 
 
-def damage(trainer: Trainer, name: str) -> None:
+def damage(trainer: TrainingLoop, name: str) -> None:
     file = trainer.run.local_path / "checkpoints" / name
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
-def events(trainer: Trainer, event: str) -> list[str]:
+def events(trainer: TrainingLoop, event: str) -> list[str]:
     lines = (trainer.run.local_path / "events.jsonl").read_text().splitlines()
     return [entry["message"] for entry in map(json.loads, lines) if entry["event"] == event]
 
@@ -332,7 +334,7 @@ def test_a_run_may_go_on_in_another_precision(config):
 
 def test_only_one_process_trains_a_run(config):
     first = TrainConfig(**config)
-    holder = Trainer(first, run_folder(first), World(), Hooks())
+    holder = TrainingLoop(first, run_folder(first), World(), Hooks())
     with pytest.raises(UserError, match="another process is training"):
         run_folder(first).lock(wait_s=0)
     holder.train()
@@ -341,13 +343,13 @@ def test_only_one_process_trains_a_run(config):
 
 def test_what_changes_is_said(config):
     run({**config, "max_steps": 2})
-    said = announce(TrainConfig(**{**config, "lr": 5e-4}))
+    said = Launch(TrainConfig(**{**config, "lr": 5e-4})).announce()
     assert "continues after step 2" in said and "lr 0.001 -> 0.0005" in said
 
 
 def test_weights_that_are_not_finite_are_never_saved(config):
     parsed = TrainConfig(**config)
-    trainer = Trainer(parsed, run_folder(parsed), World(), Hooks())
+    trainer = TrainingLoop(parsed, run_folder(parsed), World(), Hooks())
     with torch.no_grad():
         trainer.state.model.inner.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(RunFailed, match="not finite"):

@@ -17,16 +17,18 @@ from hrm_ray.errors import UserError
 from hrm_ray.remote import StorageError
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import finished
-from hrm_ray.training.loop import Hooks, Trainer
-from hrm_ray.training.trainer import run_folder, train
+from hrm_ray.training.driver import run_folder
+from hrm_ray.training.hooks import Hooks
+from hrm_ray.training.launch import train
+from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.world import World
 from tests.s3 import PAGE
 from tests.toy import ARCH, toy_config, toy_dataset
 
 
-def run(config: dict, hooks: Hooks | None = None) -> Trainer:
+def run(config: dict, hooks: Hooks | None = None) -> TrainingLoop:
     parsed = TrainConfig(**config)
-    trainer = Trainer(parsed, run_folder(parsed), World(), hooks or Hooks())
+    trainer = TrainingLoop(parsed, run_folder(parsed), World(), hooks or Hooks())
     trainer.train()
     return trainer
 

@@ -23,7 +23,7 @@ PROGRAM = """
     import grpc, psutil, requests
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
     from hrm_ray.config.schema import TrainConfig
-    from hrm_ray.training import ray_train, trainer
+    from hrm_ray.training import ray_train, launch
 
     def listening(processes):
         for process in processes:
@@ -49,7 +49,7 @@ PROGRAM = """
                 said.append(None)
         return said
 
-    class Looks(trainer.Driver):
+    class Looks(launch.Driver):
         found = None
         def progress(self, progress):
             if self.found is None and progress.step >= 3:
@@ -69,7 +69,7 @@ PROGRAM = """
                 self.stop.signal = signal.SIGINT  # it has been seen
 
     config = TrainConfig(**json.loads(sys.argv[1]))
-    ray_train.train_on_ray(config, trainer.run_folder(config), Looks(config))
+    ray_train.train_on_ray(config, launch.run_folder(config), Looks(config))
     print(json.dumps(Looks.found))
 """
 

@@ -5,8 +5,9 @@ import torch
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.models.act import IGNORE
-from hrm_ray.training.loop import Hooks, Trainer
-from hrm_ray.training.trainer import run_folder
+from hrm_ray.training.driver import run_folder
+from hrm_ray.training.hooks import Hooks
+from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.world import World
 from tests.toy import toy_config, toy_dataset
 
@@ -16,7 +17,7 @@ def test_what_is_remembered_is_what_happened(tmp_path):
     toy_dataset(tmp_path / "data", vocab_size=3, num_identifiers=5)  # easy, so that some answers are right
     halting = {"name": "q_learning", "dqn_warmup_ratio": 0.0, "replay_max_age": 32}
     parsed = TrainConfig(**toy_config(tmp_path / "data", tmp_path / "runs", halting=halting, lr=3e-3))
-    trainer = Trainer(parsed, run_folder(parsed), World(), Hooks())
+    trainer = TrainingLoop(parsed, run_folder(parsed), World(), Hooks())
     said = []
     trainer.state.model.register_forward_hook(lambda module, args, step: said.append(step))
     while trainer.state.global_step < 20:
@@ -44,7 +45,7 @@ def test_supervision_steps_go_on_over_the_ends_of_optimizer_steps(tmp_path):
     def seen(supervision_steps: int, num_steps: int) -> list:
         values = toy_config(tmp_path / "data", tmp_path / str(supervision_steps))
         parsed = TrainConfig(**values, supervision_steps=supervision_steps)
-        trainer = Trainer(parsed, run_folder(parsed), World(), Hooks())
+        trainer = TrainingLoop(parsed, run_folder(parsed), World(), Hooks())
         batches = []
         trainer.state.model.register_forward_pre_hook(lambda module, args: batches.append(args[1:]))
         for step in range(1, num_steps + 1):
@@ -67,7 +68,7 @@ def test_micro_batches_make_the_step_of_the_whole_batch(tmp_path, halting):
     for size in (None, 3):  # of eight slots
         values = toy_config(tmp_path / "data", tmp_path / str(size), halting={"name": halting})
         parsed = TrainConfig(**values, micro_batch_size=size, supervision_steps=2)
-        trainers[size] = Trainer(parsed, run_folder(parsed), World(), Hooks())
+        trainers[size] = TrainingLoop(parsed, run_folder(parsed), World(), Hooks())
     sizes = []
     trainers[3].state.model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[1].inputs)))
     for step in range(1, 7):
@@ -102,7 +103,7 @@ def test_no_step_waits_for_the_gpu(tmp_path, halting):
         tmp_path / "data", tmp_path / "runs", device="cuda", halting={"name": halting}, ema=True
     )
     parsed = TrainConfig(**values, micro_batch_size=3)
-    trainer = Trainer(parsed, run_folder(parsed), World(), Hooks())
+    trainer = TrainingLoop(parsed, run_folder(parsed), World(), Hooks())
     for step in range(1, 4):  # compiles kernels and allocates what stays
         trainer._step(step)
     torch.cuda.set_sync_debug_mode("error")
@@ -118,7 +119,7 @@ def test_the_rows_of_the_puzzle_embedding_that_moved_are_known(tmp_path):
     """What is compared and scanned at checkpoints is these rows, not the whole table."""
     toy_dataset(tmp_path / "data", num_identifiers=50)
     config = TrainConfig(**toy_config(tmp_path / "data", tmp_path / "runs", max_steps=3, eval_interval=None))
-    trainer = Trainer(config, run_folder(config), World(), Hooks())
+    trainer = TrainingLoop(config, run_folder(config), World(), Hooks())
     state, table = trainer.state, trainer.state.model.inner.puzzle_emb.weights
     before = table.clone()
     trainer._step(1)

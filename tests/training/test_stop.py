@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from hrm_ray.training.trainer import StopRequest
+from hrm_ray.training.signals import StopRequest
 
 HUP, INT, TERM = signal.SIGHUP, signal.SIGINT, signal.SIGTERM
 

@@ -13,8 +13,9 @@ from hrm_ray import machine
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
 from hrm_ray.training.checkpoint import finished
-from hrm_ray.training.loop import Hooks, Trainer
-from hrm_ray.training.trainer import run_folder
+from hrm_ray.training.driver import run_folder
+from hrm_ray.training.hooks import Hooks
+from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.world import World
 from tests.toy import TRM, toy_config, toy_dataset
 from tests.training.processes import start
@@ -24,7 +25,7 @@ def _worker(rank: int, size: int, meeting_point: str, config: dict) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=size)
     parsed = TrainConfig(**config)
-    trainer = Trainer(parsed, run_folder(parsed), World(rank, size, rank), Hooks())
+    trainer = TrainingLoop(parsed, run_folder(parsed), World(rank, size, rank), Hooks())
     reductions = []
     trainer.stepper.module.register_forward_pre_hook(
         lambda module, args: reductions.append(size > 1 and module.require_backward_grad_sync)
@@ -54,7 +55,7 @@ def _worker_by_speed(
     machine.cpu_has_fast_bfloat16 = lambda: rank in fast
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=size)
     parsed = TrainConfig(**config)
-    trainer = Trainer(parsed, run_folder(parsed), World(rank, size, rank), Hooks())
+    trainer = TrainingLoop(parsed, run_folder(parsed), World(rank, size, rank), Hooks())
     assert trainer.setup.dtype == dtype
     dist.barrier()
     os._exit(0)
@@ -65,7 +66,7 @@ def _refused_worker(rank: int, size: int, meeting_point: str, config: dict) -> N
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=size)
     parsed = TrainConfig(**config)
     try:
-        Trainer(parsed, run_folder(parsed), World(rank, size, rank), Hooks())
+        TrainingLoop(parsed, run_folder(parsed), World(rank, size, rank), Hooks())
     except UserError as error:
         Path(f"{config['storage']}-{rank}.txt").write_text(str(error))
     os._exit(0)

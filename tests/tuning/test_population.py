@@ -19,7 +19,8 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import FOLDER, Checkpoint, finished, step_name
-from hrm_ray.training.loop import Hooks, Trainer
+from hrm_ray.training.hooks import Hooks
+from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.tuning import lineage, population
 from hrm_ray.tuning.config import sweep_config
 from hrm_ray.tuning.explore import changeable, mutated
@@ -174,7 +175,7 @@ def toy_run(folder: Path, name: str, **values) -> TrainConfig:
 
 def trained(config: TrainConfig) -> Storage:
     run = Storage(config.storage) / str(config.run_name)
-    Trainer(config, run, World(), Hooks()).train()
+    TrainingLoop(config, run, World(), Hooks()).train()
     return run
 
 

@@ -18,7 +18,7 @@ import yaml
 
 from hrm_ray.config.compose import train_config
 from hrm_ray.errors import RunFailed, UserError
-from hrm_ray.training import trainer
+from hrm_ray.training import launch
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.tuning import status
 from hrm_ray.tuning.config import plain
@@ -44,8 +44,8 @@ def retrained(row: dict, storage: Path) -> str:
     """SHA-256 of the weights that `hrm-ray train` has in the end with the words of a trial."""
     config = train_config([*shlex.split(row["words"]), f"storage={storage}", "scaling.mode=local"])
     torch.set_num_threads(1)
-    trainer.train(config, show_progress=False)
-    return sha_of_weights(trainer.run_folder(config))
+    launch.train(config, show_progress=False)
+    return sha_of_weights(launch.run_folder(config))
 
 
 def wait_for(condition, timeout_s: float = 200) -> None:  # a driver starts in 15 s, on a busy machine later
@@ -95,8 +95,8 @@ def test_a_ray_train_run_with_the_words_of_a_trial_is_bit_equal(tmp_path, ray_cl
     (row,) = rows_of(config)
     again = train_config([*shlex.split(row["words"]), f"storage={tmp_path / 'again'}"])
     assert again.scaling.mode == "ray"
-    trainer.train(again, show_progress=False)
-    assert sha_of_weights(trainer.run_folder(again)) == sha_of_weights(sweep_folder(config) / trial_name(0))
+    launch.train(again, show_progress=False)
+    assert sha_of_weights(launch.run_folder(again)) == sha_of_weights(sweep_folder(config) / trial_name(0))
 
 
 def test_points_that_cannot_train_fail_with_their_reason_and_do_not_stop_the_sweep(tmp_path, ray_cluster):

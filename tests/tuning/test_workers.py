@@ -11,7 +11,7 @@ import ray
 
 from hrm_ray.config.compose import train_config
 from hrm_ray.errors import OutOfMemory, RunFailed
-from hrm_ray.training import trainer
+from hrm_ray.training import launch
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.tuning import workers
 from hrm_ray.tuning.study import want
@@ -107,9 +107,9 @@ def test_trials_of_two_workers_are_bit_equal_to_two_processes_whatever_is_killed
     again = train_config([*shlex.split(result.trials[2]["words"]), f"storage={tmp_path / 'again'}"])
     assert again.scaling.num_workers == 2
     start(_worker, 2, again.model_dump(mode="json"))  # without Ray, since that starts in a second
-    summary = trainer.last_summary(trainer.run_folder(again))
+    summary = launch.last_summary(launch.run_folder(again))
     for run, row in zip(runs, result.trials, strict=True):
-        assert weights(run) == weights(trainer.run_folder(again))
+        assert weights(run) == weights(launch.run_folder(again))
         assert row["eval/accuracy"] == summary["best"]["eval/accuracy"]
 
 
@@ -159,4 +159,4 @@ def test_a_worker_that_lacked_memory_refuses_the_point(tmp_path, monkeypatch, ca
     monkeypatch.setattr("ray.util.get_current_placement_group", lambda: "group")
     config = train_config(["data=there", f"storage={tmp_path}"])
     with pytest.raises(raised):
-        workers.train_in_reservation(config, trainer.run_folder(config), *[lambda *told: None] * 3)
+        workers.train_in_reservation(config, launch.run_folder(config), *[lambda *told: None] * 3)
