@@ -71,6 +71,12 @@ class ArchConfig(Settings):
         """P, leading tokens that a puzzle's embedding takes."""
         return math.ceil(self.puzzle_emb_ndim / self.hidden_size)
 
+    @property
+    def cycles(self) -> tuple[int, int] | None:
+        """H_cycles and L_cycles, of an architecture that has both."""
+        H, L = (getattr(self, key, None) for key in ("H_cycles", "L_cycles"))
+        return None if H is None or L is None else (H, L)
+
     def num_tokens(self, seq_len: int) -> int:
         """S, tokens that the model sees for a puzzle of `seq_len` cells."""
         return self.num_puzzle_tokens + seq_len

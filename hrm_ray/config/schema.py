@@ -4,7 +4,7 @@ The values live in the Hydra tree beside this file (`train.yaml` and the groups 
 are types, ranges and the checks across keys, all of which fail before Ray starts.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -56,6 +56,21 @@ class FailureConfig(Settings):
     """Lost workers or nodes in one command before giving up."""
 
 
+class CurriculumConfig(Settings):
+    """What becomes harder during a run. Durations are shares of the run's steps."""
+
+    depth: tuple[tuple[Annotated[float, Field(gt=0, lt=1)], PositiveInt, PositiveInt], ...] = ()
+    """[[UNTIL, H, L], ...]: train with H and L cycles until this share of the run, then with arch.H_cycles and
+    arch.L_cycles; evaluations always take these."""
+
+    @model_validator(mode="after")
+    def _shares_rise(self) -> "CurriculumConfig":
+        shares = [until for until, _, _ in self.depth]
+        if shares != sorted(set(shares)):
+            raise ValueError(f"curriculum.depth: its shares of the run must rise, {shares} do not")
+        return self
+
+
 class TrainConfig(Settings):
     """A whole training run. What the published code has too has its defaults."""
 
@@ -91,6 +106,9 @@ class TrainConfig(Settings):
     """ACT steps of every puzzle before one update, a batch each."""
     drop_last: bool = True
     """Leave out what does not fill the last batch; false: take it as a smaller one."""
+
+    curriculum: CurriculumConfig = CurriculumConfig()
+    """What becomes harder during the run."""
 
     # optimizers
     lr: PositiveFloat = 1e-4
@@ -182,6 +200,23 @@ class TrainConfig(Settings):
     """Runs that belong together there; a sweep gives its name."""
     tensorboard: bool = True
     """Write files for TensorBoard."""
+
+    @model_validator(mode="after")
+    def _depth_fits(self) -> "TrainConfig":
+        if not self.curriculum.depth:
+            return self
+        full = self.arch.cycles
+        if full is None:
+            raise ValueError(
+                f"curriculum.depth: arch={self.arch.name} has no H_cycles and L_cycles; leave it out"
+            )
+        for until, *cycles in self.curriculum.depth:
+            if any(own > most for own, most in zip(cycles, full, strict=True)):
+                raise ValueError(
+                    f"curriculum.depth: {cycles[0]} and {cycles[1]} cycles until {until:g} of the run are more than "
+                    f"arch.H_cycles={full[0]} and arch.L_cycles={full[1]}, with which it ends"
+                )
+        return self
 
     @model_validator(mode="after")
     def _workers_fit_the_batch(self) -> "TrainConfig":

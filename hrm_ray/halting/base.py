@@ -51,17 +51,19 @@ class Moment:
 
 
 class Control(NamedTuple):
-    """What decides about halting at one ACT step in training besides the model; see `Halting.control`.
+    """What decides about one ACT step in training besides the model and its puzzles; see `Halting.control`.
 
     Attributes:
         draws: of each slot, [B, ...].
         annealed: values of the step, [n] float32, as each way has them.
         is_warming_up: the Q losses reach the Q head alone.
+        depth: H and L cycles; None: those of the architecture.
     """
 
     draws: Tensor | None = None
     annealed: Tensor | None = None
     is_warming_up: bool = False
+    depth: tuple[int, int] | None = None
 
     def rows(self, index: slice) -> Control:
         """That of the slots in `index`."""

@@ -120,6 +120,7 @@ class ACT(nn.Module):
             control: of this training step. None means evaluation: every slot runs `halt_max_steps`.
         """
         cast_weights(self.inner, self.inner.dtype)  # they may be new
+        self.inner.use_depth(control.depth if control else None)
         state = self.inner.reset(carry.state, carry.halted)
         batch = batch.where(carry.halted, carry.batch)
         e_BSD = self.inner.embed(batch.inputs, batch.puzzle_identifiers)

@@ -136,6 +136,12 @@ class RecursiveModel(nn.Module, ABC):
             the new z_H, which the heads read, and z_L.
         """
 
+    def use_depth(self, depth: tuple[int, int] | None) -> None:
+        """From now on, take so many H and L cycles in an ACT step; None: as many as the configuration says."""
+        cycles = depth or self.config.cycles
+        if cycles is not None:
+            self.H_cycles, self.L_cycles = cycles
+
     def initial_state(self, batch_size: int) -> State:
         """A fresh state for `batch_size` slots."""
         shape = (batch_size, self.num_tokens, self.config.hidden_size)

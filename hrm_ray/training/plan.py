@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Split
@@ -70,6 +71,9 @@ class Plan:
             lines.append(
                 f"weight_decay: {config.weight_decay:g} to {config.weight_decay_end:g} at step {end}"
             )
+        if self._depths and (full := config.arch.cycles):
+            depths = [f"{H} x {L} to step {last}" for last, (H, L) in self._depths]
+            lines.append(f"H x L cycles: {', '.join(depths)}, then {full[0]} x {full[1]}")
         return lines + config.halting.describe(self.total_steps)
 
     def _ends(self, ratio: float) -> int:
@@ -88,6 +92,25 @@ class Plan:
             ratio=config.weight_decay_anneal_ratio,
             shape="cosine",
         )
+
+    @cached_property
+    def _depths(self) -> list[tuple[int, tuple[int, int]]]:
+        """The last step of each depth before the full one, and its H and L cycles."""
+        return [
+            (first_step_at(until, self.total_steps), (H, L)) for until, H, L in self.config.curriculum.depth
+        ]
+
+    def depth(self, step: int) -> tuple[int, int] | None:
+        """H and L cycles of the model at `step`; None: those of its architecture.
+
+        A depth that grows with the run is Curriculum-Guided Adaptive Recursion, arXiv:2511.08653, whose three depths
+        begin at 0, 30 and 60 % of it.
+        """
+        return next((cycles for last, cycles in self._depths if step <= last), None)
+
+    def depth_changes(self) -> list[int]:
+        """The first steps of new depths."""
+        return [last + 1 for last, _ in self._depths]
 
     @property
     def num_examples(self) -> int | None:

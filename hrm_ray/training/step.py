@@ -146,7 +146,11 @@ class Stepper:
         """Compile the model for the steps to come. Not collective; for what is raised, see `compile_recursion`."""
         state, step = self.state, self.state.global_step + 1
         supervision_step = (step - 1) * self.config.supervision_steps + 1
-        batch, control = self.batch(supervision_step), self.control(step, supervision_step)
+        # At the full depth, in which there is all that a smaller one has.
+        batch, control = (
+            self.batch(supervision_step),
+            self.control(step, supervision_step)._replace(depth=None),
+        )
         assert state.carry is not None
         sizes = {slots.stop - slots.start: None for slots in self._micro_batches(batch)}
         compile_recursion(state.model, state.carry, batch, control, list(sizes))
@@ -168,7 +172,10 @@ class Stepper:
                     raise RuntimeError(f"{name} has no gradient")
                 parameter.grad = torch.zeros_like(parameter)  # and there it stays
                 self._gradients.append(parameter.grad)
-            for at in (step, self.plan.last_step):  # after a warm-up of halting it is another step
+            # After a warm-up of halting, and at another depth, it is another step.
+            for at in sorted(
+                {step, *(s for s in self.plan.depth_changes() if s > step), self.plan.last_step}
+            ):
                 for args in self._calls(at, supervision_step):
                     is_new = recordings.record(self._learn, *args)
                     if is_new and not self._replays_the_same(recordings, *args):
@@ -295,8 +302,9 @@ class Stepper:
         return self._batches.get(supervision_step).to(self.device)
 
     def control(self, step: int, supervision_step: int) -> Control:
-        """What decides about halting."""
-        return self.state.model.halting.control(self._moment(step, supervision_step))
+        """What decides about halting and depth."""
+        control = self.state.model.halting.control(self._moment(step, supervision_step))
+        return control._replace(depth=self.plan.depth(step))
 
     def _moment(self, step: int, supervision_step: int) -> Moment:
         return Moment(

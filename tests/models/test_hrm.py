@@ -1,10 +1,13 @@
 """Size, precision and gradients of the model."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from hrm_ray import machine
+from hrm_ray.config.arch import arch_class
 from hrm_ray.halting.act import Published
 from hrm_ray.halting.base import Control
 from hrm_ray.halting.q_learning import Drawn, QLearningConfig
@@ -13,6 +16,7 @@ from hrm_ray.models.hrm_v1 import HRM, HRMConfig
 from hrm_ray.models.layers import Linear, swiglu_width, trunc_normal_
 from hrm_ray.models.losses import act_loss
 from hrm_ray.models.recursive import Prediction
+from hrm_ray.models.registry import build_model
 from hrm_ray.models.rotary import apply_rope, rope_tables
 
 SMALL = HRMConfig(hidden_size=32, num_heads=2, H_layers=1, L_layers=1, puzzle_emb_ndim=32, halt_max_steps=4)
@@ -227,3 +231,23 @@ def test_inference_mode_leaves_a_model_that_can_be_trained():
     with torch.inference_mode():
         act(act.initial_carry(data), data)
     act(act.initial_carry(data), data, UNTIL_THE_END).prediction.logits.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["hrm_v1", "trm"])
+def test_a_depth_is_that_of_a_model_made_with_it(name):
+    """And evaluation takes the full one again."""
+    kind = arch_class(name)
+    values = {"hidden_size": 32, "num_heads": 2, "puzzle_emb_ndim": 0}
+    deep = kind(**values, H_cycles=3, L_cycles=2)
+    made = []
+    for config in (deep, deep.model_copy(update={"H_cycles": 1})):
+        torch.manual_seed(0)
+        data = SimpleNamespace(vocab_size=6, seq_len=16, num_puzzle_identifiers=3)
+        made.append(build_model(config, data, machine.resolve(device="cpu", forward_dtype="float32")))
+    full, shallow = made
+    control = Control(torch.full((8,), 4))
+    same = full(full.initial_carry(batch()), batch(), control._replace(depth=(1, 2)))
+    other = shallow(shallow.initial_carry(batch()), batch(), control)
+    assert torch.equal(same.prediction.logits, other.prediction.logits)
+    evaluated = full(full.initial_carry(batch()), batch())
+    assert not torch.equal(evaluated.prediction.logits, same.prediction.logits)

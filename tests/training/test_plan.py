@@ -88,6 +88,31 @@ def test_warmup_and_weight_decay_by_ratio():
     assert p.values(500)["train/weight_decay"] == 0.1
 
 
+def test_depth_grows_to_that_of_the_architecture():
+    arch = {"name": "trm", "H_cycles": 2, "L_cycles": 2, "hidden_size": 32, "num_heads": 2}
+    p = plan(1_000, arch=arch, curriculum={"depth": [[0.3, 1, 1], [0.6, 1, 2]]})
+    assert [p.depth(step) for step in (1, 300, 301, 600, 601, 1_000)] == [(1, 1)] * 2 + [(1, 2)] * 2 + [
+        None
+    ] * 2
+    assert p.depth_changes() == [301, 601]
+    assert "H x L cycles: 1 x 1 to step 300, 1 x 2 to step 600, then 2 x 2" in p.describe()
+    assert plan(1_000).depth(1) is None
+
+
+@pytest.mark.parametrize(
+    ("arch", "depth", "said"),
+    [
+        ({"name": "trm"}, [[0.6, 1, 1], [0.3, 1, 2]], "its shares of the run must rise"),
+        ({"name": "trm"}, [[0.3, 4, 1]], "4 and 1 cycles until 0.3 of the run are more than arch.H_cycles=3"),
+        ({"name": "transformer"}, [[0.3, 1, 1]], "arch=transformer has no H_cycles"),
+        ({"name": "trm"}, [[1, 1, 1]], "less than 1"),
+    ],
+)
+def test_a_depth_that_cannot_be(arch, depth, said):
+    with pytest.raises(ValueError, match=said):
+        TrainConfig(data_path="", arch=arch, curriculum={"depth": depth})
+
+
 def test_supervision_steps_make_the_run_shorter():
     config = TrainConfig(
         data_path="", global_batch_size=10, epochs=10, supervision_steps=4, lr_warmup_steps=0

@@ -99,8 +99,9 @@ LEARNED = {"halting": {"name": "q_learning", "replay_max_age": 6}}
         {"arch": {**TRM, "mlp_t": True, "pos_encodings": "none", "no_ACT_continue": False}},
         {"arch": {"name": "transformer", "hidden_size": 32, "num_heads": 2, "num_layers": 1}},
         {"halting": {"name": "fixed"}},
+        {"arch": TRM | {"H_cycles": 2, "L_cycles": 2}, "curriculum": {"depth": [[0.2, 1, 1], [0.5, 1, 2]]}},
     ],
-    ids=["q_learning", "supervision_steps", "trm", "trm_mlp", "transformer", "fixed"],
+    ids=["q_learning", "supervision_steps", "trm", "trm_mlp", "transformer", "fixed", "depth"],
 )
 def test_every_kind_of_run_continues(config, change):
     config |= change
