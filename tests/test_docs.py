@@ -107,7 +107,7 @@ SPANS = re.findall(r"`([^`]+)`", PAPERS)
 
 
 @pytest.mark.parametrize(
-    "name", sorted({s for s in SPANS if re.match(r"(models|data|training|optim|config)\.\w", s)})
+    "name", sorted({s for s in SPANS if re.match(r"(models|data|training|optim|config|halting)\.\w", s)})
 )
 def test_functions_named_beside_the_papers_exist(name):
     *modules, last = name.split(".")

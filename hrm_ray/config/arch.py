@@ -72,7 +72,7 @@ class ArchConfig(Settings):
         return math.ceil(self.puzzle_emb_ndim / self.hidden_size)
 
     @property
-    def cycles(self) -> tuple[int, int] | None:
+    def full_depth(self) -> tuple[int, int] | None:
         """H_cycles and L_cycles, of an architecture that has both."""
         H, L = (getattr(self, key, None) for key in ("H_cycles", "L_cycles"))
         return None if H is None or L is None else (H, L)

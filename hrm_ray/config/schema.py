@@ -205,7 +205,7 @@ class TrainConfig(Settings):
     def _depth_fits(self) -> "TrainConfig":
         if not self.curriculum.depth:
             return self
-        full = self.arch.cycles
+        full = self.arch.full_depth
         if full is None:
             raise ValueError(
                 f"curriculum.depth: arch={self.arch.name} has no H_cycles and L_cycles; leave it out"

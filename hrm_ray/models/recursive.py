@@ -138,7 +138,7 @@ class RecursiveModel(nn.Module, ABC):
 
     def use_depth(self, depth: tuple[int, int] | None) -> None:
         """From now on, take so many H and L cycles in an ACT step; None: as many as the configuration says."""
-        cycles = depth or self.config.cycles
+        cycles = depth or self.config.full_depth
         if cycles is not None:
             self.H_cycles, self.L_cycles = cycles
 

@@ -71,7 +71,7 @@ class Plan:
             lines.append(
                 f"weight_decay: {config.weight_decay:g} to {config.weight_decay_end:g} at step {end}"
             )
-        if self._depths and (full := config.arch.cycles):
+        if self._depths and (full := config.arch.full_depth):
             depths = [f"{H} x {L} to step {last}" for last, (H, L) in self._depths]
             lines.append(f"H x L cycles: {', '.join(depths)}, then {full[0]} x {full[1]}")
         return lines + config.halting.describe(self.total_steps)
