@@ -49,7 +49,7 @@ def mismatch(checkpoint: Checkpoint, config: TrainConfig, dataset: Dataset) -> s
     here |= {key: getattr(config, key) for key in keys}
     before = manifest.config.get("optimizer", {"name": OPTIMIZERS.default})
     there["optimizer"], here["optimizer"] = before["name"], config.optimizer.name
-    own = halting_of(manifest.config, str(checkpoint.folder))
+    own = halting_of(manifest.config, "the checkpoint")
     there["halting.name"], here["halting.name"] = own.name, config.halting.name
     if own.name == config.halting.name:
         there |= {f"halting.{key}": getattr(own, key) for key in own.kept}
