@@ -213,7 +213,7 @@ def sudoku_dataset(out: Path) -> None:
     with DatasetWriter(out) as writer:
         splits = {}
         for name in ("train", "test"):
-            split = writer.split(name, 16, balanced_cuts(np.ones(1, np.int64), 10))
+            split = writer.split(name, task, balanced_cuts(np.ones(1, np.int64), 10))
             question = np.where(np.arange(16) == 0, answer, 1).astype(np.uint8)
             split.add(question, answer, np.zeros(1, np.int32), np.zeros(1, np.int64), np.zeros(1, np.int64))
             splits[name] = split.finish()

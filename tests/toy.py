@@ -35,7 +35,7 @@ def toy_dataset(
             labels = inputs[:, ::-1].copy()
             labels[:, ::8] = 0
             cuts = balanced_cuts(np.full(num_groups, puzzles_per_group), rows_per_shard)
-            split = writer.split(name, seq_len, cuts)
+            split = writer.split(name, task, cuts)
             identifiers = rng.integers(0, num_identifiers, count, dtype=np.int32)
             puzzles = np.arange(count)
             split.add(inputs, labels, identifiers, puzzles, puzzles // puzzles_per_group)

@@ -7,18 +7,29 @@ import fcntl
 import hashlib
 import os
 import tempfile
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from hrm_ray.data.files import HashingFile, delete_matching, write_durably, writing
+from hrm_ray.data.files import ComparingFile, HashingFile, delete_matching, write_durably, writing
 from hrm_ray.data.format import OUR_FILES, UNFINISHED, File, Manifest, Shard, SplitInfo, from_tokens, schema
 from hrm_ray.data.shards import read_manifest
-from hrm_ray.data.verify import verify
+from hrm_ray.data.tasks.base import Task
+from hrm_ray.data.verify import verify, wrong_tokens
 from hrm_ray.errors import UserError
 from hrm_ray.manifest import MANIFEST
+
+_NUM_THREADS = min(
+    4, os.cpu_count() or 1
+)  # that write shards: more than a disk can follow, and each holds one in memory
+
+_Submit = Callable[[Callable[[], Shard]], Future[Shard]]
 
 
 def balanced_cuts(rows_per_group: np.ndarray, rows_per_shard: int) -> np.ndarray:
@@ -41,20 +52,25 @@ def balanced_cuts(rows_per_group: np.ndarray, rows_per_shard: int) -> np.ndarray
 
 
 class SplitWriter:
-    """Collects the rows of a split, in order, into its shards; at most one shard is in memory.
+    """Collects the rows of a split, in order, into its shards. Made by `DatasetWriter.split`.
+
+    Shards are written, checked and read back by threads, while the next is being collected.
 
     Args:
         root: the folder being built.
         name: of the split.
+        task: what its rows are of.
         cuts: see `balanced_cuts`; the numbers are those given as `groups` to `add`.
+        submit: has a function called by another thread, perhaps after waiting for an earlier one.
     """
 
-    def __init__(self, root: Path, name: str, seq_len: int, cuts: np.ndarray):
-        self._root, self._name, self._seq_len = root, name, seq_len
+    def __init__(self, root: Path, name: str, task: Task, cuts: np.ndarray, submit: _Submit):
+        self._root, self._name, self._task = root, name, task
         self._cuts = cuts
+        self._submit = submit
         self._pending: list[tuple[np.ndarray, ...]] = []
         self._shard = 0  # index into cuts of the shard being collected
-        self._shards: list[Shard] = []
+        self._shards: list[Future[Shard]] = []
         self._num_examples = self._num_puzzles = self._num_groups = 0
         self._last = (-1, -1)  # puzzle and group as given, of the last row written
         with writing(root):
@@ -68,21 +84,23 @@ class SplitWriter:
         puzzles: np.ndarray,
         groups: np.ndarray,
     ) -> None:
-        """Append rows.
+        """Append rows, which must not change until the split is finished.
 
         Args:
             inputs, labels: uint8[n, seq_len].
             identifiers: int32[n].
             puzzles, groups: int64[n], ascending from call to call; gaps close (files count up without any).
+
+        Raises:
+            UserError: a shard before could not be written, or its rows are not of the task.
         """
         start = 0
         while start < len(groups):
             stop = int(np.searchsorted(groups, self._cuts[self._shard + 1]))
             if stop > start:
                 part = slice(start, stop)
-                self._pending.append(
-                    (inputs[part], labels[part], identifiers[part], puzzles[part], groups[part])
-                )
+                tokens = np.ascontiguousarray(inputs[part]), np.ascontiguousarray(labels[part])
+                self._pending.append((*tokens, identifiers[part], puzzles[part], groups[part]))
             if stop < len(groups):
                 self._flush()
                 self._shard += 1
@@ -91,40 +109,103 @@ class SplitWriter:
     def _flush(self) -> None:
         if not self._pending:  # every row of these groups was dropped
             return
-        inputs, labels, identifiers, puzzles, groups = map(np.concatenate, zip(*self._pending, strict=True))
-        self._pending.clear()
+        inputs, labels, *ids = zip(*self._pending, strict=True)
+        self._pending = []
+        identifiers, puzzles, groups = map(np.concatenate, ids)
         starts_puzzle = np.diff(puzzles, prepend=self._last[0]) != 0
         starts_group = np.diff(groups, prepend=self._last[1]) != 0
-        columns = [
-            from_tokens(inputs),
-            from_tokens(labels),
+        numbers = [
             pa.array(identifiers, pa.int32()),
             pa.array(self._num_puzzles - 1 + np.cumsum(starts_puzzle), pa.int32()),
             pa.array(self._num_groups - 1 + np.cumsum(starts_group), pa.int32()),
         ]
         self._last = (puzzles[-1], groups[-1])
-        self._num_examples += len(inputs)
+        self._num_examples += len(puzzles)
         self._num_puzzles += int(starts_puzzle.sum())
         self._num_groups += int(starts_group.sum())
-
         file = f"{self._name}/shard-{len(self._shards):05d}.arrow"
-        batch = pa.record_batch(columns, schema=schema(self._seq_len))
-        with writing(self._root):
-            sink = HashingFile(self._root / file)
-            with pa.PythonFile(sink, mode="w") as out, pa.ipc.new_file(out, batch.schema) as writer:
-                writer.write_batch(batch)
-        self._shards.append(Shard(file=file, rows=len(inputs), bytes=sink.size, sha256=sink.hexdigest()))
+        self._shards.append(
+            self._submit(partial(_write_shard, self._root, file, self._task, inputs, labels, numbers))
+        )
 
     def finish(self) -> SplitInfo:
-        """Write what is left; returns the split's part of the manifest."""
+        """Write what is left; returns the split's part of the manifest. Raises UserError as `add` does."""
         self._flush()
         return SplitInfo(
             num_examples=self._num_examples,
             num_puzzles=self._num_puzzles,
             num_groups=self._num_groups,
             mean_puzzle_examples=self._num_examples / max(1, self._num_puzzles),
-            shards=tuple(self._shards),
+            shards=tuple(shard.result() for shard in self._shards),
         )
+
+
+def _write_shard(
+    root: Path,
+    file: str,
+    task: Task,
+    inputs: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray],
+    numbers: list[pa.Array],
+) -> Shard:
+    """Write one shard, then compare what is in the file with what was to be written.
+
+    Args:
+        inputs, labels: uint8 [some, seq_len] each, to be joined.
+        numbers: the columns `format.IDS`.
+    """
+    assert all(part.dtype == np.uint8 and part.shape[1:] == (task.seq_len,) for part in (*inputs, *labels))
+    first_row = 0
+    for parts in zip(inputs, labels, strict=True):
+        for problem in wrong_tokens(task, *parts, first_row=first_row):
+            raise UserError(
+                f"{root / file} would be wrong, {problem}; mend the source, or what builds from it"
+            )
+        first_row += len(parts[0])
+    # Columns whose memory is never touched: what is written in their place are the parts, which saves joining them.
+    columns = [from_tokens(np.empty((first_row, task.seq_len), np.uint8)) for _ in (inputs, labels)]
+    parts_of = {
+        column.values.buffers()[1].address: parts
+        for column, parts in zip(columns, (inputs, labels), strict=True)
+    }
+    batch = pa.record_batch([*columns, *numbers], schema=schema(task.seq_len))
+    with writing(root):
+        written = HashingFile(root / file)
+        _put(batch, parts_of, written)
+        read = ComparingFile(root / file)
+        _put(batch, parts_of, read)
+    if not read.is_same:
+        raise UserError(f"{root / file} does not read back as it was written; check the disk")
+    return Shard(file=file, rows=batch.num_rows, bytes=written.size, sha256=written.hexdigest())
+
+
+def _put(
+    batch: pa.RecordBatch, parts_of: dict[int, Sequence[np.ndarray]], file: HashingFile | ComparingFile
+) -> None:
+    """Write a batch as an Arrow file, and close it; see `_Joining`."""
+    sink = pa.PythonFile(_Joining(file, parts_of), mode="w")
+    with sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+class _Joining:
+    """Writes to a file; in place of a buffer that begins at some address its parts."""
+
+    def __init__(self, file: HashingFile | ComparingFile, parts_of: dict[int, Sequence[np.ndarray]]):
+        self._file, self._parts_of = file, parts_of
+        self.closed = False
+
+    def write(self, data: bytes | pa.Buffer) -> None:
+        parts = self._parts_of.get(data.address) if isinstance(data, pa.Buffer) else None
+        for part in [data] if parts is None else parts:
+            self._file.write(part)
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+        self._file.close()
 
 
 class DatasetWriter:
@@ -142,6 +223,8 @@ class DatasetWriter:
         self.root = self.out.with_name(self.out.name + ".building")
         self._overwrite = overwrite
         self._is_finished = False
+        self._threads = ThreadPoolExecutor(_NUM_THREADS)
+        self._running: deque[Future[Shard]] = deque()
 
     def __enter__(self) -> "DatasetWriter":
         with writing(self.out):
@@ -177,15 +260,23 @@ class DatasetWriter:
             (self.root / UNFINISHED).touch()
 
     def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)  # waits for those at work: they would go on writing
         if not self._is_finished:
             with suppress(OSError):
                 delete_matching(self.root, OUR_FILES)
                 self.root.rmdir()
         os.close(self._lock)
 
-    def split(self, name: str, seq_len: int, cuts: np.ndarray) -> SplitWriter:
-        """Begin a split."""
-        return SplitWriter(self.root, name, seq_len, cuts)
+    def split(self, name: str, task: Task, cuts: np.ndarray) -> SplitWriter:
+        """Begin a split; see `SplitWriter`."""
+        return SplitWriter(self.root, name, task, cuts, self._submit)
+
+    def _submit(self, write: Callable[[], Shard]) -> Future[Shard]:
+        """At most as many shards as there are threads are in memory, and the one being collected."""
+        if len(self._running) == _NUM_THREADS:
+            self._running.popleft().result()
+        self._running.append(future := self._threads.submit(write))
+        return future
 
     def add_file(self, name: str, content: bytes) -> File:
         """Write a file that belongs to no split. Raises UserError for a name that later builds would not know again."""
@@ -198,14 +289,14 @@ class DatasetWriter:
         return File(file=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
     def finish(self, manifest: Manifest) -> None:
-        """Write the manifest, read everything back, and move the folder into place.
+        """Write the manifest, check all that was not checked when a shard was written, and move the folder into place.
 
         Raises:
-            UserError: what is on the disk is not what was written.
+            UserError: what is on the disk is not what was to be written.
         """
         with writing(self.out):
             write_durably(self.root / MANIFEST, manifest.render())
-        if problems := verify(self.root):
+        if problems := verify(self.root, of_tokens=False):
             raise UserError(f"what was written does not read back: {problems[0]} ({len(problems)} problems)")
         writable_folder(self.out, overwrite=self._overwrite)  # somebody may have made it meanwhile
         with writing(self.out):

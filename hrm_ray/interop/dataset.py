@@ -178,7 +178,7 @@ def _import(folder: Path, out: Path, task_name: str | None, *, overwrite: bool) 
     contents = {file.name: read_bytes(file, _MAX_BESIDE_BYTES) for file in extra}
     _check_room(out, about, [part for sets in read.values() for part in sets.values()])
     with DatasetWriter(out, overwrite=overwrite) as writer:
-        splits = {name: _copy_split(writer, name, about, sets) for name, sets in read.items()}
+        splits = {name: _copy_split(writer, name, task, sets) for name, sets in read.items()}
         manifest = Manifest(
             task=task.name,
             task_options=task.options,
@@ -289,10 +289,10 @@ def _task_of(name: str | None, folder: Path, about: _About, first: _Set) -> Task
     return Tokens(about.vocab_size, about.seq_len)
 
 
-def _copy_split(writer: DatasetWriter, name: str, about: _About, sets: dict[str, _Set]) -> SplitInfo:
+def _copy_split(writer: DatasetWriter, name: str, task: Task, sets: dict[str, _Set]) -> SplitInfo:
     rows_per_group = [np.diff(part.puzzle_indices[part.group_indices]) for part in sets.values()]
     cuts = balanced_cuts(np.concatenate(rows_per_group), _ROWS_PER_SHARD)
-    split = writer.split(name, about.seq_len, cuts)
+    split = writer.split(name, task, cuts)
     first_puzzle = first_group = 0
     for part in sets.values():
         for start in range(0, len(part.inputs), _ROWS_PER_READ):

@@ -14,7 +14,7 @@ def path(tmp_path):
     task = get_task("sudoku", size=4)
     questions, answers = task.generate(0, 0, 3, 7, 100)
     with DatasetWriter(tmp_path / "data") as writer:
-        split = writer.split("train", 16, np.array([0, 2, 3]))
+        split = writer.split("train", task, np.array([0, 2, 3]))
         split.add(questions, answers, np.zeros(3, np.int32), np.arange(3), np.arange(3))
         manifest = Manifest(
             task=task.name,

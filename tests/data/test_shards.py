@@ -1,4 +1,6 @@
 import errno
+import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
@@ -16,6 +18,7 @@ from pyarrow import fs as pafs
 
 from hrm_ray.data import fetch, files, shards
 from hrm_ray.data import format as data_format
+from hrm_ray.data import writer as writer_module
 from hrm_ray.data.format import Manifest
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.data.tasks.tokens import Tokens
@@ -40,7 +43,7 @@ def write(out, splits, *, rows_per_shard=4, batch=3, overwrite=False, num_identi
                 for x, y in zip(inputs, labels, strict=True)
             ]
             sizes = np.array([sum(len(inputs) for _, inputs, _ in group) for group in groups])
-            split = writer.split(name, SEQ_LEN, balanced_cuts(sizes, rows_per_shard))
+            split = writer.split(name, task, balanced_cuts(sizes, rows_per_shard))
             for start in range(0, len(rows), batch):
                 x, y, identifier, p, g = map(np.array, zip(*rows[start : start + batch], strict=True))
                 split.add(x, y, identifier.astype(np.int32), p, g)
@@ -149,7 +152,7 @@ def contents(folder):
 def test_dropped_rows_close_up(tmp_path):
     """Rows, whole puzzles and whole groups may be missing from what `add` gets; the files count without gaps."""
     with DatasetWriter(tmp_path / "data") as writer:
-        split = writer.split("train", SEQ_LEN, np.array([0, 2, 4, 6]))
+        split = writer.split("train", Tokens(VOCAB_SIZE, SEQ_LEN), np.array([0, 2, 4, 6]))
         tokens = np.ones((3, SEQ_LEN), np.uint8)
         split.add(tokens, tokens, np.zeros(3, np.int32), np.array([1, 4, 9]), np.array([0, 1, 5]))
         info = split.finish()
@@ -343,7 +346,7 @@ def test_dataset_pickles_as_its_path(small):
 
 def test_writer_leaves_nothing_behind_on_error(tmp_path):
     with pytest.raises(RuntimeError), DatasetWriter(tmp_path / "data") as writer:
-        writer.split("train", SEQ_LEN, np.array([0, 1]))
+        writer.split("train", Tokens(VOCAB_SIZE, SEQ_LEN), np.array([0, 1]))
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 
@@ -358,6 +361,102 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, method):
     with pytest.raises(UserError, match=f"{tmp_path}/data.*: No space left on device; .* another out"):
         write(tmp_path / "data", {"train": [[(1, tokens, tokens)]]})
     assert list(tmp_path.iterdir()) == []
+
+
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 100, 4095, 4096, 10_000, (1 << 20) + 3]), max_size=6),
+    is_direct=st.booleans(),
+    change=st.sampled_from(["none", "a bit", "shorter", "longer"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_file_holds_what_is_written_and_any_change_is_seen(tmp_path_factory, sizes, is_direct, change):
+    path = tmp_path_factory.mktemp("file") / "file"
+    parts = [np.random.default_rng(size).bytes(size) for size in sizes]
+    with pytest.MonkeyPatch.context() as patch:
+        if not is_direct:
+            patch.setattr(files, "_DIRECT", 0)
+        file = files.HashingFile(path)
+        for part in parts:
+            file.write(part)
+        file.close()
+        content = b"".join(parts)
+        assert path.read_bytes() == content and file.size == len(content)
+        assert file.hexdigest() == hashlib.sha256(content).hexdigest()
+        changed = bytearray(content)
+        if change == "longer":
+            changed += b"x"
+        elif change == "shorter":
+            del changed[-1:]
+        elif change == "a bit" and changed:
+            changed[len(changed) // 2] ^= 1
+        path.write_bytes(changed)
+        read = files.ComparingFile(path)
+        for part in parts:
+            read.write(part)
+        read.close()
+    assert read.is_same == (changed == content)
+
+
+def test_a_file_system_that_must_have_its_page_cache(tmp_path, monkeypatch):
+    """It says so when a file is opened, or when it is written."""
+    write_there, open_there = os.write, os.open
+
+    def refuses(is_direct):
+        if is_direct:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    def write_cached(fd, data):
+        refuses(fcntl.fcntl(fd, fcntl.F_GETFL) & files._DIRECT)
+        return write_there(fd, data)
+
+    def open_cached(path, flags, mode=0o777):
+        refuses(flags & files._DIRECT)
+        return open_there(path, flags, mode)
+
+    for name, call in (("write", write_cached), ("open", open_cached)):
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, name, call)
+            file = files.HashingFile(tmp_path / name)
+            file.write(b"abc")
+            file.close()
+        assert (tmp_path / name).read_bytes() == b"abc"
+
+
+def test_a_shard_that_does_not_read_back_is_told(tmp_path, monkeypatch):
+    close = files.HashingFile.close
+
+    def damaging(self):
+        close(self)
+        for file in tmp_path.rglob("*.arrow"):
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+
+    monkeypatch.setattr(files.HashingFile, "close", damaging)
+    tokens = np.ones((2, SEQ_LEN), np.uint8)
+    with pytest.raises(UserError, match=r"train/shard-00000.arrow does not read back as it was written"):
+        write(tmp_path / "data", {"train": [[(1, tokens, tokens)]]})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_are_not_of_the_task_are_not_written(tmp_path):
+    tokens = np.ones((3, SEQ_LEN), np.uint8)
+    wrong = tokens.copy()
+    wrong[2, 1] = VOCAB_SIZE
+    with pytest.raises(
+        UserError, match=r"shard-00000.arrow would be wrong, row 2: labels has token 7, outside"
+    ):
+        write(tmp_path / "data", {"train": [[(1, tokens, wrong)]]}, batch=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_same_bytes_whatever_the_threads(tmp_path, monkeypatch, num_threads):
+    groups = random_groups(np.random.default_rng(2), 20)
+    write(tmp_path / "a", {"train": groups})
+    monkeypatch.setattr(writer_module, "_NUM_THREADS", num_threads)
+    write(tmp_path / "b", {"train": groups})
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_writer_clears_what_a_killed_build_left(tmp_path):
