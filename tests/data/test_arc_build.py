@@ -2,15 +2,19 @@
 
 import json
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from hrm_ray.data.pipeline import build
 from hrm_ray.data.recipe import load_recipe
 from hrm_ray.data.shards import open_dataset
-from hrm_ray.data.tasks.arc import crop_shapes, kernels, read_name
+from hrm_ray.data.tasks.arc import Plan, crop_shapes, kernels, read_name
 from hrm_ray.data.tasks.arc.builder import ArcRecipe
 from hrm_ray.data.verify import verify
 from hrm_ray.errors import UserError
@@ -110,6 +114,33 @@ def test_draws_are_those_of_numpy():
     items = list(range(50))
     random.shuffle(items)
     assert kernels.shuffled(50, words, position, state).tolist() == items
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_hashes_tell_tasks_apart(data):
+    """Under any two plans, of tasks with few colours and some symmetry: equal hashes where the tasks are equal."""
+    grid = st.integers(1, 3).flatmap(
+        lambda n: arrays(np.uint8, (n, data.draw(st.integers(1, 3))), elements=st.integers(0, 3))
+    )
+    grids = data.draw(st.lists(st.tuples(grid, grid), min_size=1, max_size=3))
+    plan = st.builds(
+        Plan, st.integers(0, 7), st.permutations(range(4)).map(lambda few: (*few, *range(4, 10)))
+    )
+    plans = data.draw(st.lists(plan, min_size=2, max_size=12))
+    flat = [part for pair in grids for part in pair]
+    sizes = np.array([part.size for part in flat])
+    shapes = np.array([part.shape for part in flat])
+    sums = kernels._sums(np.concatenate([part.ravel() for part in flat]), shapes, np.cumsum(sizes) - sizes)
+
+    def task(plan):
+        return sorted(
+            tuple((turned.shape, turned.tobytes()) for turned in map(plan.apply, pair)) for pair in grids
+        )
+
+    hashes = [kernels._task_hash(np.array([plan.symmetry, *plan.colours], np.uint8), sums) for plan in plans]
+    for one, other in combinations(range(len(plans)), 2):
+        assert (hashes[one] == hashes[other]) == (task(plans[one]) == task(plans[other]))
 
 
 def tasks_in(dataset):

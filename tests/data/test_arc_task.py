@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrm_ray.data.tasks.arc import Arc, Plan, as_grid, crop, crop_shapes, format_name, place, read_name
+from hrm_ray.data.tasks.arc import (
+    Arc,
+    Plan,
+    as_grid,
+    crop,
+    crop_shapes,
+    format_name,
+    format_names,
+    place,
+    read_name,
+)
 from hrm_ray.data.tasks.base import get_task
 from hrm_ray.errors import UserError
 
@@ -126,6 +136,18 @@ def test_an_augmentation_is_undone_and_keeps_its_name(grid, plan):
 @pytest.mark.parametrize("name", ["a", "a_b", "a_t1", "a_t8_0123456789", "a_t1_0123456788", "_t0_", ""])
 def test_other_names_are_of_tasks_as_they_are(name):
     assert read_name(name) == (name, None) and format_name(name, None) == name
+
+
+@pytest.mark.parametrize("separator", ["|||", "_"])
+def test_the_names_of_many_plans(separator):
+    plans = [Plan(0, tuple(range(10))), Plan(7, (0, *range(9, 0, -1))), Plan(3, (0, 2, 1, *range(3, 10)))]
+    names = format_names(
+        "some_id", np.array([[plan.symmetry, *plan.colours] for plan in plans], np.uint8), separator
+    )
+    assert [read_name(name) for name in names] == [
+        ("some_id", None),
+        *(("some_id", plan) for plan in plans[1:]),
+    ]
 
 
 @pytest.mark.parametrize(

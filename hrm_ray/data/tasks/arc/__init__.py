@@ -178,3 +178,16 @@ def read_name(name: str) -> tuple[str, Plan | None]:
 def format_name(task: str, plan: Plan | None) -> str:
     """The name of a task under an augmentation, as in TRM's data sets."""
     return task if plan is None else f"{task}|||t{plan.symmetry}|||{''.join(map(str, plan.colours))}"
+
+
+def format_names(task: str, plans: np.ndarray, separator: str = "|||") -> list[str]:
+    """The names of a task (first, the plan of no change) and of its augmented copies.
+
+    Args:
+        plans: uint8 [n, 11], symmetry and images of the ten colours.
+        separator: ``|||`` as in TRM's data sets, ``_`` as in HRM's.
+    """
+    digits, width = (plans + ord("0")).astype(np.uint8).tobytes().decode(), plans.shape[1]
+    starts = range(width, len(digits), width)
+    first = f"{task}{separator}t"
+    return [task, *(f"{first}{digits[i]}{separator}{digits[i + 1 : i + width]}" for i in starts)]

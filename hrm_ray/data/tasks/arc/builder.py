@@ -23,7 +23,7 @@ from tqdm import tqdm
 from hrm_ray.data.builder import Builder, Examples, Part, Workers
 from hrm_ray.data.format import IDENTIFIERS, TEST_PUZZLES, from_tokens, to_tokens
 from hrm_ray.data.recipe import Recipe
-from hrm_ray.data.tasks.arc import BLANK_NAME, Arc, Plan, format_name
+from hrm_ray.data.tasks.arc import BLANK_NAME, Arc, format_names
 from hrm_ray.data.tasks.arc.source import ArcSource, ArcTask, Grids
 from hrm_ray.errors import shown
 
@@ -173,20 +173,15 @@ class ArcBuilder(Builder, recipe=ArcRecipe):
 
     def _identify(self, group: _Group) -> np.ndarray:
         """The numbers of a group's puzzles, int32 [P], in order of first sight."""
-        numbers = np.empty(len(group.plans), np.int32)
-        for p, (symmetry, *colours) in enumerate(group.plans.tolist()):
-            name = format_name(group.task.id, Plan(symmetry, tuple(colours)) if p else None)
-            if self.recipe.names == "hrm":
-                name = name.replace("|||", "_")
-            numbers[p] = self._names.setdefault(name, len(self._names))
-        return numbers
+        names = format_names(group.task.id, group.plans, "_" if self.recipe.names == "hrm" else "|||")
+        return np.array([self._names.setdefault(name, len(self._names)) for name in names], np.int32)
 
     def _expanded(
         self, groups: list[_Group], identifiers: list[np.ndarray], num_rows: int, split: str, workers: Workers
     ) -> Iterator[Examples]:
         blocks = list(_blocks(groups, identifiers))
         expand = partial(_expand, [group.task.grids for group in groups])
-        # Writing the shards takes ten times as long as this, so sending rows between processes would only add to it.
+        # Little beside writing the shards, so sending rows between processes would only add to it.
         for block in workers.map(expand, blocks, total=num_rows, label=f"write {split}", on_ray=False):
             yield Examples(
                 to_tokens(block["inputs"]),
@@ -313,18 +308,24 @@ def _blocks(groups: Sequence[_Group], identifiers: Sequence[np.ndarray]) -> Iter
 
 def _expand(grids: Sequence[Grids], block: pa.Table) -> pa.Table:
     """The examples of a block."""
-    parts = []
-    for row in block.to_pylist():
+    rows = block.to_pylist()
+    counts = [len(row["places"]) // 2 for row in rows]
+    inputs = np.empty((sum(counts), Arc.seq_len), np.uint8)
+    labels = np.empty_like(inputs)
+    ids: list[tuple[np.ndarray, ...]] = []
+    stop = 0
+    for row, count in zip(rows, counts, strict=True):
         examples = np.frombuffer(row["examples"], np.int64)
         plans = np.frombuffer(row["plans"], np.uint8).reshape(-1, 11)
         places = np.frombuffer(row["places"], np.uint8).reshape(len(plans), len(examples), 2)
-        inputs = np.zeros((len(plans) * len(examples), Arc.seq_len), np.uint8)
-        labels = np.zeros_like(inputs)
-        _kernels().expand(plans, places, examples, *grids[row["group"]], inputs, labels)
-        numbers = np.frombuffer(row["identifiers"], np.int32), row["puzzle"] + np.arange(len(plans))
-        ids = [np.repeat(values, len(examples)) for values in numbers]
-        parts.append((inputs, labels, *ids, np.full(len(inputs), row["group"])))
-    inputs, labels, identifiers, puzzles, groups = map(np.concatenate, zip(*parts, strict=True))
+        start, stop = stop, stop + count
+        made = inputs[start:stop], labels[start:stop]
+        _kernels().expand(plans, places, examples, *grids[row["group"]], *made)
+        of_puzzles = np.frombuffer(row["identifiers"], np.int32), row["puzzle"] + np.arange(len(plans))
+        ids.append(
+            (*(np.repeat(values, len(examples)) for values in of_puzzles), np.full(count, row["group"]))
+        )
+    identifiers, puzzles, groups = map(np.concatenate, zip(*ids, strict=True))
     return pa.table(
         {
             "inputs": from_tokens(inputs),

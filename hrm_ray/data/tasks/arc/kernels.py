@@ -17,8 +17,7 @@ SIDE, END, FIRST_COLOUR = 30, 1, 2
 _NUM_WORDS, _MIDDLE = 624, 397
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _32 = np.uint64(32)
-_PRIME = np.uint64(0x100000001B3)
-_BASIS, _OTHER_BASIS = np.uint64(0xCBF29CE484222325), np.uint64(0x9AE16A3B2F90404F)
+_OTHER = np.uint64(0x9AE16A3B2F90404F)
 
 
 # Draws
@@ -77,23 +76,27 @@ def shuffled(count, words, position, state):
 
 
 @njit()
-def _source(symmetry, row, col, height, width):
-    """Where cell (row, col) of a turned grid comes from in the grid of `height` x `width` (see `dihedral`)."""
+def _walk(symmetry, height, width):
+    """Where the cells of a turned grid lie in the grid of `height` x `width` (see `dihedral`).
+
+    Returns (first, down, right): cell (row, col) of the turned grid is cell first + row * down + col * right.
+    """
+    last, corner = height * width - 1, (height - 1) * width
     if symmetry == 0:
-        return row, col
+        return 0, width, 1
     if symmetry == 1:
-        return col, width - 1 - row
+        return width - 1, -1, width
     if symmetry == 2:
-        return height - 1 - row, width - 1 - col
+        return last, -width, -1
     if symmetry == 3:
-        return height - 1 - col, row
+        return corner, 1, -width
     if symmetry == 4:
-        return row, width - 1 - col
+        return width - 1, width, -1
     if symmetry == 5:
-        return height - 1 - row, col
+        return corner, -width, 1
     if symmetry == 6:
-        return col, row
-    return height - 1 - col, width - 1 - row
+        return 0, 1, width
+    return last, -1, -width
 
 
 @njit()
@@ -103,27 +106,49 @@ def _swaps(symmetry):
 
 
 @njit()
-def _task_hash(plan, cells, shapes, starts):
+def _sums(cells, shapes, starts):
+    """What a task's hash is made of.
+
+    The hash of an example is linear in the colours of its cells: each place in a turned grid has a random factor. So
+    the factors of cells of one colour are summed once, and exchanging colours costs no more than ten products.
+
+    Returns:
+        uint64 [8 symmetries, E, 2, 11]: for both halves of the hash, what the shapes give, then each colour's sum.
+    """
+    sums = np.zeros((8, len(shapes) // 2, 2, 11), np.uint64)
+    for symmetry in range(8):
+        for grid in range(len(shapes)):
+            of_example = sums[symmetry, grid // 2]
+            height, width = shapes[grid]
+            rows, cols = (width, height) if _swaps(symmetry) else (height, width)
+            first, down, right = _walk(symmetry, height, width)
+            place = 1 + (grid % 2) * 2048  # below 1024 + 1 are cells, above shapes
+            shape = np.uint64(place + 1024 + rows * 32 + cols)
+            of_example[0, 0] += mix(shape * _GOLDEN)
+            of_example[1, 0] += mix(mix(shape * _GOLDEN) + _OTHER)
+            for row in range(rows):
+                for col in range(cols):
+                    factor = mix(np.uint64(place + row * 32 + col) * _GOLDEN)
+                    colour = 1 + cells[starts[grid] + first + row * down + col * right]
+                    of_example[0, colour] += factor
+                    of_example[1, colour] += mix(factor + _OTHER)
+    return sums
+
+
+@njit()
+def _task_hash(plan, sums):
     """128 bits of a task under a plan (symmetry, then the ten images of the colours), whatever the order of its
     examples; equal tasks have equal ones, and others practically never."""
     first, second = np.uint64(0), np.uint64(0)
-    symmetry = plan[0]
-    for example in range(len(shapes) // 2):
-        x, y = _BASIS, _OTHER_BASIS
-        for grid in range(2 * example, 2 * example + 2):
-            height, width = shapes[grid]
-            rows, cols = (width, height) if _swaps(symmetry) else (height, width)
-            x = (x ^ np.uint64(64 * rows + cols)) * _PRIME
-            y = mix(y ^ np.uint64(64 * rows + cols))
-            for row in range(rows):
-                for col in range(cols):
-                    r, c = _source(symmetry, row, col, height, width)
-                    colour = np.uint64(plan[1 + cells[starts[grid] + r * width + c]])
-                    x = (x ^ colour) * _PRIME
-                    y = (y ^ colour) * _GOLDEN
-                    y ^= y >> _32
-        first += mix(x)
-        second += mix(y ^ mix(x))
+    for example in range(sums.shape[1]):
+        x, y = sums[plan[0], example, 0], sums[plan[0], example, 1]
+        here, there = x[0], y[0]
+        for colour in range(1, 11):
+            image = np.uint64(plan[colour])
+            here += x[colour] * image
+            there += y[colour] * image
+        first += mix(here)
+        second += mix(there ^ mix(here))
     return first, second
 
 
@@ -140,7 +165,8 @@ def draw_plans(num_aug, cells, shapes, starts, words, position, seed, key):
     plans = np.empty((1 + num_aug, 11), np.uint8)
     plans[0, 0] = 0
     plans[0, 1:] = np.arange(10)
-    seen = {_task_hash(plans[0], cells, shapes, starts)}
+    sums = _sums(cells, shapes, starts)
+    seen = {_task_hash(plans[0], sums)}
     num_plans = 1
     state = np.empty(1, np.uint64)
     for trial in range(5 * num_aug):
@@ -151,7 +177,7 @@ def draw_plans(num_aug, cells, shapes, starts, words, position, seed, key):
         plan[0] = up_to(7, words, position, state)
         plan[1] = 0
         plan[2:] = 1 + shuffled(9, words, position, state)
-        task = _task_hash(plan, cells, shapes, starts)
+        task = _task_hash(plan, sums)
         if task not in seen:
             seen.add(task)
             num_plans += 1
@@ -196,19 +222,21 @@ def draw_places(plans, shapes, examples, moves, words, position, seed, key):
 
 
 @njit()
-def _put(frame, plan, top, left, cells, height, width):
-    """Write one augmented grid and its end marks into a frame uint8 [900] of zeros."""
-    rows, cols = (width, height) if _swaps(plan[0]) else (height, width)
+def _put(frame, symmetry, tokens, top, left, cells, height, width):
+    """Write one augmented grid and its end marks into a frame uint8 [900], pads around it; colours become `tokens`."""
+    rows, cols = (width, height) if _swaps(symmetry) else (height, width)
+    first, down, right = _walk(symmetry, height, width)
+    frame[:] = 0
     for row in range(rows):
+        start, cell = (top + row) * SIDE + left, first + row * down
         for col in range(cols):
-            r, c = _source(plan[0], row, col, height, width)
-            frame[(top + row) * SIDE + left + col] = FIRST_COLOUR + plan[1 + cells[r * width + c]]
+            frame[start + col] = tokens[cells[cell]]
+            cell += right
+        if left + cols < SIDE:
+            frame[start + cols] = END
     if top + rows < SIDE:
-        for col in range(left, left + cols):
-            frame[(top + rows) * SIDE + col] = END
-    if left + cols < SIDE:
-        for row in range(top, top + rows):
-            frame[row * SIDE + left + cols] = END
+        start = (top + rows) * SIDE + left
+        frame[start : start + cols] = END
 
 
 @njit()
@@ -217,9 +245,11 @@ def expand(plans, places, examples, cells, shapes, starts, inputs, labels):
 
     Args:
         plans: uint8 [P, 11]; places: uint8 [P, E, 2]; examples: int64 [E].
-        inputs, labels: uint8 [P * E, 900] of zeros, filled in.
+        inputs, labels: uint8 [P * E, 900], filled in.
     """
+    tokens = np.empty(10, np.uint8)
     for p in range(len(plans)):
+        tokens[:] = FIRST_COLOUR + plans[p, 1:]
         for e in range(len(examples)):
             row = p * len(examples) + e
             for answer in range(2):
@@ -228,7 +258,8 @@ def expand(plans, places, examples, cells, shapes, starts, inputs, labels):
                 start = starts[grid]
                 _put(
                     labels[row] if answer else inputs[row],
-                    plans[p],
+                    plans[p, 0],
+                    tokens,
                     places[p, e, 0],
                     places[p, e, 1],
                     cells[start : start + height * width],
