@@ -1,4 +1,4 @@
-"""Functions compiled by numba, kept on disk where that is possible.
+"""Functions compiled by numba, kept on disk where that is possible. Several threads may run them at the same time.
 
 numba itself refuses to compile what is to be kept if no folder can be written, if the disk is full, or if what it
 kept is damaged. Here each of these costs the compilation at every start, nothing else.
@@ -14,10 +14,10 @@ from numba.core.caching import FunctionCache
 
 
 def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator like `numba.njit(cache=True, **options)`, for which the cache may be missing or broken."""
+    """Like the decorator `numba.njit(cache=True, nogil=True, **options)`, but the cache may be missing or broken."""
 
     def compiled(function: Callable[..., Any]) -> Any:
-        dispatcher = numba.njit(**options)(function)
+        dispatcher = numba.njit(nogil=True, **options)(function)
         try:
             dispatcher._cache = _Cache(function)  # as `cache=True` does
         except RuntimeError:

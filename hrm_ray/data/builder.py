@@ -64,7 +64,8 @@ class Workers(Protocol):
 
         Args:
             total: rows of all results, for the progress bar that `label` names.
-            on_ray: whether it is enough work to start Ray for it.
+            on_ray: whether it is enough work to start Ray for it, and to send what it makes between processes; else
+                threads of this process do it.
         """
 
     def share(self, value: Any) -> Callable[[], Any]:

@@ -131,8 +131,8 @@ def schema(seq_len: int) -> pa.Schema:
 
 def to_tokens(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """A fixed_size_list<uint8> column as uint8[n, seq_len], without copying if it is one chunk."""
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # combine_chunks would copy one chunk too
+        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     # flatten() respects the offset of a slice; .values does not.
     return column.flatten().to_numpy(zero_copy_only=True).reshape(-1, column.type.list_size)
 

@@ -23,6 +23,7 @@ from hrm_ray.data.row_set import RowSet
 from hrm_ray.data.sources import BadRows, Rows, Source, open_source
 from hrm_ray.data.tasks.base import Symmetry, Task, import_family
 from hrm_ray.errors import UserError
+from hrm_ray.machine_code import njit
 
 # Purposes of random keys: the choice of test rows and that of training rows are independent.
 _TEST, _TRAIN = 1, 2
@@ -75,7 +76,7 @@ class RowBuilder(Builder):
             changes.
         num_copies: of every training puzzle, beside the original.
         generated_per_task: puzzles that a Ray task makes.
-        copies_on_ray: whether making them takes longer than sending them between processes.
+        copies_on_ray: whether making them takes longer than sending them between processes; else threads make them.
     """
 
     recipe: RowRecipe
@@ -333,16 +334,21 @@ def _copy(
     symmetries: list[Symmetry], inputs: np.ndarray, labels: np.ndarray, groups: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Every puzzle under each of the symmetries."""
+    cells = np.array([symmetry.cells for symmetry in symmetries], np.int32)
+    tokens = np.array([symmetry.tokens for symmetry in symmetries], np.uint8)
+    return _copies(inputs, cells, tokens), _copies(labels, cells, tokens)
 
-    def copies(tokens: np.ndarray) -> np.ndarray:
-        made = np.empty((len(tokens), len(symmetries), tokens.shape[1]), np.uint8)
-        for number, (cells, renamed) in enumerate(symmetries):
-            moved = tokens.take(cells, axis=1)
-            is_renamed = (renamed != np.arange(len(renamed))).any()
-            made[:, number] = renamed.astype(np.uint8)[moved] if is_renamed else moved
-        return made.reshape(-1, tokens.shape[1])
 
-    return copies(inputs), copies(labels)
+@njit()
+def _copies(rows, cells, tokens):
+    """uint8 [n, S], int32 [copies, S], uint8 [copies, vocab] -> uint8 [n * copies, S]: tokens[x[cells]] of each row."""
+    made = np.empty((len(rows) * len(cells), rows.shape[1]), np.uint8)
+    for i in range(len(rows)):
+        for k in range(len(cells)):
+            copy = made[i * len(cells) + k]
+            for cell in range(copy.size):
+                copy[cell] = tokens[k, rows[i, cells[k, cell]]]
+    return made
 
 
 def _augment_block(
@@ -354,10 +360,9 @@ def _augment_block(
     groups = block["group"].to_numpy()
     inputs, labels = augment(to_tokens(block["inputs"]), to_tokens(block["labels"]), groups)
     groups = np.repeat(groups, copies)
-    kept = ~in_test().contains(inputs)
-    return pa.table(
-        {"inputs": from_tokens(inputs[kept]), "labels": from_tokens(labels[kept]), "group": groups[kept]}
-    )
+    if (found := in_test().contains(inputs)).any():
+        inputs, labels, groups = inputs[~found], labels[~found], groups[~found]
+    return pa.table({"inputs": from_tokens(inputs), "labels": from_tokens(labels), "group": groups})
 
 
 def _same(value: Any) -> Any:

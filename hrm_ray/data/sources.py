@@ -53,6 +53,8 @@ class Rows:
 
     def take(self, rows: np.ndarray) -> "Rows":
         """The rows of a mask or of row indices."""
+        if rows.dtype == bool and rows.all():
+            return self
         return Rows(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     @staticmethod

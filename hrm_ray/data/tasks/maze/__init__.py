@@ -70,13 +70,14 @@ class Maze(WrittenTask):
         chars = "".join(rows)
         if len(chars) != self.seq_len:
             raise UserError(f"{len(chars)} characters; a {self.size}x{self.size} maze has {self.seq_len}")
-        for position, char in enumerate(chars):
-            if ord(char) > 255 or not self._token_of_char[ord(char)]:
-                raise UserError(
-                    f"impossible character '{shown(char)}' in {self._place(position)}; allowed: # wall, space or . "
-                    "free, S start, G goal, o path"
-                )
-        return self._token_of_char[[ord(char) for char in chars]]
+        tokens = self._token_of_char[np.frombuffer(chars.encode("latin-1", "replace"), np.uint8)]
+        if not tokens.all():
+            position = int(np.flatnonzero(tokens == 0)[0])
+            raise UserError(
+                f"impossible character '{shown(chars[position])}' in {self._place(position)}; allowed: # wall, space "
+                "or . free, S start, G goal, o path"
+            )
+        return tokens
 
     def _place(self, cell: int) -> str:
         row, col = divmod(cell, self.size)
@@ -134,11 +135,9 @@ class Maze(WrittenTask):
     def _as_tokens(self, inputs: np.ndarray, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """uint8; values of other types that no token has become pads, which no answer has."""
         inputs, outputs = np.asarray(inputs), np.asarray(outputs)
-        known = (outputs >= 0) & (outputs < self.vocab_size)
-        return (
-            np.ascontiguousarray(inputs, np.uint8),
-            np.ascontiguousarray(np.where(known, outputs, 0), np.uint8),
-        )
+        if outputs.size and not 0 <= outputs.min() <= outputs.max() < self.vocab_size:
+            outputs = np.where((outputs >= 0) & (outputs < self.vocab_size), outputs, 0)
+        return np.ascontiguousarray(inputs, np.uint8), np.ascontiguousarray(outputs, np.uint8)
 
     def why_no_solution(self, question: np.ndarray, answer: np.ndarray) -> str:
         changed = np.flatnonzero((question != answer) & ~((question == FREE) & (answer == PATH)))
