@@ -76,6 +76,8 @@ def test_a_wrong_word_is_one_line(words, said):
         ("startup", ["rounds=-1"]),
         ("ray_overhead", ["word"]),
         ("votes", ["copies=0"]),
+        ("build", ["recipe=sudoku_4x4"]),
+        ("build", ["recipe=sudoku_4x4", "source=/missing", "repeats=1"]),
         ("data", ["repeats=0"]),
         ("data", ["source=/missing", "repeats=1"]),
         ("step", ["threads=1000000"]),
