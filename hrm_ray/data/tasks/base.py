@@ -106,7 +106,10 @@ class Task(ABC):
 
     @abstractmethod
     def is_solution(self, inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-        """Whether each row of outputs (integers [n, seq_len]) fully and rightly solves its question; bool[n]."""
+        """Whether each row of outputs (integers [n, seq_len]) fully and rightly solves its question; bool[n].
+
+        Threads of a build may call it at the same time.
+        """
 
     def parse_all(self, texts: pa.Array, *, are_answers: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Many puzzles at once, as `parse` reads them.
