@@ -1,11 +1,14 @@
 """The workers of a run and the few collectives the loop needs; one worker needs no torch.distributed."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,30 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def merge_objects(self, value: Any, merge: Callable[[Iterator[Any]], T]) -> T:
+        """What `merge` makes of every worker's `value`, on all.
+
+        It is called on the first worker, and sees the values in the order of ranks, each once. They arrive as it asks
+        for them: one is held at a time.
+        """
+        if self.size == 1:
+            return merge(iter((value,)))
+        if not self.is_first:
+            dist.send_object_list([value], dst=0)
+            return self.from_first(None)
+        values = self._arriving(value)
+        merged = merge(values)
+        for _ in values:  # what it did not ask for
+            pass
+        return self.from_first(merged)
+
+    def _arriving(self, own: Any) -> Iterator[Any]:
+        yield own
+        for rank in range(1, self.size):
+            box = [None]
+            dist.recv_object_list(box, src=rank)
+            yield box[0]
 
     def from_first(self, value: Any) -> Any:
         """The first worker's `value`, on all."""

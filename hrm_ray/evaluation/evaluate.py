@@ -94,7 +94,7 @@ def evaluate(
         model.train(was_training)
     metrics: dict[str, float] = {}
     for score in scores:
-        metrics |= score.metrics(world.gather_objects(score.state()))
+        metrics |= world.merge_objects(score.state(), score.metrics)
     return metrics, {name: np.concatenate(parts) for name, parts in collected.items()}
 
 

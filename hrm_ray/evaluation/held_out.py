@@ -9,6 +9,7 @@ import numpy as np
 from hrm_ray.data.format import IDENTIFIERS, TEST_PUZZLES
 from hrm_ray.data.tasks.arc import as_grid
 from hrm_ray.errors import UserError, first_line, shown
+from hrm_ray.evaluation.names import Names
 from hrm_ray.remote import filesystem_of, reaching
 
 _NO_SOLUTION = [[0]]  # what the published builder writes where there is none
@@ -24,7 +25,7 @@ class Pair(NamedTuple):
 class HeldOut(NamedTuple):
     """The test pairs of every test task, in order, and the names of the puzzle identifiers."""
 
-    names: list[str]
+    names: Names
     tasks: dict[str, list[Pair]]
 
     @property
@@ -51,8 +52,12 @@ def read_held_out(path: str) -> HeldOut:
     puzzles = _read_json(path, TEST_PUZZLES)
     if not isinstance(puzzles, dict) or not puzzles:
         raise UserError(f"{path}: {TEST_PUZZLES} holds no tasks; build the data set again")
+    try:
+        known = Names(names)
+    except UserError as error:
+        raise UserError(f"{path}: {IDENTIFIERS}: {error}; build the data set again") from None
     return HeldOut(
-        names,
+        known,
         {task: _pairs(puzzle, f"{path}: {TEST_PUZZLES}, task {task}") for task, puzzle in puzzles.items()},
     )
 

@@ -9,15 +9,16 @@ Source: the published evaluator (TRM, evaluators/arc.py), whose counts, ranks an
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from hrm_ray.data.dihedral import INVERSE, turned
-from hrm_ray.data.tasks.arc import BLANK_NAME, FIRST_COLOUR, NUM_COLOURS, SIDE, crop_shapes, read_name
+from hrm_ray.data.dihedral import turned
+from hrm_ray.data.tasks.arc import SIDE, crop_shapes
 from hrm_ray.errors import UserError
+from hrm_ray.evaluation.names import Names
 
 State = Mapping[str, np.ndarray]
 
@@ -51,31 +52,11 @@ class Votes:
     """Counts votes; see the module.
 
     Args:
-        names: of the puzzle identifiers, as in `identifiers.json`: number i is called names[i]. Number 0, and every
-            one that is called "<blank>", is no puzzle.
-
-    Raises:
-        UserError: a name that cannot be understood, see `read_name`.
+        names: of the puzzle identifiers.
     """
 
-    def __init__(self, names: Sequence[str]):
-        tasks: dict[str, int] = {}
-        self._task_of = np.full(len(names), -1, np.int32)
-        self._undoes = np.zeros(len(names), np.uint8)  # the symmetry that undoes that of the name
-        # Token -> colour of the task as it is.
-        self._colours = np.zeros((len(names), FIRST_COLOUR + NUM_COLOURS), np.uint8)
-        self._colours[:, FIRST_COLOUR:] = np.arange(NUM_COLOURS)
-        self._is_original = np.zeros(len(names), bool)
-        for number, name in enumerate(names):
-            if number == 0 or name == BLANK_NAME:
-                continue
-            task, plan = read_name(name)
-            self._task_of[number] = tasks.setdefault(task, len(tasks))
-            self._is_original[number] = plan is None
-            if plan:
-                self._undoes[number] = INVERSE[plan.symmetry]
-                self._colours[number, np.array(plan.colours) + FIRST_COLOUR] = np.arange(NUM_COLOURS)
-        self._tasks = tasks
+    def __init__(self, names: Names):
+        self._names = names
         self._polls: defaultdict[tuple[int, bytes], _Poll] = defaultdict(_Poll)
 
     def reset(self) -> None:
@@ -93,33 +74,33 @@ class Votes:
 
         Args:
             inputs, predictions: tokens, integers [n, 900]. puzzle_identifiers: integers [n]; rows without a puzzle (see
-            the class) do not vote. q_halt_logits: floats [n]; one that is not a number counts as certainty 0.
+            `Names`) do not vote. q_halt_logits: floats [n]; one that is not a number counts as certainty 0.
 
         Raises:
             UserError: an identifier without a name.
         """
-        strange = (puzzle_identifiers < 0) | (puzzle_identifiers >= len(self._task_of))
+        strange = (puzzle_identifiers < 0) | (puzzle_identifiers >= len(self._names))
         if strange.any():
             raise UserError(
                 f"puzzle identifier {puzzle_identifiers[strange][0]}, but identifiers.json names 0.."
-                f"{len(self._task_of) - 1}: identifiers of another build; give the data set that the outputs are of"
+                f"{len(self._names) - 1}: identifiers of another build; give the data set that the outputs are of"
             )
         for start in range(0, len(inputs), _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
             self._add(inputs[part], predictions[part], puzzle_identifiers[part], q_halt_logits[part])
 
     def _add(self, inputs: np.ndarray, predictions: np.ndarray, ids: np.ndarray, q: np.ndarray) -> None:
-        votes = self._task_of[ids] >= 0
+        votes = self._names.task_of[ids] >= 0
         inputs, predictions, ids = inputs[votes], predictions[votes], ids[votes]
         with np.errstate(over="ignore"):
             certainty = np.nan_to_num(1 / (1 + np.exp(-q[votes].astype(np.float64))))
         questions, answers = self._undone(inputs, ids), self._undone(predictions, ids)
         rows = zip(
-            self._task_of[ids].tolist(),
+            self._names.task_of[ids].tolist(),
             questions,
             answers,
             np.ldexp(certainty, _PARTS_BITS).tolist(),
-            self._is_original[ids].tolist(),
+            self._names.is_original[ids].tolist(),
             strict=True,
         )
         for task, question, answer, parts, is_original in rows:
@@ -131,9 +112,9 @@ class Votes:
         """The packed grid of each row of tokens (integers [n, 900]) with its augmentation undone."""
         shapes = crop_shapes(tokens).tolist()
         frames = tokens.reshape(-1, SIDE, SIDE)
-        symmetries = self._undoes[ids].tolist()
+        symmetries = self._names.undoes[ids].tolist()
         for frame, (height, width), symmetry, colours in zip(
-            frames, shapes, symmetries, self._colours[ids], strict=True
+            frames, shapes, symmetries, self._names.colours[ids], strict=True
         ):
             yield _pack(colours[turned(frame[:height, :width], symmetry)])
 
@@ -179,7 +160,7 @@ class Votes:
     # What came out
 
     def _poll(self, task: str, question: np.ndarray) -> _Poll:
-        return self._polls.get((self._tasks.get(task, -1), _pack(question)), _Poll())
+        return self._polls.get((self._names.tasks.get(task, -1), _pack(question)), _Poll())
 
     def ranking(self, task: str, question: np.ndarray) -> list[Ranked]:
         """The answers to a test input (uint8[h, w]) of a task, best first; [] if no row was of it."""

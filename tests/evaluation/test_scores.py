@@ -1,12 +1,15 @@
 """Scores: what each task reports, from one worker and from several."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from hrm_ray import api
 from hrm_ray.config.inference import AS_TRAINED
@@ -18,17 +21,21 @@ from hrm_ray.data.tasks.base import get_task
 from hrm_ray.data.tasks.maze import FREE, PATH
 from hrm_ray.data.tasks.maze.builder import MazeRecipe
 from hrm_ray.errors import UserError
+from hrm_ray.evaluation.evaluate import evaluate
 from hrm_ray.evaluation.held_out import read_held_out
 from hrm_ray.evaluation.pass_at_k import pass_at_k
+from hrm_ray.evaluation.scores import arc as arc_scores
 from hrm_ray.evaluation.scores import check_best_metric, directions, scores_of
 from hrm_ray.evaluation.scores.arc import PassAtK
 from hrm_ray.evaluation.scores.exact import Exact
-from hrm_ray.evaluation.scores.maze import Path
+from hrm_ray.evaluation.scores.maze import Path as PathScore
 from hrm_ray.evaluation.votes import Votes
 from hrm_ray.models.act import IGNORE, Batch
 from hrm_ray.models.inference import Answers
 from hrm_ray.training import launch
+from hrm_ray.world import World
 from tests.toy import toy_config, toy_dataset
+from tests.training.processes import start
 
 CPU = torch.device("cpu")
 
@@ -66,7 +73,7 @@ def arc(tmp_path_factory):
 
 
 def test_every_task_has_its_scores(mazes):
-    assert scores_of("sudoku") == [Exact] and set(scores_of("maze")) == {Exact, Path}
+    assert scores_of("sudoku") == [Exact] and set(scores_of("maze")) == {Exact, PathScore}
     assert "eval/pass@2" in directions("arc") and "eval/pass@2" not in directions("maze")
     check_best_metric("eval/valid_path", mazes)
     with pytest.raises(UserError, match="best_metric=eval/valid_pth is no metric of task maze; did you mean"):
@@ -85,15 +92,15 @@ def test_paths(mazes):
     batch = batch_of(rows)
     halves = []
     for part in (slice(0, 3), slice(3, 8)):  # two workers
-        score = Path(mazes, AS_TRAINED, CPU)
+        score = PathScore(mazes, AS_TRAINED, CPU)
         score.add(batch.rows(part), answers_of(tokens[part]))
         halves.append(score.state())
-    metrics = Path(mazes, AS_TRAINED, CPU).metrics(halves)
+    metrics = PathScore(mazes, AS_TRAINED, CPU).metrics(halves)
     task = mazes.task
     assert metrics["valid_path"] == task.is_solution(rows["inputs"], tokens).mean() < 1
     assert metrics["shortest_path"] == 5 / 8
     assert metrics["free_exact_accuracy"] == 6 / 8  # the broken wall is no free cell
-    whole = Path(mazes, AS_TRAINED, CPU)
+    whole = PathScore(mazes, AS_TRAINED, CPU)
     whole.add(batch, answers_of(tokens))
     assert whole.metrics([whole.state()]) == metrics
 
@@ -116,6 +123,44 @@ def test_votes_of_two_workers_are_those_of_one(arc):
     votes.add(rows["inputs"], tokens, rows["puzzle_identifiers"], q_halt)
     assert metrics == pass_at_k(votes, held_out)
     assert 0 < metrics["pass@1"] <= metrics["pass@1000"] == 1.0
+
+
+FEW = {"batch_size": 8, "num_examples": 20}  # the second worker has fewer
+
+
+def _evaluating_worker(rank: int, size: int, meeting_point: str, run: str, data: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=size)
+    metrics, _ = evaluate(api.load(run).model, open_dataset(data), world=World(rank, size, rank), **FEW)
+    Path(run, f"{rank}.json").write_text(json.dumps(metrics))
+    dist.barrier()
+    os._exit(0)
+
+
+def test_two_workers_evaluate_as_one_does(tmp_path, arc):
+    run = tmp_path / "runs/toy"
+    config = TrainConfig(**toy_config(arc.path, run.parent, max_steps=1, num_eval_examples=1))
+    launch.train(config, show_progress=False)
+    start(_evaluating_worker, 2, str(run), str(arc.path))
+    one, _ = api.load(run).evaluate(arc.path, **FEW)
+    assert one["pass@1000"] >= 0
+    assert [json.loads((run / f"{rank}.json").read_text()) for rank in range(2)] == [one, one]
+
+
+def test_names_are_read_once_a_run(tmp_path, arc, monkeypatch):
+    read = []
+    monkeypatch.setattr(arc_scores, "read_held_out", lambda path: read.append(path) or read_held_out(path))
+    arc_scores._held_out.cache_clear()
+    for _ in range(3):  # evaluations, the data set opened before each
+        PassAtK(open_dataset(arc.path), AS_TRAINED, CPU)
+    assert read == [str(arc.root)]
+    build(
+        ArcRecipe(**json.loads(json.dumps(arc.manifest.recipe)) | {"seed": 7}),
+        tmp_path / "other",
+        show_progress=False,
+    )
+    PassAtK(open_dataset(tmp_path / "other"), AS_TRAINED, CPU)
+    assert read == [str(arc.root), str(tmp_path / "other")]
 
 
 def test_a_run_reports_the_scores_of_its_task_and_is_judged_by_one(tmp_path, mazes):

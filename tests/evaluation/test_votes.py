@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hrm_ray.data.tasks.arc import Plan, format_name, place
 from hrm_ray.errors import UserError
 from hrm_ray.evaluation.held_out import HeldOut, Pair, read_held_out
+from hrm_ray.evaluation.names import Names
 from hrm_ray.evaluation.pass_at_k import KS, notes, outcomes, pass_at_k
 from hrm_ray.evaluation.submission import submission
 from hrm_ray.evaluation.votes import Votes
@@ -133,7 +134,7 @@ def test_a_state_is_arrays_and_gives_the_same_votes():
 # Any rows
 
 
-NAMES = ["<blank>", "a", "a|||t3|||0987654321", "b", "b|||t5|||0213456789", "<blank>"]
+NAMES = Names(["<blank>", "a", "a|||t3|||0987654321", "b", "b|||t5|||0213456789", "<blank>"])
 GRIDS = [np.array(rows, np.uint8) for rows in ([[1, 2]], [[1, 2], [3, 0]], [[0]])]
 
 
@@ -187,7 +188,7 @@ def test_any_split_of_the_rows_over_workers_gives_the_same_votes(rows):
 @given(question=grids(), answer=grids(), augmentations=st.lists(plans(), min_size=1, max_size=5, unique=True))
 @settings(max_examples=50, deadline=None)
 def test_copies_of_one_answer_vote_for_it(question, answer, augmentations):
-    names = ["<blank>", "x", *(format_name("x", plan) for plan in augmentations)]
+    names = Names(["<blank>", "x", *(format_name("x", plan) for plan in augmentations)])
     copies = [(question, answer), *((p.apply(question), p.apply(answer)) for p in augmentations)]
     votes = Votes(names)
     votes.add(

@@ -1,14 +1,14 @@
 """What an evaluation reports: scores of answers, which register themselves.
 
 A score is a module of this room with a class of `Score`. One that is for a task only says so (`task="maze"`); a task of
-yours may hold its score in its own module. Every worker scores its own puzzles, and their states, taken together in the
-order of the workers' ranks, give the metrics.
+yours may hold its score in its own module. Every worker scores its own puzzles, and their states, taken together by the
+first worker in the order of ranks, give the metrics.
 """
 
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -66,8 +66,11 @@ class Score(ABC):
         """All that `metrics` needs of this worker; small, and can be pickled."""
 
     @abstractmethod
-    def metrics(self, states: Sequence[Any]) -> dict[str, float]:
-        """The metrics, from the states of all workers in the order of their ranks; the same on every worker."""
+    def metrics(self, states: Iterable[Any]) -> dict[str, float]:
+        """The metrics, from the states of all workers in the order of their ranks.
+
+        Called on the first worker. The states arrive as they are asked for, each once.
+        """
 
 
 @cache

@@ -1,19 +1,27 @@
 """ARC: the augmented copies of a test pair vote; pass@k of their answers (see `votes` and `pass_at_k`)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 
 from hrm_ray.config.inference import Inference
-from hrm_ray.data.format import IDENTIFIERS, TEST_PUZZLES
+from hrm_ray.data.format import IDENTIFIERS, TEST_PUZZLES, File
 from hrm_ray.data.shards import Dataset
 from hrm_ray.evaluation.held_out import HeldOut, read_held_out
+from hrm_ray.evaluation.names import Names
 from hrm_ray.evaluation.pass_at_k import KS, pass_at_k
 from hrm_ray.evaluation.scores import Direction, Score
 from hrm_ray.evaluation.votes import State, Votes
 from hrm_ray.models.act import Batch
 from hrm_ray.models.inference import Answers
+
+
+@lru_cache(maxsize=1)
+def _held_out(root: str, extra_files: tuple[File, ...]) -> HeldOut:
+    """Read once a run, not at every evaluation: of a million names it takes seconds."""
+    return read_held_out(root)
 
 
 class PassAtK(Score, task="arc"):
@@ -32,8 +40,8 @@ class PassAtK(Score, task="arc"):
         super().__init__(dataset, inference, device)
         self.held_out: HeldOut | None = None
         if self.reported(dataset):
-            self.held_out = read_held_out(str(dataset.root))
-        self.votes = Votes(self.held_out.names if self.held_out else [])
+            self.held_out = _held_out(str(dataset.root), dataset.manifest.extra_files)
+        self.votes = Votes(self.held_out.names if self.held_out else Names([]))
 
     def add(self, batch: Batch, answers: Answers) -> None:
         if self.held_out is None:
@@ -44,7 +52,7 @@ class PassAtK(Score, task="arc"):
     def state(self) -> State:
         return self.votes.state()
 
-    def metrics(self, states: Sequence[State]) -> dict[str, float]:
+    def metrics(self, states: Iterable[State]) -> dict[str, float]:
         if self.held_out is None:
             return {}
         self.votes.reset()

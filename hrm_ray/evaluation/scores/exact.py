@@ -1,6 +1,6 @@
 """What every task reports: right cells, whole answers right, what the Q head knows, steps taken."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import torch
@@ -52,7 +52,7 @@ class Exact(Score):
     def state(self) -> Tensor:
         return self._sums.cpu()
 
-    def metrics(self, states: Sequence[Tensor]) -> dict[str, float]:
+    def metrics(self, states: Iterable[Tensor]) -> dict[str, float]:
         count, *sums = sum(states, torch.zeros(1)).tolist()
         means = {name: value / max(count, 1) for name, value in zip(self.names, sums, strict=True)}
         if self.inference.halt == "learned":  # then they say the same

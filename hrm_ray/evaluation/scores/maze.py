@@ -1,6 +1,6 @@
 """Mazes: is the path a path, and the shortest? There may be several, of which the label is one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -49,6 +49,6 @@ class Path(Score, task="maze"):
     def state(self) -> np.ndarray:
         return self._sums
 
-    def metrics(self, states: Sequence[np.ndarray]) -> dict[str, float]:
+    def metrics(self, states: Iterable[np.ndarray]) -> dict[str, float]:
         count, *sums = sum(states, np.zeros(1)).tolist()
         return {name: value / max(count, 1) for name, value in zip(self.names, sums, strict=True)}
