@@ -135,9 +135,9 @@ def _write_page(folder: str, out: Path, options: ShowOptions) -> None:
 
     check_lasts("out", str(out))
     check_replaceable(out)
-    dataset = open_any(folder)
-    dataset.split(options.split)
     solver = None if options.run is None else load_solver(options.run)
+    dataset = open_any(folder, solver.task.name if solver else None)
+    dataset.split(options.split)
     if solver:
         solver.check(dataset)
     # Opened before the model thinks, so that a path that cannot be written is reported at once.

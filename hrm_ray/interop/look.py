@@ -4,20 +4,32 @@ from pathlib import Path
 
 import numpy as np
 
-from hrm_ray.data.format import Manifest, SplitInfo
+from hrm_ray.data.files import sha256
+from hrm_ray.data.format import IDENTIFIERS, File, Manifest, SplitInfo
 from hrm_ray.data.shards import Dataset, Split, open_dataset
 from hrm_ray.data.tasks.arc import Arc
+from hrm_ray.data.tasks.base import Task, task_class
 from hrm_ray.data.tasks.tokens import Tokens
 from hrm_ray.interop.dataset import Published, read_published
 from hrm_ray.manifest import MANIFEST
 from hrm_ray.published import DATASET_FILE, SPLITS
 
 
-def open_any(path: str | Path) -> Dataset:
-    """A data set of this project, or a folder in the published layout. Raises UserError: neither, or damaged."""
+def open_any(path: str | Path, family: str | None = None) -> Dataset:
+    """A data set of this project, or a folder in the published layout.
+
+    Args:
+        family: whose puzzles the published arrays are taken for if they can be, such as that of a model that is to
+            answer them; None, or if they cannot be: the one that recognises them, else "tokens".
+
+    Raises:
+        UserError: neither, or damaged.
+    """
     folder = Path(path)
     is_published = any((folder / split / DATASET_FILE).is_file() for split in SPLITS)
-    return _published(folder) if is_published and not (folder / MANIFEST).is_file() else open_dataset(path)
+    if not is_published or (folder / MANIFEST).is_file():
+        return open_dataset(path)
+    return _published(folder, family)
 
 
 class _PublishedSplit(Split):
@@ -58,24 +70,34 @@ def _joined(starts: list[np.ndarray], firsts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], *(own[1:] + first for own, first in zip(starts, firsts[:-1], strict=True))])
 
 
-def _published(folder: Path) -> Dataset:
+def _published(folder: Path, family: str | None) -> Dataset:
     published = read_published(folder)
+    splits: dict[str, Split] = {name: _PublishedSplit(folder, name, published) for name in published.sets}
+    first = next(iter(splits.values())).rows(np.zeros(1, np.int64))
+    layout = published.about.vocab_size, published.about.seq_len, published.about.pad_id
+
+    def as_if(kind: type[Task]) -> Task | None:
+        return kind.of_arrays(*layout, first["inputs"], first["labels"])
+
+    task = (as_if(task_class(family)) if family else None) or published.task
+    names = folder / IDENTIFIERS
     manifest = Manifest(
-        task=published.task.name,
-        task_options=published.task.options,
+        task=task.name,
+        task_options=task.options,
         **published.about.model_dump(),
         seed=None,
         recipe={},
         source_digest="",
         report={},
+        # What their numbers mean to a model.
+        extra_files=(File(file=IDENTIFIERS, bytes=names.stat().st_size, sha256=sha256(names)),)
+        if names.is_file()
+        else (),
         splits={},
     )
     dataset = Dataset(folder, folder, manifest)
-    dataset.splits = {name: _PublishedSplit(folder, name, published) for name in published.sets}
-    if isinstance(
-        dataset.task, Tokens
-    ):  # nothing in its arrays proves that they are of ARC, but they can be drawn so
-        first = next(iter(dataset.splits.values())).rows(np.zeros(1, np.int64))
-        layout = manifest.vocab_size, manifest.seq_len, manifest.pad_id
-        dataset.task = Arc.of_arrays(*layout, first["inputs"], first["labels"]) or dataset.task
+    dataset.splits = splits
+    # How they are drawn. Nothing in its arrays proves that they are of ARC, but they can be drawn so.
+    known = (known for known in (task, published.task, as_if(Arc)) if known and not isinstance(known, Tokens))
+    dataset.task = next(known, task)
     return dataset

@@ -14,14 +14,16 @@ from hrm_ray.cli import main
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data import page as page_module
 from hrm_ray.data.page import choose, page
+from hrm_ray.data.pipeline import build
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.data.tasks.arc import place
+from hrm_ray.data.tasks.arc.builder import ArcRecipe
 from hrm_ray.errors import UserError
 from hrm_ray.interop.dataset import import_npy
 from hrm_ray.interop.look import open_any
 from hrm_ray.training import launch
 from tests.data.test_maze import ANSWER, QUESTION, SMALL
-from tests.interop.test_dataset import write_set
+from tests.interop.test_dataset import ABOUT, write_set
 from tests.toy import toy_config, toy_dataset
 
 HOSTILE = "</script><script>document.title='harm'</script><!-- \ud800"
@@ -134,6 +136,63 @@ def test_a_published_maze_is_recognised(tmp_path):
     for name, text in (("inputs", QUESTION), ("labels", ANSWER)):
         np.save(tmp_path / "train" / f"all__{name}.npy", SMALL.parse(text)[None].astype(arrays[name].dtype))
     assert (open_any(tmp_path).task.name, open_any(tmp_path).manifest.task) == ("maze", "maze")
+
+
+@pytest.fixture(scope="module")
+def arc_run(tmp_path_factory):
+    """A build of ARC, the same in the published layout, and a run on the build."""
+    folder = tmp_path_factory.mktemp("arc")
+    recipe = ArcRecipe(
+        source="tests/golden/arc/source",
+        subsets=("tiny", "tinyeval"),
+        test_subset="tinyeval",
+        num_aug=1,
+        draws="published",
+    )
+    build(recipe, folder / "data", show_progress=False)
+    dataset = open_dataset(folder / "data")
+    for split in dataset.splits.values():
+        save_published(folder / "published", dataset, split)
+    shutil.copy(folder / "data/identifiers.json", folder / "published")
+    config = toy_config(folder / "data", folder, run_name="run", max_steps=1, num_eval_examples=1)
+    launch.train(TrainConfig(**config), show_progress=False)
+    return folder
+
+
+def save_published(folder, dataset, split):
+    """A split in the published layout."""
+    (folder / split.name).mkdir(parents=True)
+    about = {
+        key: getattr(dataset.manifest, key)
+        for key in ABOUT.keys() & type(dataset.manifest).model_fields.keys()
+    }
+    (folder / split.name / "dataset.json").write_text(json.dumps({**ABOUT, **about, "sets": ["all"]}))
+    rows = split.rows(np.arange(split.num_examples))
+    rows["puzzle_identifiers"] = rows["puzzle_identifiers"][split.puzzle_starts[:-1]]
+    rows |= {"puzzle_indices": split.puzzle_starts, "group_indices": split.group_starts}
+    for name, array in rows.items():
+        np.save(folder / split.name / f"all__{name}.npy", array)
+
+
+def test_a_model_of_arc_answers_the_published_arrays_as_those_that_it_was_trained_on(arc_run, capsys):
+    pages = []
+    for name in ("data", "published"):
+        out = arc_run / f"{name}.html"
+        words = [f"out={out}", f"run={arc_run / 'run'}", "split=test", "count=2", "copies=2"]
+        assert main(["data", "show", str(arc_run / name), *words]) == 0, capsys.readouterr().err
+        pages.append(content(out.read_text()))
+    assert pages[0] == pages[1] and pages[0]["num_steps"] > 0
+
+
+def test_a_model_is_not_asked_about_the_published_arrays_of_another_build(arc_run, tmp_path, capsys):
+    shutil.copytree(arc_run / "published", tmp_path / "other")
+    names = json.loads((tmp_path / "other/identifiers.json").read_text())
+    (tmp_path / "other/identifiers.json").write_text(json.dumps([names[0], *reversed(names[1:])]))
+    words = [f"out={tmp_path / 'page.html'}", f"run={arc_run / 'run'}"]
+    assert main(["data", "show", str(tmp_path / "other"), *words]) == 2
+    error = capsys.readouterr().err
+    assert "other is another build than the one" in error and error.count("\n") == 1
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_groups_are_evenly_spread_and_copies_the_first(tmp_path):
