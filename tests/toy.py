@@ -23,10 +23,11 @@ def toy_dataset(
     rows_per_shard: int = 20,
     vocab_size: int = VOCAB_SIZE,
     seq_len: int = SEQ_LEN,
+    kind: type[Tokens] = Tokens,
 ) -> Dataset:
     """Random tokens; the answer is the question read backwards, every eighth cell not labelled."""
     rng = np.random.default_rng(seed)
-    task = Tokens(vocab_size, seq_len)
+    task = kind(vocab_size, seq_len)
     with DatasetWriter(out) as writer:
         splits = {}
         for name, num_groups in (("train", num_train), ("test", num_test)):

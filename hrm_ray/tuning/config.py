@@ -24,7 +24,7 @@ from hrm_ray.config.validate import (
     value_of,
 )
 from hrm_ray.errors import UserError
-from hrm_ray.tuning.metrics import AT_THE_END, DIRECTIONS, Direction, direction_of
+from hrm_ray.tuning.metrics import AT_THE_END, Direction, direction_of, is_of_evaluations
 from hrm_ray.tuning.space import Space, in_order
 
 Named = dict[str, Any]  # a name, and options of what it names
@@ -108,7 +108,7 @@ class SweepConfig(Settings):
     space: Space
     """For each key that varies, its values: {log: [LOW, HIGH]}, uniform, int, log_int, or a list."""
     metric: dict[str, Direction] = Field(default_factory=lambda: dict(BY_DEFAULT))
-    """What is to be best, one or several; max or min where it is not known. Default: eval/exact_accuracy."""
+    """What is to be best, one or several; max or min in place of what the task says. Default: eval/exact_accuracy."""
     sampler: Named = Field(default_factory=dict, validate_default=True)
     """How points are chosen: a name, or name, seed and options of Optuna's. Default: tpe."""
     pruner: Named | None = Field(default_factory=dict, validate_default=True)
@@ -146,15 +146,17 @@ class SweepConfig(Settings):
 
     @field_validator("metric", mode="before")
     @classmethod
-    def _with_directions(cls, metric: Any) -> Any:
+    def _with_directions(cls, metric: Any, info: ValidationInfo) -> Any:
         if isinstance(metric, str):
             metric = [metric]
         if isinstance(metric, (list, tuple)):
-            return {str(name): direction_of(str(name)) for name in metric}
+            metric = dict.fromkeys(metric)
         if isinstance(metric, Mapping):
             short = {"max": "maximize", "min": "minimize", "auto": None}
+            train = info.data.get("train", ())
             return {
-                str(name): short.get(str(way), way) or direction_of(str(name)) for name, way in metric.items()
+                str(name): short.get(str(way), way) or direction_of(str(name), train)
+                for name, way in metric.items()
             }
         return metric
 
@@ -186,7 +188,8 @@ class SweepConfig(Settings):
         if not self.metric:
             raise ValueError("metric: is empty; give one, such as eval/exact_accuracy")
         for name in self.metric:
-            direction_of(name)
+            if not is_of_evaluations(name):
+                direction_of(name)
         in_order(self.space)
         several = len(self.metric) > 1
         if several and self.pruner is not None and "pruner" in self.model_fields_set:
@@ -196,8 +199,11 @@ class SweepConfig(Settings):
         if several and (self.population or self.repeat):
             raise ValueError(f"{'population' if self.population else 'repeat'}: is for one metric")
         watched = (self.pruner or {}).get("metric")
-        if watched is not None and watched not in DIRECTIONS:
-            raise ValueError(f"pruner: metric '{watched}' is never reported; {nearest(watched, DIRECTIONS)}")
+        if watched is not None:
+            try:
+                direction_of(watched, self.train)
+            except UserError as error:
+                raise ValueError(f"pruner: {error}") from None
         if watched in AT_THE_END:
             raise ValueError(f"pruner: metric {watched} is known at the end of a run only; give another")
         if self.population and self.watched in AT_THE_END:
@@ -229,7 +235,7 @@ class SweepConfig(Settings):
     @property
     def watched_direction(self) -> Direction:
         """Which way the watched metric is better."""
-        return self.metric.get(self.watched) or direction_of(self.watched)
+        return self.metric.get(self.watched) or direction_of(self.watched, self.train)
 
     @property
     def watched(self) -> str:

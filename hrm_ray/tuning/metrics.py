@@ -1,12 +1,15 @@
 """What a trial can be judged by, and which way is better."""
 
+from collections.abc import Sequence
+
+from hrm_ray.config.compose import train_config
 from hrm_ray.config.validate import nearest
+from hrm_ray.data.shards import open_dataset
 from hrm_ray.errors import UserError
 from hrm_ray.evaluation.scores import Direction, directions
 
-# Of evaluations, of the training between two reports, and of a run as a whole.
-DIRECTIONS: dict[str, Direction] = {
-    **directions(),
+# Of the training between two reports, and of a run as a whole.
+_OF_RUNS: dict[str, Direction] = {
     "train/accuracy": "maximize",
     "train/exact_accuracy": "maximize",
     "train/q_halt_accuracy": "maximize",
@@ -21,8 +24,27 @@ DIRECTIONS: dict[str, Direction] = {
 AT_THE_END = ("train_s", "num_params")  # known of a whole run only
 
 
-def direction_of(metric: str) -> Direction:
-    """Which way `metric` is better. Raises UserError if no run reports it."""
-    if metric not in DIRECTIONS:
-        raise UserError(f"metric '{metric}' is never reported; {nearest(metric, DIRECTIONS)}")
-    return DIRECTIONS[metric]
+def is_of_evaluations(metric: str) -> bool:
+    """Whether the task of the data set says if it is reported."""
+    return metric.startswith("eval/")
+
+
+def direction_of(metric: str, train: Sequence[str] = ()) -> Direction:
+    """Which way `metric` is better.
+
+    Args:
+        train: words of ``hrm-ray train``; a metric that no task here has may be of the task of their data set.
+
+    Raises:
+        UserError: no run reports it.
+    """
+    known = {**directions(), **_OF_RUNS}
+    reason = ""
+    if metric not in known and is_of_evaluations(metric):
+        try:
+            known |= directions(open_dataset(train_config(train).data_path).task.name)
+        except UserError as error:
+            reason = f" (the data set could not be asked: {error})"
+    if metric not in known:
+        raise UserError(f"metric '{metric}' is never reported; {nearest(metric, known)}{reason}")
+    return known[metric]

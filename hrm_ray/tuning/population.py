@@ -21,7 +21,6 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.tuning.execute import Executor, Live, StudyScheduler
 from hrm_ray.tuning.explore import fits, mutated
 from hrm_ray.tuning.lineage import HISTORY, history, point_of, stage
-from hrm_ray.tuning.metrics import direction_of
 from hrm_ray.tuning.points import Refused
 from hrm_ray.tuning.space import Point, words_of
 from hrm_ray.tuning.sweep import SweepBook, trial_name
@@ -41,7 +40,7 @@ class Evolves(StudyScheduler, PopulationBasedTraining):
         config = book.config
         population, self._watched = config.population, config.watched
         assert population is not None
-        way = config.metric.get(self._watched) or direction_of(self._watched)
+        way = config.watched_direction
         PopulationBasedTraining.__init__(
             self,
             time_attr="global_step",

@@ -1,5 +1,8 @@
 """The sweeps that ship: each is what its file says, and every key of a sweep is checked before it starts."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from hrm_ray.tuning.config import load_sweep, sweep_config, sweep_folders, sweep
 from hrm_ray.tuning.outline import Outline
 from hrm_ray.tuning.points import Points, checked, value_of
 from hrm_ray.tuning.study import grid_of, num_trials_of
+from tests.own_task import Own
 from tests.toy import toy_dataset
 
 SHIPPED = ("architectures", "lr_wd_anneal", "multi_objective", "pbt", "quickstart_lr", "seeds")
@@ -211,6 +215,52 @@ def test_a_metric_that_nobody_reports_is_said_before_anything_starts(tmp_path):
         checked(Points(sweep_config({**BASE, "train": train})))
     found = checked(Points(sweep_config({**BASE, "train": train, "metric": "train/lm_loss"})))
     assert all(isinstance(run, TrainConfig) for _, run in found)
+
+
+OWN = """
+import sys
+from hrm_ray.errors import UserError
+from hrm_ray.tuning.config import sweep_config
+from hrm_ray.tuning.points import Points, checked
+values = {"train": f"experiment=quickstart data={sys.argv[1]} lr_warmup_ratio=0.1", "space": {"lr": [1e-3, 1e-2]}}
+for more in ({"metric": "eval/last_wrong"}, {"metric": {"eval/last_right": "auto"}},
+             {"pruner": {"name": "median", "metric": "eval/last_wrong"}}, {"metric": "eval/last_wrnog"},
+             {"metric": {"eval/last_wrnog": "min"}}):
+    try:
+        config = sweep_config({**values, **more})
+        checked(Points(config))
+        print(config.metric, config.watched_direction, Points(config)._best_metric)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_metric_may_be_of_a_task_of_ones_own(tmp_path, monkeypatch):
+    """In a process of its own, which has not imported the task."""
+    monkeypatch.setenv("HRM_RAY_TASKS", "tests")
+    toy_dataset(tmp_path / "data", num_train=400, kind=Own)
+    data = str(tmp_path / "data")
+
+    def said(**environment: str) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", OWN, data],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    alone, another, watched, misspelt, told = said()
+    assert alone == "{'eval/last_wrong': 'minimize'} minimize None"
+    assert another == "{'eval/last_right': 'maximize'} maximize eval/last_right"
+    assert watched == "{'eval/exact_accuracy': 'maximize'} minimize eval/exact_accuracy"
+    assert "metric 'eval/last_wrnog' is never reported; did you mean 'eval/last_wrong'?" in misspelt
+    assert "metric eval/last_wrnog is not reported for task tests.own_task; did you mean" in told
+    untrusted = said(HRM_RAY_TASKS="")[0]
+    assert (
+        "metric 'eval/last_wrong' is never reported" in untrusted and "set HRM_RAY_TASKS=tests" in untrusted
+    )
 
 
 def test_the_value_of_a_trial_is_that_of_its_best_checkpoint():
