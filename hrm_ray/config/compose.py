@@ -83,6 +83,7 @@ def _train_config(words: Sequence[str]) -> TrainConfig:
     if chosen.get("scaling") == "local":
         values["scaling"]["num_workers"] = 1  # whatever the experiment says
     values = _with_words(values, given)
+    _check_optimizer_words(set(given), values["optimizer"]["name"])
     if values["data_path"] is None:
         raise UserError(
             "data_path is not given; add data=DIR, or choose an experiment: "
@@ -189,6 +190,15 @@ def _check_durations(given: set[str], halting: type[HaltingConfig]) -> None:
     for old, ratio in (pairs | {"lr_warmup_steps": "lr_warmup_ratio"}).items():
         if {old, ratio} <= given:
             raise UserError(f"{old} and {ratio} set the same duration; give only {ratio}")
+
+
+def _check_optimizer_words(given: set[str], name: str) -> None:
+    """Raise UserError for a key that the optimizer does not look at."""
+    for key in sorted(given & OPTIMIZERS.find(name).without_effect):
+        having = [other for other, kind in OPTIMIZERS.all().items() if key not in kind.without_effect]
+        raise UserError(
+            f"{key} has no effect with optimizer={name}; leave it out, or add optimizer={' or '.join(having)}"
+        )
 
 
 def _composed(chosen: Mapping[str, str]) -> dict[str, Any]:

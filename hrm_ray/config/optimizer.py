@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, SerializeAsAny
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 class OptimizerConfig(Settings):
     """What the optimizers' own keys derive from."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset({"bias_correction", "optimizer_backend"})
+    """Keys of `TrainConfig` that this optimizer does not look at: to give one is a mistake."""
 
     name: str
     """The optimizer; optimizer=NAME chooses it."""

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -426,6 +426,8 @@ def _check_group(group: dict[str, Any]) -> None:
 
 class AdamATan2Config(OptimizerConfig):
     """AdamATan2; `bias_correction` and `optimizer_backend` are keys of a run."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset()
 
     name: Literal["adam_atan2"] = "adam_atan2"
     """The optimizer; optimizer=NAME chooses it."""

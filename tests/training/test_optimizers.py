@@ -110,6 +110,16 @@ def test_a_mistake_is_one_line(words, problem):
         OPTIMIZERS.find("sgd")
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("key", ["bias_correction=inside", "optimizer_backend=auto"])
+def test_a_key_that_the_optimizer_does_not_look_at_is_refused(name, key):
+    said = rf"^{key.partition('=')[0]} has no effect with optimizer={name}; leave it out, or add optimizer=adam_atan2$"
+    with pytest.raises(UserError, match=said):
+        train_config(["experiment=quickstart", f"optimizer={name}", key])
+    assert train_config(["experiment=quickstart", f"optimizer={name}", "beta1=0.8"]).beta1 == 0.8
+    train_config(["experiment=quickstart", key])
+
+
 def test_a_run_does_not_change_its_optimizer(tmp_path, data):
     config = toy_config(data, tmp_path, max_steps=2)
     trained(config)

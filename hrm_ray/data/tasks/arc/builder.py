@@ -46,7 +46,8 @@ class ArcRecipe(Recipe):
     num_aug: int = Field(default=1000, ge=0, le=10**6)
     """Augmented copies of every task, beside the original; fewer where a task has no more."""
     draws: Literal["keyed", "published"] = "keyed"
-    """keyed: by seed and task name; published: the very copies, order and identifiers of the published builders."""
+    """keyed: by seed and task name; published: the very copies, order and identifiers of the published builders, and
+    with translate=frozen their very arrays."""
     translate: Literal["frozen", "visit", "none"] = "frozen"
     """Grids in training lie at a place drawn when they are built (as published), at another one on every visit, or all
     in the corner."""
