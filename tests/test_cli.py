@@ -23,9 +23,10 @@ from hrm_ray.config.compose import choices, train_config
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import known_keys
 from hrm_ray.data.format import Manifest
-from hrm_ray.data.recipe import recipe_names
+from hrm_ray.data.recipe import load_recipe, recipe_class, recipe_names
 from hrm_ray.data.tasks.base import get_task
 from hrm_ray.data.writer import DatasetWriter, balanced_cuts
+from hrm_ray.errors import UserError
 from hrm_ray.scale.machine import machine_files
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training import launch
@@ -360,7 +361,10 @@ def test_config_lists_and_shows_everything_that_ships(capsys):
         (["lr"], "lr=0.0001"),
         (["scaling"], "scaling.num_workers=1"),
         (["trm"], "arch.puzzle_emb_len=16"),
-        (["recipe"], "num_aug=0"),
+        (["recipe"], "recipe:grid, recipe:sudoku:\nnum_aug=0 "),
+        (["recipe"], "recipe:arc:\ntask=arc "),
+        (["recipe:maze"], "task=maze "),
+        (["num_aug"], "recipe:arc:\nnum_aug=1000 "),
         (["sweep"], "budget.cpu_hours=null"),
         (["quickstart_lr"], "num_trials: 32"),
         (["machine"], "flops_per_s.value=VALUE"),
@@ -372,6 +376,17 @@ def test_config_lists_and_shows_everything_that_ships(capsys):
 def test_config_shows(words, said, capsys):
     assert main(["config", "show", *words]) == 0
     assert said in capsys.readouterr().out
+
+
+def test_config_shows_the_recipe_of_a_family_without_those_of_others(capsys):
+    assert main(["config", "show", "recipe:maze"]) == 0
+    shown = capsys.readouterr().out
+    keys = {line.partition("=")[0] for line in shown.splitlines() if line[0] != " "}
+    assert keys == set(known_keys(recipe_class("maze")))
+    assert main(["config", "show", "recipe:mace"]) == 2
+    assert "unknown task 'mace'; did you mean 'maze'?" in capsys.readouterr().err
+    with pytest.raises(UserError, match="unknown key 'zzz'; 'hrm-ray config show recipe:maze' lists all"):
+        load_recipe("maze_small", {"zzz": 1})
 
 
 @pytest.mark.parametrize(

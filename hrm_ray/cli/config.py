@@ -15,6 +15,7 @@ from hrm_ray.errors import UserError
 
 WIDTH, KEY_WIDTH = 110, 40  # of a printed line, and of the key in it
 QUOTES = "'"
+_RECIPE = "recipe:"  # before the name of a family
 USE = {
     "experiments": "hrm-ray train experiment=NAME",
     "architectures": "hrm-ray train ... arch=NAME",
@@ -75,7 +76,7 @@ def _show_values(words: Sequence[str]) -> None:
     kinds = {group: type(getattr(config, group)) for group in CHOSEN_BY_NAME}
     for key, field in all_fields(TrainConfig, inside=kinds).items():
         if key in values:
-            _print(f"{key}={abbreviated(values[key]).strip(QUOTES)}", field)
+            print(_told(f"{key}={abbreviated(values[key]).strip(QUOTES)}", field))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -89,26 +90,31 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _show(name: str) -> None:
     """The keys of a kind of configuration, a key or those that begin with it, or a file that ships."""
     kinds = _keys()
-    if name in kinds:
-        for key, field in kinds[name].items():
-            _print_default(key, field)
+    if name == "recipe":
+        _print_by_kind({kind: fields for kind, fields in kinds.items() if kind.startswith(_RECIPE)})
         return
-    everything = {key: field for fields in kinds.values() for key, field in fields.items()}
-    found = {key: f for key, f in everything.items() if key == name or key.startswith(f"{name}.")}
-    for key, field in found.items():
-        _print_default(key, field)
+    if name in kinds or name.startswith(_RECIPE):
+        _print_by_kind({name: kinds.get(name) or _keys_of_recipe(name.removeprefix(_RECIPE))})
+        return
+    found = {
+        kind: {key: f for key, f in fields.items() if key == name or key.startswith(f"{name}.")}
+        for kind, fields in kinds.items()
+    }
     shipped = {label: file for named in _shipped().values() for label, file in named.items()}
-    if name in shipped and not found:
+    if any(found.values()):
+        _print_by_kind(found)
+    elif name in shipped:
         print(shipped[name].read_text(encoding="utf-8"), end="")
-    elif not found:
+    else:
+        keys = {key for fields in kinds.values() for key in fields}
         raise UserError(
             f"there is nothing called {abbreviated(name)}; "
-            + nearest(name, {*kinds, *everything, *shipped}, "hrm-ray config ls")
+            + nearest(name, {*kinds, "recipe", *keys, *shipped}, "hrm-ray config ls")
         )
 
 
 def _keys() -> dict[str, dict[str, FieldInfo]]:
-    """All keys, by the kind of configuration that they belong to: train, an architecture, recipe, sweep, machine."""
+    """All keys, by the kind of configuration that they belong to: train, an architecture, a family's recipe, ..."""
     from hrm_ray.config.compose import CHOSEN_BY_NAME
     from hrm_ray.config.schema import TrainConfig
     from hrm_ray.data.recipe import recipe_classes
@@ -122,30 +128,51 @@ def _keys() -> dict[str, dict[str, FieldInfo]]:
             for group, (_, all_kinds) in CHOSEN_BY_NAME.items()
             for name, kind in all_kinds().items()
         },
-        "recipe": {key: field for kind in recipe_classes() for key, field in all_fields(kind).items()},
-        **{f"recipe:{kind.model_fields['task'].default}": all_fields(kind) for kind in recipe_classes()},
+        **{f"{_RECIPE}{kind.model_fields['task'].default}": all_fields(kind) for kind in recipe_classes()},
         "sweep": all_fields(SweepConfig),
         "machine": all_fields(Machine),
     }
 
 
-def _print_default(key: str, field: FieldInfo) -> None:
+def _keys_of_recipe(task: str) -> dict[str, FieldInfo]:
+    """Those of a family that does not ship. Raises UserError: there is none."""
+    from hrm_ray.data.recipe import recipe_class
+
+    return all_fields(recipe_class(task))
+
+
+def _print_by_kind(kinds: Mapping[str, Mapping[str, FieldInfo]]) -> None:
+    """Keys with their defaults. What is the same in several kinds comes once, under the names of them all."""
+    having: dict[str, list[str]] = {}
+    for kind, fields in kinds.items():
+        for key, field in fields.items():
+            having.setdefault(_with_default(key, field), []).append(kind)
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for text, owners in having.items():
+        groups.setdefault(tuple(owners), []).append(text)
+    for number, (names, texts) in enumerate(sorted(groups.items(), key=lambda group: -len(group[0]))):
+        if len(groups) > 1:
+            print("\n" * bool(number) + ", ".join(names) + ":")
+        print("\n".join(texts))
+
+
+def _with_default(key: str, field: FieldInfo) -> str:
     if isinstance(field.default, Settings) or field.default_factory is not None:
-        _print(key, field)
-    elif field.is_required():
-        _print(f"{key}=VALUE", field)
-    else:
-        _print(f"{key}={abbreviated(field.default).strip(QUOTES)}", field)
+        return _told(key, field)
+    if field.is_required():
+        return _told(f"{key}=VALUE", field)
+    return _told(f"{key}={abbreviated(field.default).strip(QUOTES)}", field)
 
 
-def _print(key: str, field: FieldInfo) -> None:
+def _told(key: str, field: FieldInfo) -> str:
     """The key, and beside it its meaning and what it takes."""
     text = f"{' '.join((field.description or '').split())} ({takes(field)})"
     lines = textwrap.wrap(text, WIDTH - KEY_WIDTH)
     if len(key) >= KEY_WIDTH:
         lines.insert(0, "")
-    for number, line in enumerate(lines):
-        print(f"{'' if number else key:{KEY_WIDTH}}{line}".rstrip())
+    return "\n".join(
+        f"{'' if number else key:{KEY_WIDTH}}{line}".rstrip() for number, line in enumerate(lines)
+    )
 
 
 def validate(args: argparse.Namespace) -> None:
@@ -200,7 +227,7 @@ def register(commands: Any) -> None:
         "hrm-ray config show\n"
         "hrm-ray config show lr_warmup_steps scaling\n"
         "hrm-ray config show trm\n"
-        "hrm-ray config show recipe\n"
+        "hrm-ray config show recipe:maze\n"
         "hrm-ray config show sudoku_extreme\n"
         "hrm-ray config show experiment=quickstart arch=trm",
     )
@@ -208,8 +235,8 @@ def register(commands: Any) -> None:
         "what",
         nargs="*",
         metavar="NAME",
-        help="train (the default), recipe, sweep, machine, an architecture, a key, the name of a file that ships; or "
-        "words of train, to see every value that they give",
+        help="train (the default), recipe, recipe:TASK, sweep, machine, an architecture, a key, the name of a file "
+        "that ships; or words of train, to see every value that they give",
     )
     p = add(
         kinds,

@@ -129,12 +129,12 @@ def data_show(args: argparse.Namespace) -> None:
 def _write_page(folder: str, out: Path, options: ShowOptions) -> None:
     from tqdm import tqdm
 
-    from hrm_ray.data.files import whole_file, writing
-    from hrm_ray.data.page import check_replaceable, choose, page
+    from hrm_ray.data.files import check_replaceable, whole_file, writing
+    from hrm_ray.data.page import choose, is_page, page
     from hrm_ray.interop.look import open_any
 
     check_lasts("out", str(out))
-    check_replaceable(out)
+    check_replaceable(out, "out", "page of a data set", is_page)
     solver = None if options.run is None else load_solver(options.run)
     dataset = open_any(folder, solver.task.name if solver else None)
     dataset.split(options.split)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import zipfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -47,22 +46,7 @@ class EvalOptions(Inference):
     def _outputs_go_somewhere(self) -> "EvalOptions":
         if bool(self.save_outputs) != (self.out is not None):
             raise ValueError("save_outputs=[NAME,...] and out=FILE.npz go together")
-        if self.out is not None and Path(self.out).is_dir():
-            raise ValueError(f"out={self.out} is a folder; give a file")
-        if self.out is not None and not _may_be_replaced(Path(self.out)):
-            raise ValueError(
-                f"out={self.out} is there, and no file of arrays; move it away, or give another out="
-            )
-        if self.out is not None and not Path(self.out).parent.is_dir():
-            raise ValueError(f"out={self.out}: there is no folder {Path(self.out).parent}")
         return self
-
-
-def _may_be_replaced(file: Path) -> bool:
-    """Whether there is nothing, or what an earlier command has saved."""
-    if not os.path.lexists(file):
-        return True
-    return file.is_file() and zipfile.is_zipfile(file)
 
 
 def inference_of(options: Inference) -> dict[str, Any]:
@@ -85,7 +69,7 @@ def evaluate(args: argparse.Namespace) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from hrm_ray.data.files import whole_file, writing
+    from hrm_ray.data.files import check_replaceable, whole_file, writing
     from hrm_ray.data.shards import open_dataset
 
     if args.checkpoint.partition("=")[0] in EvalOptions.model_fields:  # the words are in another order
@@ -95,12 +79,13 @@ def evaluate(args: argparse.Namespace) -> None:
         args.words = [args.checkpoint, *(word for word in args.words if word not in checkpoints)]
         args.checkpoint = checkpoints[0]
     options: EvalOptions = options_of(args)
-    if options.out:
-        check_lasts("out", options.out)
+    out = Path(options.out) if options.out else None
+    if out:
+        check_lasts("out", str(out))
+        check_replaceable(out, "out", "file of arrays", zipfile.is_zipfile)
     total = open_dataset(options.data).split(options.split).num_examples
     solver = load_solver(args.checkpoint)
     bar = tqdm(total=min(total, options.num_examples or total), unit="puzzle", disable=args.json)
-    out = Path(options.out) if options.out else None
     # Opened before the evaluation, so that a path that cannot be written is reported at once.
     with bar, writing(out) if out else nullcontext(), whole_file(out) if out else nullcontext() as file:
         metrics, arrays = solver.evaluate(

@@ -25,10 +25,11 @@ class VoteOptions(Settings):
 def vote(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from hrm_ray.data.files import check_replaceable
     from hrm_ray.evaluation.held_out import read_held_out
     from hrm_ray.evaluation.pass_at_k import notes, pass_at_k
     from hrm_ray.evaluation.saved_outputs import SavedOutputs, count_votes
-    from hrm_ray.evaluation.submission import check_replaceable, submission, write_submission
+    from hrm_ray.evaluation.submission import is_submission, submission, write_submission
 
     named = [word for word in args.words if "=" in word and not _is_file(word)]
     files = [word for word in args.words if word not in named]
@@ -40,7 +41,7 @@ def vote(args: argparse.Namespace) -> None:
         )
     if out:
         check_lasts("submission", str(out))
-        check_replaceable(out)
+        check_replaceable(out, "submission", "submission", is_submission)
     held_out = read_held_out(options.data)
     outputs = [SavedOutputs(file) for file in files]
     num_rows = sum(saved.num_rows for saved in outputs)

@@ -151,6 +151,22 @@ def write_durably(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def check_replaceable(file: Path, key: str, what: str, is_one: Callable[[Path], bool]) -> None:
+    """Raise UserError unless `file` can be written without losing something else: it is not there, or `what`.
+
+    Args:
+        key: that gave the file, for the message.
+        what: is written, such as "submission".
+        is_one: whether an ordinary file that is there is `what`.
+    """
+    if file.is_dir():
+        raise UserError(f"{key}={file} is a folder; give a file")
+    if not file.parent.is_dir():
+        raise UserError(f"{key}={file}: there is no folder {file.parent}")
+    if os.path.lexists(file) and not (file.is_file() and is_one(file)):
+        raise UserError(f"{key}={file} is there, and no {what}; move it away, or give another {key}=")
+
+
 def delete_matching(root: Path, names: re.Pattern[str]) -> None:
     """Delete the files in a folder whose paths in it match `names`, and the folders in it that are empty then.
 

@@ -5,7 +5,6 @@ nothing but padding; `page.js` draws them.
 """
 
 import json
-import os
 from html import escape
 from itertools import islice
 from pathlib import Path
@@ -239,18 +238,7 @@ def _clean(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def check_replaceable(out: Path) -> None:
-    """Raise UserError if `out` cannot be a page, or is there and no page of a data set."""
-    if out.is_dir():
-        raise UserError(f"out={out} is a folder; give a file, such as out={out / 'page.html'}")
-    if not out.parent.is_dir():
-        raise UserError(f"out={out}: there is no folder {out.parent}")
-    if os.path.lexists(out) and not _is_page(out):
-        raise UserError(f"out={out} is there, and no page of a data set; move it away, or give another out=")
-
-
-def _is_page(file: Path) -> bool:
-    if not file.is_file():
-        return False
+def is_page(file: Path) -> bool:
+    """Whether a file is a page of a data set."""
     with file.open("rb") as stream:
         return _GENERATOR.encode() in stream.read(1_000)

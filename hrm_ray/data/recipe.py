@@ -40,6 +40,7 @@ class Recipe(Settings):
         name = cls.model_fields["task"].default
         if isinstance(name, str):  # else it is a base of others
             Recipe.classes[name] = cls
+            cls.listed_by = f"{Recipe.listed_by}:{name}"
 
     def make_task(self) -> Task | None:
         """The task of the data set, if the recipe alone says it; None: the source decides."""

@@ -7,12 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hrm_ray.data.format import IDENTIFIERS, TEST_PUZZLES
-from hrm_ray.data.tasks.arc import as_grid
+from hrm_ray.data.tasks.arc import NO_GRID, as_grid
 from hrm_ray.errors import UserError, first_line, shown
 from hrm_ray.evaluation.names import Names
 from hrm_ray.remote import filesystem_of, reaching
-
-_NO_SOLUTION = [[0]]  # what the published builder writes where there is none
 
 
 class Pair(NamedTuple):
@@ -66,7 +64,7 @@ def _pairs(puzzle: Any, where: str) -> list[Pair]:
     tests = puzzle.get("test") if isinstance(puzzle, dict) else None
     if not isinstance(tests, list) or not tests or not all(isinstance(test, dict) for test in tests):
         raise UserError(f"{where} has no test pairs; build the data set again")
-    is_solved = any(test.get("output", _NO_SOLUTION) != _NO_SOLUTION for test in tests)
+    is_solved = any(test.get("output", NO_GRID) != NO_GRID for test in tests)
     pairs = []
     for number, test in enumerate(tests):
         try:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hrm_ray.data.tasks.arc import NO_GRID
 from hrm_ray.evaluation.held_out import HeldOut, Pair
 from hrm_ray.evaluation.votes import Votes
 
@@ -82,6 +83,6 @@ def notes(votes: Votes, held_out: HeldOut) -> list[str]:
     pairs = [(task, pair.input) for task, pairs in held_out.tasks.items() for pair in pairs]
     if missing := sum(not votes.num_votes(task, question) for task, question in pairs):
         said.append(
-            f"{missing} of {len(pairs)} test pairs have no prediction; a submission holds [[0]] in their places"
+            f"{missing} of {len(pairs)} test pairs have no prediction; a submission holds {NO_GRID} in their places"
         )
     return said

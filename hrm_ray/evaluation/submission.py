@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 
 from hrm_ray.data.files import write_durably, writing
-from hrm_ray.errors import UserError
+from hrm_ray.data.tasks.arc import NO_GRID
 from hrm_ray.evaluation.held_out import HeldOut, Pair
 from hrm_ray.evaluation.votes import Votes
-
-NO_PREDICTION = [[0]]
 
 Submission = dict[str, list[dict[str, list[list[int]]]]]
 
@@ -23,25 +21,16 @@ def submission(votes: Votes, held_out: HeldOut, num_attempts: int = 2) -> Submis
 
     def attempts(task: str, pair: Pair) -> dict[str, list[list[int]]]:
         grids = [answer.grid.tolist() for answer in votes.ranking(task, pair.input)[:num_attempts]]
-        grids += (grids[:1] or [NO_PREDICTION]) * (num_attempts - len(grids))
+        grids += (grids[:1] or [NO_GRID]) * (num_attempts - len(grids))
         return {f"attempt_{number}": grid for number, grid in enumerate(grids, start=1)}
 
     return {task: [attempts(task, pair) for pair in pairs] for task, pairs in held_out.tasks.items()}
 
 
-def check_replaceable(file: Path) -> None:
-    """Raise UserError if `file` is there and no submission, or cannot be a file."""
-    if not file.parent.is_dir():
-        raise UserError(f"submission={file}: there is no folder {file.parent}")
-    if file.is_dir():
-        raise UserError(f"submission={file} is a folder; give a file")
-    if (file.exists() or file.is_symlink()) and not _is_submission(file):
-        raise UserError(f"submission={file} is there, and no submission; move it away, or give another name")
-
-
-def _is_submission(file: Path) -> bool:
+def is_submission(file: Path) -> bool:
+    """Whether a file holds a submission."""
     try:
-        content = json.loads(file.read_bytes()) if file.is_file() else None
+        content = json.loads(file.read_bytes())
     except (ValueError, RecursionError, OSError):
         return False
     return isinstance(content, dict) and all(

@@ -275,7 +275,7 @@ def test_the_command_makes_and_replaces_it(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("out={tmp}", "is a folder; give a file, such as"),
+        ("out={tmp}", "is a folder; give a file"),
         ("out={tmp}/other.html", "is there, and no page of a data set; move it away"),
         ("out={tmp}/nowhere/page.html", "there is no folder {tmp}/nowhere"),
         ("out={tmp}/new.html split=nope", "has no split 'nope'; it has: train, test"),

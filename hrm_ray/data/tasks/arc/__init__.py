@@ -21,6 +21,7 @@ from hrm_ray.errors import UserError, shown
 SIDE = 30
 NUM_COLOURS = 10
 FIRST_COLOUR = 2
+NO_GRID = [[0]]  # what the published code writes for an output that is not known
 BLANK_NAME = "<blank>"  # of identifiers that stand for no task
 
 _CELLS = (Cell("."), Cell("+"), *(Cell(str(number), colour) for number, colour in enumerate(COLOURS)))

