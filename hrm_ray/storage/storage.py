@@ -88,8 +88,14 @@ class Storage:
         """Whether a file needs a folder to be in; on an object store its name is all there is."""
         return self._fs.type_name not in ("s3", "gcs", "abfs")
 
-    def write(self, name: str, content: bytes) -> None:
-        """Make the file `name`: readers see all of it or none, also after a power cut."""
+    def write(self, name: str, content: bytes | Iterable[bytes | memoryview]) -> None:
+        """Make the file `name`: readers see all of it or none, also after a power cut.
+
+        Args:
+            content: all of it, or its pieces in turn. On a remote storage, a file may stay cut short where making a
+                piece fails.
+        """
+        pieces = [content] if isinstance(content, bytes) else content
         self._lock.check()
         path = f"{self._root}/{name}"
         if self.local_path is not None and Path(path).is_symlink():
@@ -99,14 +105,16 @@ class Storage:
                 self._fs.create_dir(path.rpartition("/")[0], recursive=True)
         if self.local_path is None:  # object stores publish on close
             with self._reaching(), self._fs.open_output_stream(path) as stream:
-                stream.write(content)
+                for piece in pieces:
+                    stream.write(piece)
             return
         aside = Path(f"{path}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            with _naming(path), aside.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
+            with _naming(path), aside.open("wb") as file:
+                for piece in pieces:
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
             aside.replace(path)
             _sync_folder(aside.parent)
         finally:
@@ -132,15 +140,21 @@ class Storage:
         Raises:
             OSError: something else has that name, or it may not be read.
         """
+        try:
+            with self.opened(name) as stream:
+                return stream.read()
+        except FileNotFoundError:
+            return None
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[Any]:
+        """The file `name`, to be read from its start. Raises as `read` does, and FileNotFoundError."""
         if self.local_path is not None:
             path = self.local_path / name
             if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
                 raise OSError(errno.EINVAL, "is not a file", str(path))
-        try:
-            with self._reaching(), self._fs.open_input_stream(f"{self._root}/{name}") as stream:
-                return stream.read()
-        except FileNotFoundError:
-            return None
+        with self._reaching(), self._fs.open_input_stream(f"{self._root}/{name}") as stream:
+            yield stream
 
     def lock(
         self,

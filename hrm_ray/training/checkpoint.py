@@ -23,13 +23,11 @@ on from it, and does not delete it. A deletion takes single files that we wrote,
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 from pydantic import Field
-from safetensors import SafetensorError
 from torch import Tensor
 
 from hrm_ray.config.arch import DEFAULT_ARCH, Arch, arch_class
@@ -39,6 +37,8 @@ from hrm_ray.manifest import MANIFEST, Damaged, seal, unseal
 from hrm_ray.published import checkpoint_hint
 from hrm_ray.remote import StorageError
 from hrm_ray.storage.storage import ASIDE, Storage
+from hrm_ray.training import tensor_file
+from hrm_ray.training.tensor_file import Piece, Tensors
 
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"
@@ -50,7 +50,6 @@ OUR_FILES = re.compile(
     r"(manifest\.json|(?:model|ema|optimizer|target|carry-[0-9]{5,}-of-[0-9]{5,})\.safetensors)"
     + f"(?:{ASIDE})?"
 )
-Tensors = dict[str, Tensor]
 
 
 class NoCheckpoint(UserError):
@@ -99,6 +98,43 @@ class Manifest(Settings):
     files: dict[str, FileInfo]
 
 
+class Tally:
+    """Counts and hashes the bytes of a file that pass."""
+
+    def __init__(self) -> None:
+        self._num_bytes, self._sha256 = 0, hashlib.sha256()
+
+    def add(self, piece: Piece) -> Piece:
+        """Take the next bytes; returns them."""
+        self._num_bytes += len(piece)
+        self._sha256.update(piece)
+        return piece
+
+    @property
+    def info(self) -> FileInfo:
+        """What there was so far."""
+        return FileInfo(bytes=self._num_bytes, sha256=self._sha256.hexdigest())
+
+
+class Tallied:
+    """A stream whose bytes are counted and hashed while they are read."""
+
+    def __init__(self, stream: tensor_file.Stream):
+        self._stream, self._tally = stream, Tally()
+
+    def readinto(self, memory: memoryview) -> int:
+        size = self._stream.readinto(memory)
+        self._tally.add(memory[:size])
+        return size
+
+    def finish(self) -> FileInfo:
+        """What the whole file is, after reading it to its end."""
+        memory = memoryview(bytearray(tensor_file.PIECE_BYTES))
+        while self.readinto(memory):
+            pass
+        return self._tally.info
+
+
 def step_name(global_step: int) -> str:
     """The folder of the checkpoint at `global_step`."""
     return f"step-{global_step:08d}"
@@ -117,9 +153,9 @@ def carry_name(rank: int, world_size: int) -> str:
 
 def write_tensors(folder: Storage, name: str, tensors: Mapping[str, Tensor]) -> tuple[str, FileInfo]:
     """Write one file of a checkpoint; returns its entry for the manifest."""
-    content = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
-    folder.write(name, content)
-    return name, FileInfo(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    tally = Tally()
+    folder.write(name, map(tally.add, tensor_file.pieces(tensors)))
+    return name, tally.info
 
 
 def write_manifest(folder: Storage, manifest: Manifest) -> None:
@@ -135,7 +171,8 @@ class Checkpoint:
 
     def __init__(self, folder: Storage):
         self.folder = folder
-        content = self._read(MANIFEST)
+        with self._reading(MANIFEST):
+            content = folder.read(MANIFEST)
         if content is None:
             raise Damaged(f"{folder} has no {MANIFEST}; give a checkpoint or a run folder")
         where = f"{folder}/{MANIFEST}"
@@ -150,9 +187,13 @@ class Checkpoint:
         except UserError as error:
             raise Damaged(f"{error}; use another checkpoint") from None
 
-    def _read(self, name: str) -> bytes | None:
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        """Inside, an error of the storage becomes one that names the file."""
         try:
-            return self.folder.read(name)
+            yield
+        except FileNotFoundError:
+            raise Damaged(f"{self.folder}/{name} is missing; use another checkpoint") from None
         except StorageError:  # it may answer later
             raise
         except OSError as error:
@@ -169,25 +210,36 @@ class Checkpoint:
 
     def tensors(self, name: str) -> Tensors:
         """One file's tensors, on the CPU, after checking its size and SHA-256."""
+        tensors, problem = {}, None
+        with self._opened(name) as stream:
+            try:
+                tensors = tensor_file.read(stream, self.manifest.files[name].bytes)
+            except ValueError as error:  # of the bytes, which are checked first
+                problem = error
+        if problem is not None:
+            raise Damaged(f"{self.folder}/{name}: {first_line(problem)}; use another checkpoint")
+        return tensors
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Tallied]:
+        """One of the files, to be read; at the end, the size and SHA-256 of all of it are checked."""
         info = self.manifest.files.get(name)
         if info is None:
             raise UserError(f"{self.folder} has no {name}; it has: {', '.join(self.manifest.files)}")
-        content = self._read(name)
-        if content is None:
-            raise Damaged(f"{self.folder}/{name} is missing; use another checkpoint")
-        if len(content) != info.bytes or hashlib.sha256(content).hexdigest() != info.sha256:
+        with self._reading(name), self.folder.opened(name) as file:
+            stream = Tallied(file)
+            yield stream
+            is_whole = stream.finish() == info
+        if not is_whole:
             raise Damaged(
                 f"{self.folder}/{name} is damaged (size or SHA-256 differs); use another checkpoint"
             )
-        try:
-            return safetensors.torch.load(content)
-        except SafetensorError as error:
-            raise Damaged(f"{self.folder}/{name}: {first_line(error)}; use another checkpoint") from None
 
     def verify(self) -> None:
         """Check every byte."""
         for name in self.manifest.files:
-            self.tensors(name)
+            with self._opened(name):
+                pass
 
     def weights(self) -> Tensors:
         """What to evaluate: the averaged weights if the run kept them, else the weights."""
