@@ -1,8 +1,8 @@
 """Checkpoints written while training goes on.
 
-`start` copies the state, which training waits for, and leaves the writing to a thread. The checkpoint becomes valid
-in `finish`, which the loop calls after the step at which every worker has written its part; until then the one
-before is the newest. One checkpoint is written at a time.
+Training waits while the state is copied (`TrainState.snapshot`); `start` leaves the writing to a thread. The checkpoint
+becomes valid in `finish`, which the loop calls after the step at which every worker has written its part; until then
+the one before is the newest. One checkpoint is written at a time.
 """
 
 import uuid

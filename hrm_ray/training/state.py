@@ -33,6 +33,7 @@ from hrm_ray.training.checkpoint import (
     carry_name,
 )
 from hrm_ray.training.saver import Snapshot
+from hrm_ray.training.shadow import Shadow
 from hrm_ray.world import World
 
 REPLAY = "replay."  # before the names of a learner's tensors by slot, which lie beside the carry's
@@ -45,8 +46,8 @@ PER_PUZZLE = {"puzzle_emb.weights"}  # tensors whose size follows from the data 
 class TrainState:
     """The parts; `averages` maps parameter names to their moving averages, empty without EMA.
 
-    `touched` bool [N] marks the rows of the puzzle embedding that have moved since the last `take_touched`; None if
-    there is no such embedding.
+    `touched` bool [N] marks the rows of the puzzle embedding that have moved since the last `take_touched`, and
+    `shadow` is what snapshots have of it; None if there is no such embedding.
     """
 
     model: ACT
@@ -59,6 +60,7 @@ class TrainState:
     skipped_steps: frozenset[int] = frozenset()  # steps that are left out, after a loss that was not finite
     num_rollbacks: int = 0
     touched: Tensor | None = None
+    shadow: Shadow | None = None
 
     @classmethod
     def initial(cls, config: TrainConfig, dataset: Dataset, setup: Setup) -> "TrainState":
@@ -67,19 +69,21 @@ class TrainState:
         model = build_model(config.arch, dataset_info(dataset), setup, config.halting)
         optimizer = config.optimizer.build(dict(model.named_parameters()), config, setup.optimizer_backend)
         averages = {n: p.detach().clone() for n, p in model.inner.named_parameters()} if config.ema else {}
-        touched = None
+        touched, shadow = None, None
         if config.arch.puzzle_emb_ndim:
             table = model.inner.puzzle_emb.weights
             touched = torch.zeros(len(table), dtype=torch.bool, device=table.device)
-        return cls(model, optimizer, averages, None, 0, 0.0, touched=touched)
+            shadow = Shadow(table)
+        return cls(model, optimizer, averages, None, 0, 0.0, touched=touched, shadow=shadow)
 
     def take_touched(self) -> list[Tensor]:
         """The weights, of the puzzle embedding only the rows that have moved since the last call: with a million
         puzzles, all of them would be gigabytes."""
         weights = dict(self.model.inner.state_dict())
-        if self.touched is not None:
+        if self.touched is not None and self.shadow is not None:
             (name,) = PER_PUZZLE
             weights[name] = weights[name][self.touched]
+            self.shadow.stale |= self.touched
             self.touched.zero_()
         return list(weights.values())
 
@@ -110,7 +114,7 @@ class TrainState:
     def snapshot(
         self, config: TrainConfig, dataset: Dataset, world: World, *, sums: Tensor, unreported_steps: int
     ) -> Snapshot:
-        """A copy of the whole state, to be written as a checkpoint.
+        """A copy of the whole state, to be written as a checkpoint; the one before must have been.
 
         Args:
             sums: float64 [len(METRICS)], of this worker's metrics since the last report.
@@ -120,14 +124,14 @@ class TrainState:
         carry = _flatten_carry(self.carry) | {"sums": sums[None]}
         if self.learner is not None:
             carry |= {REPLAY + name: tensor for name, tensor in self.learner.by_slot().items()}
-        files = {carry_name(world.rank, world.size): carry}
+        files = {carry_name(world.rank, world.size): _copied(carry)}
         if world.is_first:
-            files[MODEL_FILE] = self.model.inner.state_dict()
-            files["optimizer.safetensors"] = self._optimizer_tensors()
+            files[MODEL_FILE] = self._copied_weights()
+            files["optimizer.safetensors"] = _copied(self._optimizer_tensors())
             if self.averages:
-                files[EMA_FILE] = self.averages
+                files[EMA_FILE] = _copied(self.averages)
             if self.learner is not None:
-                files[TARGET_FILE] = self.learner.shared()
+                files[TARGET_FILE] = _copied(self.learner.shared())
         manifest = Manifest(
             global_step=self.global_step,
             world_size=world.size,
@@ -140,7 +144,17 @@ class TrainState:
             num_rollbacks=self.num_rollbacks,
             files={},
         )
-        return Snapshot(manifest, {name: _copied(tensors) for name, tensors in files.items()})
+        return Snapshot(manifest, files)
+
+    def _copied_weights(self) -> Tensors:
+        """Of the puzzle embedding, only the rows that have moved since the last time are copied."""
+        weights = dict(self.model.inner.state_dict())
+        if self.touched is None or self.shadow is None:
+            return _copied(weights)
+        (name,) = PER_PUZZLE
+        self.shadow.stale |= self.touched
+        table = self.shadow.follow(weights.pop(name))
+        return _copied(weights) | {name: table}
 
     def moments(self) -> list[Tensor]:
         """All that the optimizer remembers of the weights, but for how many steps it has taken."""
@@ -161,7 +175,7 @@ class TrainState:
             this worker's share of the sums of metrics not yet reported.
         """
         device = next(self.model.parameters()).device
-        self.model.inner.load_state_dict(checkpoint.tensors(MODEL_FILE))
+        self._load(checkpoint.tensors(MODEL_FILE))
         moments = checkpoint.tensors("optimizer.safetensors")
         for name, parameter in self.model.inner.named_parameters():
             # Nothing, if every step so far was left out.
@@ -186,6 +200,11 @@ class TrainState:
         self.skipped_steps, self.num_rollbacks = frozenset(manifest.skipped_steps), manifest.num_rollbacks
         return share["sums"].sum(0)
 
+    def _load(self, weights: Tensors) -> None:
+        self.model.inner.load_state_dict(weights)
+        if self.shadow is not None:
+            self.shadow.stale.fill_(True)
+
     def load_weights(self, weights: Tensors) -> list[str]:
         """Take `weights` (of any checkpoint) as the start of a new run.
 
@@ -207,7 +226,7 @@ class TrainState:
                 raise UserError(
                     f"weights do not fit: {name} is {there} there and {here} here; use the same arch"
                 )
-        self.model.inner.load_state_dict(weights | {name: own[name] for name in left})
+        self._load(weights | {name: own[name] for name in left})
         if self.averages:
             self.averages = {n: p.detach().clone() for n, p in self.model.inner.named_parameters()}
         return left
