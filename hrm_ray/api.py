@@ -24,9 +24,10 @@ from hrm_ray.config.validate import as_text, validated
 from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.data.tasks.base import Task, get_task
 from hrm_ray.errors import UserError
-from hrm_ray.evaluation.evaluate import OUTPUTS, copies_on, evaluate
+from hrm_ray.evaluation.evaluate import OUTPUTS, evaluate, thinker_of
+from hrm_ray.evaluation.survey import Row, survey
 from hrm_ray.models.act import IGNORE, Batch
-from hrm_ray.models.inference import every_step, think_and_vote, thinking_for
+from hrm_ray.models.inference import Thinker
 from hrm_ray.models.registry import build_model
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import Checkpoint, find
@@ -55,17 +56,17 @@ class Solution:
     """A model's answer to one puzzle.
 
     Attributes:
-        puzzle, answer: one-line texts of the task.
-        tokens: the answer, uint8 [seq_len].
-        confidence: the model's own probability (Q head) that the answer is exactly right, 0..1; of several votes, the
-            mean over the copies, where those that disagree count 0.
-        num_steps: ACT steps it took, over all votes.
+        puzzle, answer: one-line texts of the task; no answer, None, where none is valid and `select` is "valid".
+        tokens: the answer, uint8 [seq_len]; or None.
+        confidence: the model's own probability (Q head) that the answer is exactly right, 0..1; of several that vote,
+            the mean over all, where those that disagree count 0.
+        num_steps: ACT steps it took, over all copies and paths.
         is_valid: whether the answer obeys the rules and keeps the clues; None if the task cannot tell.
     """
 
     puzzle: str
-    answer: str
-    tokens: np.ndarray
+    answer: str | None
+    tokens: np.ndarray | None
     confidence: float
     num_steps: int
     is_valid: bool | None
@@ -145,17 +146,19 @@ class Solver:
         To a model that knows puzzles by their identifiers, the first two are unknown ones.
 
         Args:
-            inference: `halt`, `halt_max_steps`, `votes`; see `Inference`.
+            batch_size: puzzles, or tries at them, at once.
+            inference: `halt`, `halt_max_steps`, `votes`, `paths`, `noise`, ...; see `Inference`.
 
         Raises:
-            UserError: a text that is no puzzle of this task, or has no solution; or the task has no copies to vote.
+            UserError: a text that is no puzzle of this task, or has no solution; or task or model cannot be used so.
         """
         use = validated(Inference, inference, "solve")
         questions = [self._as_puzzle(puzzle) for puzzle in puzzles]
+        thinker = thinker_of(self.model, self.task, use, rows_at_once=batch_size, with_logits=False)
         solutions = []
-        with thinking_for(self.model, use.halt_max_steps), self._room_for(batch_size):
+        with self._room_for(batch_size):
             for start in range(0, len(questions), batch_size):
-                solutions += self._solve_batch(questions[start : start + batch_size], use)
+                solutions += self._solve_batch(questions[start : start + batch_size], thinker)
         return solutions
 
     def every_step(
@@ -172,6 +175,8 @@ class Solver:
             on_batch: called with the number of questions after each batch.
         """
         parts: list[Steps] = []
+        thinker = Thinker(self.model, with_logits=False)
+        depths = range(1, self.model.halt_max_steps + 1)
         with self._room_for(batch_size):
             for start in range(0, len(questions), batch_size):
                 inputs, identifiers = (
@@ -179,13 +184,13 @@ class Solver:
                     for rows in (questions, puzzle_identifiers)
                 )
                 batch = Batch(inputs, torch.full(inputs.shape, IGNORE), identifiers).to(self.setup.device)
-                by_step = [  # without the logits, which are large
-                    (answer.tokens.to(torch.uint8), answer.q_halt.sigmoid(), halts)
-                    for answer, halts in every_step(self.model, batch)
-                ]
-                parts.append(
-                    Steps(*(torch.stack(part, 1).cpu().numpy() for part in zip(*by_step, strict=True)))
+                by_step = [kept["last"] for kept in thinker.survey(batch, depths)]
+                columns = (
+                    torch.cat([tries.answer.tokens for tries in by_step], 1).to(torch.uint8),
+                    torch.cat([tries.answer.q_halt for tries in by_step], 1).sigmoid(),
+                    torch.cat([tries.halted for tries in by_step], 1),
                 )
+                parts.append(Steps(*(column.cpu().numpy() for column in columns)))
                 if on_batch:
                     on_batch(len(inputs))
         return Steps(*map(np.concatenate, zip(*parts, strict=True)))
@@ -196,17 +201,12 @@ class Solver:
         tokens = self.parse(puzzle) if isinstance(puzzle, str) else np.asarray(puzzle, np.uint8)
         return Puzzle(tokens, self.task.blank_identifier_id)
 
-    def _solve_batch(self, puzzles: Sequence[Puzzle], use: Inference) -> list[Solution]:
+    def _solve_batch(self, puzzles: Sequence[Puzzle], thinker: Thinker) -> list[Solution]:
         questions = np.stack([puzzle.tokens for puzzle in puzzles])
         inputs = torch.from_numpy(questions.astype(np.int32))
         identifiers = torch.tensor([puzzle.identifier for puzzle in puzzles], dtype=torch.int32)
         batch = Batch(inputs, torch.full(inputs.shape, IGNORE), identifiers).to(self.setup.device)
-        answer = think_and_vote(
-            self.model,
-            batch,
-            stops_early=use.halt == "learned",
-            copies=copies_on(self.setup.device, self.task.symmetries(use.votes) if use.votes > 1 else None),
-        ).last
+        answer = thinker.think(batch).last
         answers = answer.tokens.cpu().numpy().astype(np.uint8)
         valid = (
             self.task.is_solution(questions, answers).tolist()
@@ -216,7 +216,13 @@ class Solver:
         rows = zip(
             questions, answers, answer.q_halt.sigmoid().tolist(), answer.steps.tolist(), valid, strict=True
         )
-        return [Solution(self.task.to_text(q), self.task.to_text(a), a, c, n, v) for q, a, c, n, v in rows]
+        abstains = thinker.use.select == "valid"
+        return [
+            Solution(self.task.to_text(q), None, None, c, n, v)
+            if abstains and not v
+            else Solution(self.task.to_text(q), self.task.to_text(a), a, c, n, v)
+            for q, a, c, n, v in rows
+        ]
 
     def evaluate(
         self,
@@ -234,11 +240,12 @@ class Solver:
 
         Args:
             hides_identifiers: the model is not told which puzzle it sees.
-            inference: `halt`, `halt_max_steps`, `votes`; see `Inference`.
+            batch_size: puzzles, or tries at them, at once.
+            inference: `halt`, `halt_max_steps`, `votes`, `paths`, `noise`, ...; see `Inference`.
 
         Raises:
             UserError: the dataset is damaged, its task or vocabulary is not the model's, an output of unknown name, or
-                the task has no copies to vote.
+                task or model cannot be used so.
         """
         use = validated(Inference, inference, "evaluate")
         unknown = [name for name in save_outputs if name not in OUTPUTS]
@@ -262,6 +269,47 @@ class Solver:
                 world=World(),
                 hides_identifiers=hides_identifiers,
                 save_outputs=save_outputs,
+                on_batch=on_batch,
+            )
+
+    def survey(
+        self,
+        data: str | Path,
+        *,
+        depths: Sequence[int] = (),
+        paths: Sequence[int] = (1,),
+        split: str = "test",
+        num_examples: int | None = None,
+        batch_size: int = 256,
+        on_batch: Callable[[int], object] | None = None,
+        **inference: Any,
+    ) -> list[Row]:
+        """Accuracy over a split of `data` at each number of ACT steps and of paths; see `hrm_ray.evaluation.survey`.
+
+        Args:
+            depths: numbers of ACT steps; none: `halt_max_steps` alone.
+            paths: numbers of paths.
+            inference: `halt`, `halt_max_steps`, `votes`, `noise`, ...; see `Inference`.
+
+        Raises:
+            UserError: the dataset is damaged or of another kind, or task or model cannot be used so.
+        """
+        use = validated(Inference, {**inference, "paths": max(paths)}, "survey")
+        depths = tuple(depths) or (use.halt_max_steps or self.model.halt_max_steps,)
+        use = use.model_copy(update={"halt_max_steps": max(depths)})
+        dataset = open_dataset(data)
+        self.check(dataset)
+        dataset.split(split).check_files()
+        with self._room_for(batch_size):
+            return survey(
+                self.model,
+                dataset,
+                inference=use,
+                depths=depths,
+                paths=paths,
+                batch_size=batch_size,
+                split=split,
+                num_examples=num_examples,
                 on_batch=on_batch,
             )
 

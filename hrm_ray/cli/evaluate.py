@@ -3,55 +3,100 @@
 import argparse
 import json
 import zipfile
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from hrm_ray.cli.command import KEY_VALUE, add, options_of
-from hrm_ray.config.inference import Inference
-from hrm_ray.config.validate import PositiveInt
+from hrm_ray.config.inference import MOST_PATHS, Inference, Use
+from hrm_ray.config.validate import PositiveInt, validated
 from hrm_ray.errors import UserError
 from hrm_ray.jobs.copy import check_lasts
 
 if TYPE_CHECKING:
     from hrm_ray.api import Solver
+    from hrm_ray.evaluation.survey import Row
+
+PLOTS = {".png": b"\x89PNG", ".svg": b"<?xml"}  # files of plots, and how they begin
 
 
-class EvalOptions(Inference):
+USE = (  # words of `eval` and `solve`
+    "[halt=max|learned] [halt_max_steps=N] [votes=K] "
+    "[paths=K noise=S init_std=S select=vote|q|residual|first_halt|valid seed=N]"
+)
+
+
+class EvalOptions(Use):
     """Of ``eval``; names in `save_outputs` are those of `hrm_ray.evaluation.evaluate.OUTPUTS`."""
 
     data: str
     """Data set, a folder or URI."""
+    paths: tuple[Annotated[int, Field(gt=0, le=MOST_PATHS)], ...] = (1,)
+    """Times that each copy is thought about, with noise of its own; of several numbers, a table."""
+    depths: tuple[Annotated[int, Field(gt=0, le=10**6)], ...] = ()
+    """Numbers of ACT steps; for a table."""
     split: str = "test"
     """Part of the data set."""
     num_examples: PositiveInt | None = None
     """Only the first so many; null: all."""
     batch_size: int = Field(default=256, gt=0, le=10**6)
-    """Puzzles at once."""
+    """Puzzles, or tries at them, at once."""
     ablate: Literal["puzzle_id"] | None = None
     """puzzle_id: the model is not told which puzzle it sees; what is then lost, it knew by heart."""
     save_outputs: tuple[str, ...] = ()
     """What of the model's answers to save."""
     out: str | None = None
-    """The file for them, FILE.npz."""
+    """The file for them, FILE.npz; or for the plot of a table, FILE.png or FILE.svg."""
 
-    @field_validator("save_outputs", mode="before")
+    @field_validator("save_outputs", "paths", "depths", mode="before")
     @classmethod
-    def _one_is_a_list_too(cls, names: Any) -> Any:
-        return [names] if isinstance(names, str) else names
+    def _one_is_a_list_too(cls, values: Any) -> Any:
+        return [values] if isinstance(values, (str, int)) and not isinstance(values, bool) else values
+
+    @field_validator("paths", "depths", mode="after")
+    @classmethod
+    def _in_order(cls, numbers: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(set(numbers)))
+
+    @property
+    def is_table(self) -> bool:
+        return bool(self.depths) or len(self.paths) > 1
+
+    @property
+    def inference(self) -> dict[str, Any]:
+        """How the model is used."""
+        return self.model_dump(include=set(Use.model_fields)) | {"paths": self.paths[-1]}
+
+    @model_validator(mode="after")
+    def _table_stands_alone(self) -> "EvalOptions":
+        if not self.paths:
+            raise ValueError("paths=[] is empty; give one number of paths or more")
+        if self.is_table and (self.save_outputs or self.ablate):
+            raise ValueError("save_outputs= and ablate= are not for a table of depths= or several paths=")
+        if self.depths and self.halt_max_steps is not None:
+            raise ValueError("depths= says how many ACT steps are taken; leave out halt_max_steps=")
+        return self
 
     @model_validator(mode="after")
     def _outputs_go_somewhere(self) -> "EvalOptions":
-        if bool(self.save_outputs) != (self.out is not None):
+        if self.is_table:
+            if self.out is not None and Path(self.out).suffix not in PLOTS:
+                raise ValueError(f"out={self.out}: the plot of a table is a file {' or '.join(PLOTS)}")
+        elif bool(self.save_outputs) != (self.out is not None):
             raise ValueError("save_outputs=[NAME,...] and out=FILE.npz go together")
         return self
 
 
-def inference_of(options: Inference) -> dict[str, Any]:
-    """The part of `options` that says how the model is used."""
-    return {key: getattr(options, key) for key in Inference.model_fields}
+def _may_be_replaced(file: Path, begins: bytes | None) -> bool:
+    """Whether `file` is what an earlier command has saved: it begins so, or holds arrays."""
+    if begins is None:
+        return zipfile.is_zipfile(file)
+    with file.open("rb") as opened:
+        return opened.read(len(begins)) == begins
 
 
 def load_solver(checkpoint: str) -> "Solver":
@@ -71,6 +116,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from hrm_ray.data.files import check_replaceable, whole_file, writing
     from hrm_ray.data.shards import open_dataset
+    from hrm_ray.evaluation.survey import as_text
 
     if args.checkpoint.partition("=")[0] in EvalOptions.model_fields:  # the words are in another order
         checkpoints = [word for word in args.words if word.startswith("checkpoint=")]
@@ -79,15 +125,23 @@ def evaluate(args: argparse.Namespace) -> None:
         args.words = [args.checkpoint, *(word for word in args.words if word not in checkpoints)]
         args.checkpoint = checkpoints[0]
     options: EvalOptions = options_of(args)
+    validated(Inference, options.inference, args.title)
     out = Path(options.out) if options.out else None
     if out:
         check_lasts("out", str(out))
-        check_replaceable(out, "out", "file of arrays", zipfile.is_zipfile)
+        begins = PLOTS.get(out.suffix) if options.is_table else None
+        what = "plot" if options.is_table else "file of arrays"
+        check_replaceable(out, "out", what, partial(_may_be_replaced, begins=begins))
     total = open_dataset(options.data).split(options.split).num_examples
     solver = load_solver(args.checkpoint)
     bar = tqdm(total=min(total, options.num_examples or total), unit="puzzle", disable=args.json)
     # Opened before the evaluation, so that a path that cannot be written is reported at once.
     with bar, writing(out) if out else nullcontext(), whole_file(out) if out else nullcontext() as file:
+        if options.is_table:
+            rows = _table(solver, options, bar.update, file)
+            bar.close()
+            print(json.dumps({"table": rows}) if args.json else as_text(rows))
+            return
         metrics, arrays = solver.evaluate(
             options.data,
             split=options.split,
@@ -96,7 +150,7 @@ def evaluate(args: argparse.Namespace) -> None:
             hides_identifiers=options.ablate == "puzzle_id",
             save_outputs=options.save_outputs,
             on_batch=bar.update,
-            **inference_of(options),
+            **options.inference,
         )
         if file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -108,6 +162,27 @@ def evaluate(args: argparse.Namespace) -> None:
             print(f"{name:28} {value:.4f}")
 
 
+def _table(
+    solver: "Solver", options: EvalOptions, on_batch: Callable[[int], object], file: IO[bytes] | None
+) -> "list[Row]":
+    """Measured at all depths and numbers of paths, and drawn into `file` if there is one."""
+    from hrm_ray.evaluation.survey import draw
+
+    rows = solver.survey(
+        options.data,
+        depths=options.depths,
+        split=options.split,
+        num_examples=options.num_examples,
+        batch_size=options.batch_size,
+        on_batch=on_batch,
+        **options.inference | {"paths": options.paths},
+    )
+    if file:
+        kind = Path(str(options.out)).suffix[1:]
+        draw(rows, options.select, solver.model.halt_max_steps).savefig(file, format=kind, dpi=130)
+    return rows
+
+
 def register(commands: Any) -> None:
     p = add(
         commands,
@@ -117,13 +192,15 @@ def register(commands: Any) -> None:
         "hrm-ray eval runs/quickstart data=data/sudoku-4x4\n"
         "hrm-ray eval runs/quickstart data=data/sudoku-4x4 halt=learned\n"
         "hrm-ray eval runs/quickstart data=data/sudoku-4x4 halt_max_steps=32 votes=9\n"
+        "hrm-ray eval runs/quickstart data=data/sudoku-4x4 paths=16 noise=0.3 select=q\n"
+        "hrm-ray eval runs/quickstart data=data/sudoku-4x4 noise=0.3 depths=[1,2,4,8,16] paths=[1,4,16] out=plot.png\n"
         "hrm-ray eval runs/quickstart data=data/sudoku-4x4 save_outputs=[logits,q_halt_logits] out=outputs.npz",
     )
     p.add_argument("checkpoint", help="checkpoint folder, or run folder (then its best)")
     p.add_argument(
         "words",
         **KEY_VALUE,
-        help="data=DIR [split=test] [num_examples=N] [batch_size=N] [halt=max|learned] [halt_max_steps=N] [votes=K] "
+        help=f"data=DIR [split=test] [num_examples=N] [batch_size=N] {USE} [depths=[N,...] paths=[K,...] out=FILE.png] "
         "[ablate=puzzle_id] [save_outputs=[NAME,...] out=FILE.npz]",
     )
     p.set_defaults(options=EvalOptions)

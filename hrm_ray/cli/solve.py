@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import NonNegativeInt, PositiveInt
 
 from hrm_ray.cli.command import add
-from hrm_ray.cli.evaluate import inference_of, load_solver
+from hrm_ray.cli.evaluate import USE, load_solver
 from hrm_ray.cli.streams import in_colour
 from hrm_ray.config.inference import Inference
 from hrm_ray.config.validate import read_words, validated
@@ -41,7 +41,8 @@ def solve(args: argparse.Namespace) -> None:
     named = [word for word in args.words if _KEY_VALUE.match(word) and not _is_file(word)]
     options = validated(SolveOptions, read_words(named, SolveOptions), args.title)
     puzzles = _read_puzzles(solver, [word for word in args.words if word not in named], options)
-    solutions = solver.solve(puzzles, batch_size=options.batch_size, **inference_of(options))
+    use = options.model_dump(include=set(Inference.model_fields))
+    solutions = solver.solve(puzzles, batch_size=options.batch_size, **use)
     if args.json:
         for s in solutions:
             row = {"puzzle": s.puzzle, "answer": s.answer, "confidence": s.confidence, "steps": s.num_steps}
@@ -49,6 +50,9 @@ def solve(args: argparse.Namespace) -> None:
         return
     for puzzle, s in zip(puzzles, solutions, strict=True):
         verdict = {True: "valid", False: "NOT valid", None: "cannot be checked"}[s.is_valid]
+        if s.tokens is None:
+            print(f"no answer along {options.num_tries} paths is valid, so none is given: {s.puzzle}\n")
+            continue
         print(draw(solver.task, s.tokens, puzzle.tokens, in_colour=in_colour()))
         print(f"{verdict}, confidence {s.confidence:.1%}: {s.answer}\n")
     if len(solutions) > 1 and solver.task.checkable:
@@ -97,6 +101,7 @@ def register(commands: Any) -> None:
         "hrm-ray solve runs/quickstart ...1.2....3.4...\n"
         "hrm-ray solve runs/quickstart puzzles.txt --json\n"
         "hrm-ray solve runs/quickstart puzzles.txt halt=learned votes=9\n"
+        "hrm-ray solve runs/quickstart puzzles.txt paths=16 noise=0.3 select=valid\n"
         "hrm-ray solve runs/quickstart data=data/sudoku-4x4 index=7 count=3",
     )
     p.add_argument("checkpoint", help="checkpoint folder, or run folder (then its best)")
@@ -105,6 +110,6 @@ def register(commands: Any) -> None:
         nargs="*",
         metavar="PUZZLE",
         help="a puzzle, a file of puzzles, or data=DIR [split=test] [index=0] [count=1]; "
-        "[halt=max|learned] [halt_max_steps=N] [votes=K] [batch_size=N]",
+        f"{USE} [batch_size=N]",
     )
     p.add_argument("--json", action="store_true", help="print one JSON object a puzzle")

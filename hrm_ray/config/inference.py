@@ -2,20 +2,55 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from hrm_ray.config.validate import Settings
+from hrm_ray.config.validate import NonNegativeFloat, NonNegativeInt, Settings
+
+MOST_PATHS = 10**6
+Select = Literal["vote", "q", "residual", "first_halt", "valid"]
 
 
-class Inference(Settings):
-    """How long a model thinks about a puzzle, and how often."""
+class Use(Settings):
+    """How a model thinks about a puzzle, and which of its answers counts; all but along how many paths."""
 
     halt: Literal["max", "learned"] = "max"
     """When a puzzle ends: after halt_max_steps, or when its own Q head says so."""
     halt_max_steps: int | None = Field(default=None, gt=0, le=10**6)
     """ACT steps at most, also more than in training; null: as trained."""
     votes: int = Field(default=1, gt=0, le=10**6)
-    """Relabelled copies of a puzzle whose answers vote."""
+    """Relabelled copies of a puzzle."""
+    noise: NonNegativeFloat = 0.0
+    """Standard deviation of the noise on the working state z_L before every ACT step."""
+    init_std: NonNegativeFloat = 0.0
+    """Standard deviation of the numbers that a path starts from; 0: all start from the model's own."""
+    select: Select = "vote"
+    """The answer that counts: `vote`, the one that most stand behind; of one path alone, `q`: the one whose Q head is
+    surest, `residual`: that came to rest, `first_halt`: that halts first, `valid`: whose answer passes a check."""
+    seed: NonNegativeInt = 0
+    """Of the noise."""
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether puzzles may end before their last ACT step."""
+        return self.halt == "learned" or self.select in ("first_halt", "valid")
+
+
+class Inference(Use):
+    """How a model is used."""
+
+    paths: int = Field(default=1, gt=0, le=MOST_PATHS)
+    """Times that each copy is thought about, with noise of its own."""
+
+    @model_validator(mode="after")
+    def _paths_differ(self) -> "Inference":
+        if self.paths > 1 and not (self.noise or self.init_std):
+            raise ValueError(f"paths={self.paths} are all alike without noise; give noise= or init_std=")
+        return self
+
+    @property
+    def num_tries(self) -> int:
+        """Tries at a puzzle: its copies, each along all paths."""
+        return self.votes * self.paths
 
 
 AS_TRAINED = Inference()

@@ -1,6 +1,7 @@
 """Metrics of a model over a split: every example once, shared out over the workers."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 from hrm_ray.batch import make_batch
 from hrm_ray.config.inference import AS_TRAINED, Inference
 from hrm_ray.data.shards import Dataset
-from hrm_ray.data.tasks.base import Symmetry
+from hrm_ray.data.tasks.base import Symmetry, Task
+from hrm_ray.errors import UserError
 from hrm_ray.evaluation.scores import scores_of
 from hrm_ray.models.act import ACT, Batch
-from hrm_ray.models.inference import Answer, Copy, think_and_vote, thinking_for
+from hrm_ray.models.inference import Answer, Copies, Thinker
 from hrm_ray.world import World
 
 
@@ -45,7 +47,7 @@ def evaluate(
 
     Args:
         dataset: the puzzles are those of its `split`; its task says what is scored.
-        batch_size: examples a worker computes at once.
+        batch_size: tries at examples that a worker computes at once.
         inference: how the model is used.
         num_examples: only the first so many; None: all.
         hides_identifiers: the model is not told which puzzle it sees.
@@ -57,14 +59,15 @@ def evaluate(
         the metrics of the task's scores (see `scores`), and the collected arrays, rows in the order of the split.
 
     Raises:
-        UserError: the task has not as many symmetric copies as are to vote.
+        UserError: the task or the model cannot be used so.
     """
     assert not save_outputs or world.size == 1
     examples, manifest = dataset.split(split), dataset.manifest
     num_examples = min(num_examples or examples.num_examples, examples.num_examples)
     device = next(model.parameters()).device
-    symmetries = dataset.task.symmetries(inference.votes) if inference.votes > 1 else None
-    copies = copies_on(device, symmetries)
+    thinker = thinker_of(
+        model, dataset.task, inference, rows_at_once=batch_size, with_logits="logits" in save_outputs
+    )
     scores = [score(dataset, inference, device) for score in scores_of(dataset.task.name)]
     for score in scores:
         score.is_whole = num_examples == examples.num_examples
@@ -72,24 +75,23 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        with thinking_for(model, inference.halt_max_steps):
-            for start, stop in _spans(num_examples, batch_size, world):
-                if interrupt and interrupt():
-                    raise Interrupted
-                if start == stop:
-                    continue
-                batch = make_batch(examples, np.arange(start, stop), manifest.ignore_label_id).to(device)
-                seen = batch
-                if hides_identifiers:
-                    blank = torch.full_like(batch.puzzle_identifiers, manifest.blank_identifier_id)
-                    seen = batch._replace(puzzle_identifiers=blank)
-                answers = think_and_vote(model, seen, stops_early=inference.halt == "learned", copies=copies)
-                for score in scores:
-                    score.add(batch, answers)
-                for name in save_outputs:
-                    collected[name].append(OUTPUTS[name](batch, answers.last).cpu().numpy())
-                if on_batch:
-                    on_batch(stop - start)
+        for start, stop in _spans(num_examples, batch_size, world):
+            if interrupt and interrupt():
+                raise Interrupted
+            if start == stop:
+                continue
+            batch = make_batch(examples, np.arange(start, stop), manifest.ignore_label_id).to(device)
+            seen = batch
+            if hides_identifiers:
+                blank = torch.full_like(batch.puzzle_identifiers, manifest.blank_identifier_id)
+                seen = batch._replace(puzzle_identifiers=blank)
+            answers = thinker.think(seen)
+            for score in scores:
+                score.add(batch, answers)
+            for name in save_outputs:
+                collected[name].append(OUTPUTS[name](batch, answers.last).cpu().numpy())
+            if on_batch:
+                on_batch(stop - start)
     finally:
         model.train(was_training)
     metrics: dict[str, float] = {}
@@ -98,11 +100,22 @@ def evaluate(
     return metrics, {name: np.concatenate(parts) for name, parts in collected.items()}
 
 
-def copies_on(device: torch.device, symmetries: Sequence[Symmetry] | None) -> list[Copy] | None:
+def thinker_of(model: ACT, task: Task, use: Inference, **options: Any) -> Thinker:
+    """`model` in use on puzzles of `task`; `options` are those of `Thinker`.
+
+    Raises:
+        UserError: the task or the model cannot be used so.
+    """
+    if use.select == "valid" and not task.checkable:
+        raise UserError(f"select=valid: task {task.name} cannot check answers; use select=vote or q")
+    copies = copies_on(next(model.parameters()).device, task.symmetries(use.votes)) if use.votes > 1 else None
+    is_solution = task.is_solution if use.select == "valid" else None
+    return Thinker(model, use, **{"copies": copies, "is_solution": is_solution} | options)
+
+
+def copies_on(device: torch.device, symmetries: Sequence[Symmetry]) -> Copies:
     """The symmetries of a task as tensors on `device`."""
-    if symmetries is None:
-        return None
-    return [Copy(*(torch.from_numpy(part).to(device) for part in symmetry)) for symmetry in symmetries]
+    return Copies(*(torch.from_numpy(np.stack(parts)).to(device) for parts in zip(*symmetries, strict=True)))
 
 
 OUTPUTS: dict[str, Callable[[Batch, Answer], Tensor]] = {

@@ -27,6 +27,8 @@ class TransformerConfig(ArchConfig):
 class Transformer(RecursiveModel, config=TransformerConfig):
     """`num_layers` blocks, applied once."""
 
+    keeps_state = False
+
     def build(self, config: TransformerConfig) -> None:
         self.blocks = self.stack(config.num_layers)
 

@@ -26,6 +26,7 @@ from hrm_ray.evaluation.held_out import read_held_out
 from hrm_ray.evaluation.pass_at_k import pass_at_k
 from hrm_ray.evaluation.scores import arc as arc_scores
 from hrm_ray.evaluation.scores import check_best_metric, directions, scores_of
+from hrm_ray.evaluation.scores.answered import Answered
 from hrm_ray.evaluation.scores.arc import PassAtK
 from hrm_ray.evaluation.scores.exact import Exact
 from hrm_ray.evaluation.scores.maze import Path as PathScore
@@ -73,7 +74,8 @@ def arc(tmp_path_factory):
 
 
 def test_every_task_has_its_scores(mazes):
-    assert scores_of("sudoku") == [Exact] and set(scores_of("maze")) == {Exact, PathScore}
+    assert set(scores_of("sudoku")) == {Exact, Answered}
+    assert set(scores_of("maze")) == {Exact, Answered, PathScore}
     assert "eval/pass@2" in directions("arc") and "eval/pass@2" not in directions("maze")
     check_best_metric("eval/valid_path", mazes)
     with pytest.raises(UserError, match="best_metric=eval/valid_pth is no metric of task maze; did you mean"):
@@ -170,7 +172,7 @@ def test_a_run_reports_the_scores_of_its_task_and_is_judged_by_one(tmp_path, maz
     assert {"eval/valid_path", "eval/shortest_path", "eval/exact_accuracy"} <= summary["final"].keys()
     solver = api.load(tmp_path / "runs/toy")
     metrics, _ = solver.evaluate(mazes.path, votes=8, num_examples=2)
-    assert metrics.keys() == {name.removeprefix("eval/") for name in directions("maze")}
+    assert metrics.keys() == {name.removeprefix("eval/") for name in directions("maze")} - {"answered"}
     with pytest.raises(UserError, match="votes=9: a maze has only 8"):
         solver.evaluate(mazes.path, votes=9)
     with pytest.raises(UserError, match="best_metric=eval/valid is no metric of task maze"):

@@ -16,7 +16,7 @@ from hrm_ray.config.compose import train_config
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.models.act import Batch
 from hrm_ray.models.compiled import STANCE, reason
-from hrm_ray.models.inference import think
+from hrm_ray.models.inference import Thinker
 from hrm_ray.models.layers import ReasoningModule
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import finished
@@ -109,7 +109,7 @@ def test_compiling_takes_no_step_and_leaves_nothing_behind(tmp_path):
     model.eval()
     with torch.compiler.set_stance(STANCE):
         for size in (3, 5):
-            assert len(think(model, batch_of(size)).last.q_halt) == size
+            assert len(Thinker(model).think(batch_of(size)).last.q_halt) == size
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_programs
     trainer._close()
 
@@ -138,9 +138,9 @@ def test_steps_and_evaluations_run_what_was_compiled(tmp_path, change):
             trainer._step(step)
         model.eval()
         with trainer.state.averaged_weights():
-            think(model, batch_of(change.get("micro_batch_size", 8)))
+            Thinker(model).think(batch_of(change.get("micro_batch_size", 8)))
         with pytest.raises(RuntimeError, match="recompile"):  # so it would be seen
-            think(model, batch_of(7))
+            Thinker(model).think(batch_of(7))
     trainer._close()
 
 

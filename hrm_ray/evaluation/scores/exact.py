@@ -55,6 +55,6 @@ class Exact(Score):
     def metrics(self, states: Iterable[Tensor]) -> dict[str, float]:
         count, *sums = sum(states, torch.zeros(1)).tolist()
         means = {name: value / max(count, 1) for name, value in zip(self.names, sums, strict=True)}
-        if self.inference.halt == "learned":  # then they say the same
+        if self.inference.ends_early:  # then they say the same
             means = {name: mean for name, mean in means.items() if not name.startswith(_LEARNED)}
         return means
