@@ -123,26 +123,28 @@ def plainly(model, batch, use, checks=None):
     ],
     ids=["noise", "copies", "starts"],
 )
-@pytest.mark.parametrize("rows_at_once", [None, 5, 7])
-def test_tries_are_what_each_is_by_itself(use, rows_at_once):
+def test_tries_are_what_each_is_by_itself(use):
     """Whatever is computed together; a puzzle has more tries than 5 in the second case."""
     model, batch = model_and_batch()
+    batch = batch.rows(slice(3))
     copies = copies_on(CPU, get_task("sudoku", size=4).symmetries(use.votes)) if use.votes > 1 else None
-    thinker = Thinker(model, use, copies=copies, rows_at_once=rows_at_once, with_residual=True)
-    sizes = []
+    expected, sizes = plainly(model, batch, use), []
     model.inner.register_forward_hook(lambda module, args, output: sizes.append(len(args[1])))
-    num_steps = use.halt_max_steps or 4
-    kept = thinker.survey(batch, range(1, num_steps + 1))
-    assert max(sizes) <= (rows_at_once or 8 * use.num_tries)
-    for puzzle, tries in enumerate(plainly(model, batch, use)):
-        for number, steps in enumerate(tries):
-            for own, (tokens, q_halt, halts, residual) in zip(kept, steps, strict=True):
-                last = at(own["last"], (puzzle, number))
-                assert (last.answer.tokens.numpy() == tokens).all() and bool(last.halted) == halts
-                np.testing.assert_allclose([last.answer.q_halt, last.residual], [q_halt, residual], rtol=2e-3)
-    assert (
-        len({tuple(t.flatten().tolist()) for t in kept[-1]["last"].answer.tokens.unbind(1)}) > 1
-    )  # they differ
+    for rows_at_once in (None, 5, 7):
+        thinker = Thinker(model, use, copies=copies, rows_at_once=rows_at_once, with_residual=True)
+        sizes.clear()
+        kept = thinker.survey(batch, range(1, (use.halt_max_steps or 4) + 1))
+        assert max(sizes) <= (rows_at_once or 3 * use.num_tries)
+        for puzzle, tries in enumerate(expected):
+            for number, steps in enumerate(tries):
+                for own, (tokens, q_halt, halts, residual) in zip(kept, steps, strict=True):
+                    last = at(own["last"], (puzzle, number))
+                    assert (last.answer.tokens.numpy() == tokens).all() and bool(last.halted) == halts
+                    np.testing.assert_allclose(
+                        [last.answer.q_halt, last.residual], [q_halt, residual], rtol=2e-3
+                    )
+        by_try = kept[-1]["last"].answer.tokens.unbind(1)
+        assert len({tuple(tokens.flatten().tolist()) for tokens in by_try}) > 1  # they differ
 
 
 def checker(questions, tokens):
@@ -150,12 +152,12 @@ def checker(questions, tokens):
     return (tokens.astype(int) + questions).sum(1) % 5 == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.sampled_from(SELECTIONS),
     st.sampled_from(["max", "learned"]),
-    st.integers(1, 9),
-    st.integers(1, 30),
+    st.integers(1, 6),
+    st.integers(1, 20),
     st.data(),
 )
 def test_a_puzzle_is_answered_alike_in_every_company(select, halt, paths, rows_at_once, data):
