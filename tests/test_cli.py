@@ -264,6 +264,19 @@ MISTAKES = [
     (["eval", "{run}", "data={data}", "save_outputs=[logits]", "out={missing}/x.npz"], "there is no folder"),
     (["eval", "{run}", "data={data}", "save_outputs=[logits]", "out={data}"], "is a folder; give a file"),
     (["eval", "{run}", "data={data}", "save_outputs=[logits]", "out=/proc/x.npz"], "/proc/x.npz"),
+    (["eval", "{run}", "data={data}", "paths=4"], "eval: paths=4 are all alike without noise; give noise="),
+    (["eval", "{run}", "data={data}", "noise=-1"], "noise=-1: input should be greater than or equal to 0"),
+    (["eval", "{run}", "data={data}", "select=valid"], "select=valid: task tokens cannot check answers"),
+    (["eval", "{run}", "data={data}", "paths=[]"], "paths=[] is empty"),
+    (["eval", "{run}", "data={data}", "depths=[1,0]"], "depths"),
+    (["eval", "{run}", "data={data}", "depths=[1]", "halt_max_steps=2"], "leave out halt_max_steps="),
+    (
+        ["eval", "{run}", "data={data}", "depths=[1]", "out=x.npz"],
+        "out=x.npz: the plot of a table is a file .png",
+    ),
+    (["eval", "{run}", "data={data}", "depths=2", "save_outputs=logits", "out=x.png"], "not for a table"),
+    (["solve", "{run}", "data={data}", "paths=3", "select=first"], "select='first'"),
+    (["solve", "{run}", "data={data}", "select=valid"], "select=valid: task tokens cannot check answers"),
     (["solve", "{run}", "data={data}", "index=foo"], "solve: index='foo': give a whole number from 0"),
     (["solve", "{run}", "data={data}", "count=0"], "count=0: input should be greater than 0"),
     (["solve", "{run}"], "give one puzzle (without spaces), one file, or data=DIR"),
@@ -474,6 +487,53 @@ def test_thinking_time_and_votes(sudoku_run, tmp_path, capsys):
         assert json.loads(capsys.readouterr().out)["steps"] == (steps or metrics["eval/steps"])
     assert main(["eval", str(sudoku_run), data, "votes=25"]) == 2
     assert "4x4 Sudoku has only 24 relabelled copies" in capsys.readouterr().err
+
+
+def test_paths(sudoku_run, tmp_path, capsys):
+    data, puzzle, noise = f"data={tmp_path / 'sudoku'}", "1...............", ["paths=3", "noise=1"]
+    for words, steps in (
+        (noise, 12),
+        ([*noise, "votes=2", "select=q"], 24),
+        ([*noise, "select=first_halt"], None),
+    ):
+        assert main(["eval", str(sudoku_run), data, *words, "--json"]) == 0
+        metrics = json.loads(capsys.readouterr().out)
+        assert metrics["eval/steps"] == steps or steps is None
+        assert ("eval/learned_steps" in metrics) == (steps is not None) and "eval/answered" not in metrics
+    assert main(["eval", str(sudoku_run), data, *noise, "select=valid", "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["eval/answered"] == 0 and metrics["eval/steps"] == 12
+    assert main(["solve", str(sudoku_run), puzzle, *noise, "select=valid", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["answer"] is None and row["valid"] is False and row["steps"] == 12
+    assert main(["solve", str(sudoku_run), puzzle, *noise, "select=valid"]) == 0
+    assert "no answer along 3 paths is valid, so none is given: 1..............." in capsys.readouterr().out
+
+
+def test_paths_are_the_same_in_every_batch(sudoku_run, tmp_path):
+    saved = []
+    for size in (1, 5, 256):
+        out = tmp_path / f"{size}.npz"
+        words = [f"data={tmp_path / 'sudoku'}", "paths=3", "noise=1", f"batch_size={size}", f"out={out}"]
+        assert main(["eval", str(sudoku_run), *words, "save_outputs=[predictions,q_halt_logits]"]) == 0
+        saved.append(np.load(out))
+    for other in saved[1:]:
+        np.testing.assert_array_equal(other["predictions"], saved[0]["predictions"])
+        np.testing.assert_allclose(other["q_halt_logits"], saved[0]["q_halt_logits"], rtol=1e-4)
+
+
+def test_a_table_over_depths_and_paths(sudoku_run, tmp_path, capsys):
+    out, words = tmp_path / "plot.svg", [f"data={tmp_path / 'sudoku'}", "noise=1"]
+    table = ["depths=[4,1]", "paths=[2,1]", f"out={out}"]
+    assert main(["eval", str(sudoku_run), *words, *table, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["table"]
+    assert [(row["depth"], row["paths"]) for row in rows] == [(1, 1), (1, 2), (4, 1), (4, 2)]
+    assert out.read_bytes().startswith(b"<?xml")
+    assert main(["eval", str(sudoku_run), *words, *table]) == 0  # its plot may be replaced
+    assert "any right" in capsys.readouterr().out
+    out.write_text("mine")
+    assert main(["eval", str(sudoku_run), *words, *table]) == 2
+    assert "is there, and no plot; move it away" in capsys.readouterr().err and out.read_text() == "mine"
 
 
 def test_voted_logits_are_in_the_puzzles_own_labels(sudoku_run, tmp_path):
