@@ -259,7 +259,11 @@ class Inputs:
                 [data, "experiment=quickstart", "quickstart_lr"],
             ),
             (["config", "show"], train, ["recipe", "sweep", "lr", "experiment=quickstart", "trm"]),
-            (["eval", str(folder / "run"), data], [*use, "num_examples", "save_outputs", "out"], []),
+            (
+                ["eval", str(folder / "run"), data],
+                [*use, "depths", "num_examples", "save_outputs", "out"],
+                [],
+            ),
             (["solve", str(folder / "run")], [*use, "data", "index", "count"], [data, "1,2,3", "count=2"]),
             (
                 ["data", "build"],
@@ -417,6 +421,7 @@ def no_work(folder: Path) -> Iterator[None]:
             "hrm_ray.api.Solver.solve": begin,
             "hrm_ray.api.Solver.every_step": begin,
             "hrm_ray.api.Solver.evaluate": begin,
+            "hrm_ray.api.Solver.survey": begin,
             "hrm_ray.interop.checkpoint.import_checkpoint": begin,
             "hrm_ray.interop.checkpoint.export_checkpoint": begin,
             "hrm_ray.interop.dataset.import_npy": begin,

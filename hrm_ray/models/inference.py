@@ -97,7 +97,7 @@ class Tries(NamedTuple):
     residual: Tensor
 
 
-class Moment(NamedTuple):
+class Report(NamedTuple):
     """An ACT step of the R rows at work: the puzzle of each and which try at it (int64 [R]), and what it came to."""
 
     puzzle: Tensor
@@ -187,12 +187,12 @@ class Thinker:
         record = Record(len(batch.inputs), num_tries, CHOSEN_FROM.get(select, ("last", "learned")))
         has_ended = torch.zeros(len(batch.inputs), dtype=torch.bool, device=batch.inputs.device)
 
-        def on_step(moment: Moment) -> Tensor | None:
-            record.note(moment)
-            tries = moment.tries
+        def on_step(report: Report) -> Tensor | None:
+            record.note(report)
+            tries = report.tries
             if select in ("first_halt", "valid"):
-                has_ended[moment.puzzle[tries.halted if select == "first_halt" else tries.valid]] = True
-                ended = has_ended[moment.puzzle]
+                has_ended[report.puzzle[tries.halted if select == "first_halt" else tries.valid]] = True
+                ended = has_ended[report.puzzle]
                 return ended | tries.halted if self.use.halt == "learned" else ended
             return tries.halted if self.use.halt == "learned" else None
 
@@ -208,15 +208,15 @@ class Thinker:
         record = Record(len(batch.inputs), self.use.num_tries)
         found: list[Kept] = []
 
-        def on_step(moment: Moment) -> Tensor | None:
-            record.note(moment)
-            steps, halted = moment.tries.answer.steps, moment.tries.halted
+        def on_step(report: Report) -> Tensor | None:
+            record.note(report)
+            steps, halted = report.tries.answer.steps, report.tries.halted
             ends = halted & (self.use.halt == "learned")
             if not found:
                 found.extend(tree_map(torch.zeros_like, record.kept) for _ in depths)
             for depth, kept in zip(depths, found, strict=True):
                 rows = ((steps == depth) | (ends & (steps < depth))).nonzero()[:, 0]
-                where = moment.puzzle[rows], moment.number[rows]
+                where = report.puzzle[rows], report.number[rows]
                 put(kept, where, at(record.kept, where))
             return ends
 
@@ -227,7 +227,7 @@ class Thinker:
     def walk(
         self,
         batch: Batch,
-        on_step: Callable[[Moment], Tensor | None],
+        on_step: Callable[[Report], Tensor | None],
         *,
         puzzles: Tensor | None = None,
         numbers: range | None = None,
@@ -257,8 +257,8 @@ class Thinker:
                     rows, waiting = cat([rows, begun]) if rows else begun, waiting[num_next:]
                 assert rows is not None
                 parts = [at(rows, slice(i, i + room)) for i in range(0, len(rows.key), room)]
-                rows, moment = cat([self._step(part, noise, questions) for part in parts])
-                done, ends = rows.carry.halted, on_step(moment)
+                rows, report = cat([self._step(part, noise, questions) for part in parts])
+                done, ends = rows.carry.halted, on_step(report)
                 left = (~(done if ends is None else done | ends)).nonzero()[:, 0]
                 if not len(left):
                     rows = None
@@ -283,7 +283,7 @@ class Thinker:
             puzzle, number, key, Carry(state, steps, torch.zeros_like(steps, dtype=torch.bool), batch)
         )
 
-    def _step(self, rows: Rows, noise: Noise | None, questions: np.ndarray | None) -> tuple[Rows, Moment]:
+    def _step(self, rows: Rows, noise: Noise | None, questions: np.ndarray | None) -> tuple[Rows, Report]:
         """One ACT step."""
         puzzle, number, key, carry = rows
         before = carry.state
@@ -303,7 +303,7 @@ class Thinker:
         if self.with_residual:
             residual = _distance(before, step.carry.state)
         rows = Rows(puzzle, number, key, step.carry)
-        return rows, Moment(puzzle, number, Tries(answer, halted, valid, residual))
+        return rows, Report(puzzle, number, Tries(answer, halted, valid, residual))
 
 
 def check(model: ACT, use: Inference) -> None:
@@ -347,14 +347,14 @@ class Record:
         self._shape, self._names = (num_puzzles, num_tries), names
         self.kept: Kept = {}
 
-    def note(self, moment: Moment) -> None:
+    def note(self, report: Report) -> None:
         """Take note of a step."""
-        rows = moment.tries
+        rows = report.tries
         if not self.kept:
             for name in self._names:
                 self.kept[name] = tree_map(lambda part: part.new_zeros(*self._shape, *part.shape[1:]), rows)
         for name, tries in self.kept.items():
-            where, now = (moment.puzzle, moment.number), rows
+            where, now = (report.puzzle, report.number), rows
             if name != "last":
                 is_open = ~(tries.halted if name == "learned" else tries.valid)[where]
                 index = is_open.nonzero()[:, 0]
