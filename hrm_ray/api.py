@@ -316,7 +316,7 @@ class Solver:
     def _room_for(self, batch_size: int) -> AbstractContextManager[None]:
         """Inside, too little memory for so many puzzles is a UserError."""
         what = f"{batch_size} puzzles at once on {self.setup.device}"
-        return memory.needed_for(what, "give a smaller batch_size")
+        return memory.needed_for(what, "give a smaller batch_size or fewer paths")
 
     def check(self, dataset: Dataset) -> None:
         """Raise UserError if `dataset` is of another kind than the model's."""
