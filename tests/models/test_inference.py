@@ -299,6 +299,9 @@ def test_a_copy_is_answered_in_its_own_labels_and_read_back():
     class Copying(torch.nn.Module):
         dtype = torch.float32
 
+        def use_depth(self, depth):
+            pass
+
         def embed(self, inputs, identifiers):
             seen.append(inputs.clone())
             return inputs
