@@ -70,7 +70,7 @@ def _compiled() -> Callable[..., None]:
     Raises:
         Exception: whatever numba raises where it cannot compile.
     """
-    function = njit(nogil=True, error_model="numpy", fastmath={"contract"})(_equations)
+    function = njit(error_model="numpy", fastmath={"contract"})(_equations)
     function(*[np.empty(0, np.float32)] * 4, *[ZERO] * 7)
     return function
 
