@@ -157,8 +157,9 @@ class Solver:
         thinker = thinker_of(self.model, self.task, use, rows_at_once=batch_size, with_logits=False)
         solutions = []
         with self._room_for(batch_size):
-            for start in range(0, len(questions), batch_size):
-                solutions += self._solve_batch(questions[start : start + batch_size], thinker)
+            at_once = use.puzzles_at_once(batch_size)
+            for start in range(0, len(questions), at_once):
+                solutions += self._solve_batch(questions[start : start + at_once], thinker)
         return solutions
 
     def every_step(

@@ -59,18 +59,27 @@ class World:
         """What `merge` makes of every worker's `value`, on all.
 
         It is called on the first worker, and sees the values in the order of ranks, each once. They arrive as it asks
-        for them: one is held at a time.
+        for them: one is held at a time. What it raises, all workers raise.
         """
         if self.size == 1:
             return merge(iter((value,)))
         if not self.is_first:
             dist.send_object_list([value], dst=0)
-            return self.from_first(None)
-        values = self._arriving(value)
-        merged = merge(values)
+            return self._result(self.from_first(None))
+        values, merged, error = self._arriving(value), None, None
+        try:
+            merged = merge(values)
+        except Exception as problem:  # the others wait for what comes of it
+            error = problem
         for _ in values:  # what it did not ask for
             pass
-        return self.from_first(merged)
+        return self._result(self.from_first((merged, error)))
+
+    def _result(self, outcome: tuple[Any, Exception | None]) -> Any:
+        result, error = outcome
+        if error is not None:
+            raise error
+        return result
 
     def _arriving(self, own: Any) -> Iterator[Any]:
         yield own

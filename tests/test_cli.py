@@ -507,7 +507,7 @@ def test_paths(sudoku_run, tmp_path, capsys):
     row = json.loads(capsys.readouterr().out)
     assert row["answer"] is None and row["valid"] is False and row["steps"] == 12
     assert main(["solve", str(sudoku_run), puzzle, *noise, "select=valid"]) == 0
-    assert "no answer along 3 paths is valid, so none is given: 1..............." in capsys.readouterr().out
+    assert "none of 3 tries is valid, so no answer is given: 1..............." in capsys.readouterr().out
 
 
 def test_paths_are_the_same_in_every_batch(sudoku_run, tmp_path):

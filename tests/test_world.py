@@ -1,12 +1,20 @@
 """What workers tell each other: gloo processes, no Ray."""
 
 import os
+from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 
+import pytest
 import torch.distributed as dist
 
+from hrm_ray.errors import UserError
 from hrm_ray.world import World
 from tests.training.processes import start
+
+
+def _refuse(size: int, values: Iterator[int]) -> None:
+    raise UserError(f"seen by the first of {size}")
 
 
 def _worker(rank: int, size: int, meeting_point: str) -> None:
@@ -17,6 +25,8 @@ def _worker(rank: int, size: int, meeting_point: str) -> None:
     # Of a merge that does not ask for all of them, the rest is on no account taken for the next one's.
     assert world.merge_objects(rank, lambda ranks: list(islice(ranks, 2))) == [0, 1]
     assert world.merge_objects(None, lambda values: rank) == 0  # it is the first that merges
+    with pytest.raises(UserError, match="seen by the first of 3"):  # on all, and none is left waiting
+        world.merge_objects(rank, partial(_refuse, size))
     assert world.merge_objects(rank, sum) == sum(range(size))
     dist.barrier()
     os._exit(0)

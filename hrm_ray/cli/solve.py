@@ -51,7 +51,7 @@ def solve(args: argparse.Namespace) -> None:
     for puzzle, s in zip(puzzles, solutions, strict=True):
         verdict = {True: "valid", False: "NOT valid", None: "cannot be checked"}[s.is_valid]
         if s.tokens is None:
-            print(f"no answer along {options.num_tries} paths is valid, so none is given: {s.puzzle}\n")
+            print(f"none of {options.num_tries} tries is valid, so no answer is given: {s.puzzle}\n")
             continue
         print(draw(solver.task, s.tokens, puzzle.tokens, in_colour=in_colour()))
         print(f"{verdict}, confidence {s.confidence:.1%}: {s.answer}\n")

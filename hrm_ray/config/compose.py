@@ -48,7 +48,8 @@ CHOSEN_BY_NAME: dict[str, tuple[Callable[[Any], type[Settings]], Callable[[], di
 def aliases() -> dict[str, str]:
     """Keys that may be given under a shorter name, by that: those of the ways of halting, too."""
     halting = {key: f"halting.{key}" for kind in HALTINGS.all().values() for key in kind.model_fields}
-    return {"data": "data_path"} | {key: own for key, own in halting.items() if key != "name"}
+    free = halting.keys() - TrainConfig.model_fields.keys() - {"name"}
+    return {"data": "data_path"} | {key: own for key, own in halting.items() if key in free}
 
 
 def choices(group: str) -> list[str]:

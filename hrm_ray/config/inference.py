@@ -52,5 +52,10 @@ class Inference(Use):
         """Tries at a puzzle: its copies, each along all paths."""
         return self.votes * self.paths
 
+    def puzzles_at_once(self, batch_size: int) -> int:
+        """Puzzles whose tries are remembered together: enough to keep `batch_size` tries at work, and fewer where there
+        are many tries at each, for the sake of memory."""
+        return max(1, min(batch_size, 8 * batch_size // self.num_tries))
+
 
 AS_TRAINED = Inference()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class OptimizerConfig(Settings):
     """What the optimizers' own keys derive from."""
 
-    without_effect: ClassVar[frozenset[str]] = frozenset({"bias_correction", "optimizer_backend"})
+    without_effect: ClassVar[frozenset[str]] = frozenset({"bias_correction"})
     """Keys of `TrainConfig` that this optimizer does not look at: to give one is a mistake."""
 
     name: str

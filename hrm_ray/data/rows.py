@@ -333,9 +333,23 @@ def _generate_block(make: Callable[[int, int], tuple[np.ndarray, np.ndarray]], b
 def _copy(
     symmetries: list[Symmetry], inputs: np.ndarray, labels: np.ndarray, groups: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Every puzzle under each of the symmetries."""
+    """Every puzzle under each of the symmetries.
+
+    Raises:
+        UserError: one is no symmetry, or a puzzle has a token that it does not know.
+    """
     cells = np.array([symmetry.cells for symmetry in symmetries], np.int32)
     tokens = np.array([symmetry.tokens for symmetry in symmetries], np.uint8)
+    # What is wrong would be read from other memory, without an error.
+    for what, permutations, size in (("cells", cells, inputs.shape[1]), ("tokens", tokens, tokens.shape[1])):
+        if permutations.shape[1] != size or (np.sort(permutations, 1) != np.arange(size)).any():
+            raise UserError(
+                f"a symmetry's {what} are no permutation of 0..{size - 1}; mend those of the task"
+            )
+    if (strange := max(inputs.max(initial=0), labels.max(initial=0))) >= tokens.shape[1]:
+        raise UserError(
+            f"a puzzle has the token {strange}, the task has 0..{tokens.shape[1] - 1}; mend how it reads or makes them"
+        )
     return _copies(inputs, cells, tokens), _copies(labels, cells, tokens)
 
 

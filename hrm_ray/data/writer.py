@@ -171,9 +171,9 @@ def _write_shard(
     batch = pa.record_batch([*columns, *numbers], schema=schema(task.seq_len))
     with writing(root):
         written = HashingFile(root / file)
-        _put(batch, parts_of, written)
+        _put(batch, dict(parts_of), written)
         read = ComparingFile(root / file)
-        _put(batch, parts_of, read)
+        _put(batch, dict(parts_of), read)
     if not read.is_same:
         raise UserError(f"{root / file} does not read back as it was written; check the disk")
     return Shard(file=file, rows=batch.num_rows, bytes=written.size, sha256=written.hexdigest())
@@ -182,21 +182,30 @@ def _write_shard(
 def _put(
     batch: pa.RecordBatch, parts_of: dict[int, Sequence[np.ndarray]], file: HashingFile | ComparingFile
 ) -> None:
-    """Write a batch as an Arrow file, and close it; see `_Joining`."""
+    """Write a batch as an Arrow file, and close it; see `_Joining`.
+
+    Raises:
+        UserError: not all parts could be put in their place.
+    """
     sink = pa.PythonFile(_Joining(file, parts_of), mode="w")
     with sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
+    if parts_of:
+        raise UserError(
+            f"pyarrow {pa.__version__} copies columns before it writes them, so they cannot be joined on the way; "
+            "install the version in constraints.txt"
+        )
 
 
 class _Joining:
-    """Writes to a file; in place of a buffer that begins at some address its parts."""
+    """Writes to a file; in place of a buffer that begins at some address, its parts, which leave `parts_of`."""
 
     def __init__(self, file: HashingFile | ComparingFile, parts_of: dict[int, Sequence[np.ndarray]]):
         self._file, self._parts_of = file, parts_of
         self.closed = False
 
     def write(self, data: bytes | pa.Buffer) -> None:
-        parts = self._parts_of.get(data.address) if isinstance(data, pa.Buffer) else None
+        parts = self._parts_of.pop(data.address, None) if isinstance(data, pa.Buffer) else None
         for part in [data] if parts is None else parts:
             self._file.write(part)
 

@@ -75,7 +75,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        for start, stop in _spans(num_examples, batch_size, world):
+        for start, stop in _spans(num_examples, inference.puzzles_at_once(batch_size), world):
             if interrupt and interrupt():
                 raise Interrupted
             if start == stop:

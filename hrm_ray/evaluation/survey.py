@@ -15,7 +15,7 @@ from hrm_ray.batch import make_batch
 from hrm_ray.config.inference import Inference, Select
 from hrm_ray.data.shards import Dataset
 from hrm_ray.evaluation.evaluate import thinker_of
-from hrm_ray.models.act import ACT
+from hrm_ray.models.act import ACT, IGNORE
 from hrm_ray.models.inference import CHOSEN_FROM, PREFERENCES, Kept, at, choose, rounds
 from hrm_ray.models.losses import count_right
 
@@ -60,22 +60,30 @@ def survey(
     )
     selections = [select for select in PREFERENCES if select != "valid" or task.checkable]
     sums: dict[tuple[int, int], dict[str, float]] = {}
-    for start in range(0, count, batch_size):
-        ids = np.arange(start, min(start + batch_size, count))
+    num_labelled = 0  # puzzles with labels, as others are not counted
+    at_once = inference.puzzles_at_once(batch_size)
+    for start in range(0, count, at_once):
+        ids = np.arange(start, min(start + at_once, count))
         batch = make_batch(examples, ids, dataset.manifest.ignore_label_id).to(
             next(model.parameters()).device
         )
+        is_puzzle = (batch.labels != IGNORE).any(1)
+        num_labelled += int(is_puzzle.sum())
         for depth, kept in zip(depths, thinker.survey(batch, depths), strict=True):
             for number in paths:
                 first = at(kept, (slice(None), slice(number * inference.votes)))
                 sums.setdefault((depth, number), {})
                 for name, values in _measures(first, batch.labels, selections).items():
                     cell = sums[depth, number]
-                    cell[name] = cell.get(name, 0.0) + values.sum(dtype=torch.float64).item()
+                    cell[name] = cell.get(name, 0.0) + (values * is_puzzle).sum(dtype=torch.float64).item()
         if on_batch:
             on_batch(len(ids))
     return [
-        {"depth": depth, "paths": number, **{name: total / count for name, total in cell.items()}}
+        {
+            "depth": depth,
+            "paths": number,
+            **{name: total / max(num_labelled, 1) for name, total in cell.items()},
+        }
         for (depth, number), cell in sums.items()
     ]
 

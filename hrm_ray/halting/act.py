@@ -22,10 +22,10 @@ class ACTConfig(HaltingConfig):
     """The way of halting; halting=NAME chooses it."""
 
     def build(self, arch: ArchConfig) -> Halting:
-        return Published(arch)
+        return ACTHalting(arch)
 
 
-class Published(Halting):
+class ACTHalting(Halting):
     """Halts when q_halt > q_continue; with `no_ACT_continue` when q_halt > 0.
 
     `Control.draws` int32 [B] are `min_halt_steps`.

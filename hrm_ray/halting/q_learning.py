@@ -109,7 +109,7 @@ class QLearningConfig(HaltingConfig):
         return self
 
     def build(self, arch: ArchConfig) -> Halting:
-        return Drawn(self)
+        return QLearningHalting(self)
 
     @property
     def _given_in_steps(self) -> dict[str, int]:
@@ -165,7 +165,7 @@ class QLearningConfig(HaltingConfig):
         return step <= first_step_at(self.in_ratios(total_steps).dqn_warmup_ratio, total_steps)
 
 
-class Drawn(Halting):
+class QLearningHalting(Halting):
     """Halts with probability sigmoid((Q(halt) - Q(continue)) / temperature), mixed with a coin's by epsilon.
 
     A choice by Boltzmann probabilities (Sutton and Barto, Reinforcement Learning, section 2.3), over the two values

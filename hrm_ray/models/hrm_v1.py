@@ -36,7 +36,6 @@ class HRM(RecursiveModel, config=HRMConfig):
     """H_cycles x (L_cycles updates of z_L, then one of z_H)."""
 
     def build(self, config: HRMConfig) -> None:
-        self.H_cycles, self.L_cycles = config.H_cycles, config.L_cycles
         self.H_level = self.stack(config.H_layers)
         self.L_level = self.stack(config.L_layers)
 

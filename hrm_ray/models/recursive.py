@@ -101,6 +101,7 @@ class RecursiveModel(nn.Module, ABC):
             cos, sin = rope_tables(self.num_tokens, D // config.num_heads, config.rope_theta)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
+        self.use_depth(None)
         self.build(config)
         self.H_init: Tensor
         self.L_init: Tensor
@@ -138,7 +139,10 @@ class RecursiveModel(nn.Module, ABC):
         """
 
     def use_depth(self, depth: tuple[int, int] | None) -> None:
-        """From now on, take so many H and L cycles in an ACT step; None: as many as the configuration says."""
+        """Set `self.H_cycles` and `self.L_cycles`, by which `recur` goes; None: to those of the configuration.
+
+        An architecture without such keys has none.
+        """
         cycles = depth or self.config.full_depth
         if cycles is not None:
             self.H_cycles, self.L_cycles = cycles

@@ -55,7 +55,6 @@ class TRM(RecursiveModel, config=TRMConfig):
     """H_cycles x (L_cycles updates of z_L, then one of z_H), all by the same module."""
 
     def build(self, config: TRMConfig) -> None:
-        self.H_cycles, self.L_cycles = config.H_cycles, config.L_cycles
         if config.mlp_t:
             self.L_level = ReasoningModule(
                 MixerBlock(self.num_tokens, config.hidden_size, config.expansion, config.rms_norm_eps)

@@ -6,6 +6,7 @@ The loop itself runs in this process (`scaling=local`) or in the workers of Ray 
 from functools import cached_property
 from typing import Any
 
+from hrm_ray.config.halting import halting_of
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.evaluation.scores import check_best_metric
@@ -21,7 +22,7 @@ from hrm_ray.world import World
 
 
 class Launch:
-    """A run that is about to begin or to continue; its data, plan and checkpoint are looked up once.
+    """A run that is about to begin or to continue; its data, plan and checkpoint are looked up once for its user.
 
     Args:
         config: the run.
@@ -140,6 +141,7 @@ def _changes(point: Checkpoint | None, config: TrainConfig) -> str:
         return ""
     defaults = TrainConfig(data_path="").model_dump(mode="json")  # of keys that the run did not have yet
     now, before = config.model_dump(mode="json"), defaults | point.manifest.config
+    before["halting"] = halting_of(before, str(point.folder)).model_dump(mode="json")
     ours = ("data_path", "storage", "device", "scaling")  # where it runs, not what it does
     changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if k not in ours and before.get(k) != v]
     return f"; changed: {', '.join(changed)}" if changed else ""

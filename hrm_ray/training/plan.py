@@ -108,9 +108,14 @@ class Plan:
         """
         return next((cycles for last, cycles in self._depths if step <= last), None)
 
-    def depth_changes(self) -> list[int]:
-        """The first steps of new depths."""
-        return [last + 1 for last, _ in self._depths]
+    def depths(self, first_step: int) -> set[tuple[int, int] | None]:
+        """The depths of the steps from `first_step` to the last."""
+        starts = [last + 1 for last, _ in self._depths]
+        return {
+            self.depth(step)
+            for step in (first_step, *starts, self.last_step)
+            if first_step <= step <= self.last_step
+        }
 
     @property
     def num_examples(self) -> int | None:

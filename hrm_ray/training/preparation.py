@@ -73,7 +73,10 @@ class Preparation:
             return
         uncompile(state.model)
         if any(outcome != NOT_WANTED for outcome in outcomes):
-            rank, why = next((r, o) for r, o in enumerate(outcomes) if o is not COMPILED)
+            missing = [(rank, why) for rank, why in enumerate(outcomes) if why is not COMPILED]
+            rank, why = max(
+                missing, key=lambda one: one[1] != NOT_WANTED
+            )  # the first that failed, if one did
             self._note("not_compiled", f"continues without compiling: {why or 'no compiler'} (rank {rank})")
 
     def _try_to_compile(self, state: TrainState, stepper: Stepper, meter: Meter) -> str | None:

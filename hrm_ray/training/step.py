@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -173,10 +174,9 @@ class Stepper:
                 parameter.grad = torch.zeros_like(parameter)  # and there it stays
                 self._gradients.append(parameter.grad)
             # After a warm-up of halting, and at another depth, it is another step.
-            for at in sorted(
-                {step, *(s for s in self.plan.depth_changes() if s > step), self.plan.last_step}
-            ):
-                for args in self._calls(at, supervision_step):
+            for at, depth in product((step, self.plan.last_step), self.plan.depths(step)):
+                for carry, batch, control, recall in self._calls(at, supervision_step):
+                    args = carry, batch, control._replace(depth=depth), recall
                     is_new = recordings.record(self._learn, *args)
                     if is_new and not self._replays_the_same(recordings, *args):
                         raise RuntimeError(f"replayed, a step of {len(args[1].inputs)} puzzles differs")

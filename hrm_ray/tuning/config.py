@@ -150,7 +150,7 @@ class SweepConfig(Settings):
         if isinstance(metric, str):
             metric = [metric]
         if isinstance(metric, (list, tuple)):
-            metric = dict.fromkeys(metric)
+            metric = dict.fromkeys(map(str, metric))
         if isinstance(metric, Mapping):
             short = {"max": "maximize", "min": "minimize", "auto": None}
             train = info.data.get("train", ())

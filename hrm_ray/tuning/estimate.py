@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from hrm_ray.config.schema import TrainConfig
+from hrm_ray.config.schema import CurriculumConfig, TrainConfig
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.training.plan import Plan
 from hrm_ray.training.ray_train import absolute
@@ -81,7 +81,10 @@ class Probe:
 
 
 def measure(run: TrainConfig, cpus: int) -> Probe:
-    """Train a few steps of `run` in this process, somewhere else than where it will lie. Not collective."""
+    """Train a few steps of `run` in this process, somewhere else than where it will lie. Not collective.
+
+    At the full depth of the model: of a run whose depth grows, it is an upper bound.
+    """
     import torch
 
     from hrm_ray.data.shards import open_dataset
@@ -104,6 +107,7 @@ def measure(run: TrainConfig, cpus: int) -> Probe:
         "num_eval_examples": num_tried or None,
         "wandb": "off",
         "tensorboard": False,
+        "curriculum": CurriculumConfig(),
     }
     with tempfile.TemporaryDirectory(prefix="hrm_ray-probe-") as aside:
         torch.set_num_threads(cpus)

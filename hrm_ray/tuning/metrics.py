@@ -26,7 +26,7 @@ AT_THE_END = ("train_s", "num_params")  # known of a whole run only
 
 def is_of_evaluations(metric: str) -> bool:
     """Whether the task of the data set says if it is reported."""
-    return metric.startswith("eval/")
+    return str(metric).startswith("eval/")
 
 
 def direction_of(metric: str, train: Sequence[str] = ()) -> Direction:

@@ -13,7 +13,7 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import abbreviated, as_text, known_keys, nearest, split_word
 from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.errors import UserError
-from hrm_ray.evaluation.scores import directions
+from hrm_ray.evaluation.scores import reported
 from hrm_ray.training.plan import Plan
 from hrm_ray.tuning.config import SweepConfig
 from hrm_ray.tuning.metrics import AT_THE_END
@@ -88,10 +88,10 @@ class Points:
                 f"metric {evaluated[0]} is never reported: {config.data_path} has no test part; build it with "
                 "num_test=N, or give a metric of training, such as metric=train/lm_loss"
             )
-        reported = directions(dataset.task.name)
-        if strange := [name for name in evaluated if name not in reported]:
+        known = reported(dataset)
+        if strange := [name for name in evaluated if name not in known]:
             raise UserError(
-                f"metric {strange[0]} is not reported for task {dataset.task.name}; {nearest(strange[0], reported)}"
+                f"metric {strange[0]} is not reported for task {dataset.task.name}; {nearest(strange[0], known)}"
             )
         try:
             return Plan.of(config, dataset.split("train"))

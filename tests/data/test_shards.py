@@ -18,9 +18,12 @@ from pyarrow import fs as pafs
 
 from hrm_ray.data import fetch, files, shards
 from hrm_ray.data import format as data_format
+from hrm_ray.data import rows as rows_module
 from hrm_ray.data import writer as writer_module
+from hrm_ray.data.files import HashingFile
 from hrm_ray.data.format import Manifest
 from hrm_ray.data.shards import open_dataset
+from hrm_ray.data.tasks.base import Symmetry
 from hrm_ray.data.tasks.tokens import Tokens
 from hrm_ray.data.verify import verify
 from hrm_ray.data.writer import DatasetWriter, balanced_cuts
@@ -599,3 +602,29 @@ def test_unknown_scheme():
 def test_manifest_is_json(small):
     values = json.loads((Path(small.path) / "manifest.json").read_text())
     assert values["splits"]["train"]["num_groups"] == 6
+
+
+def test_parts_that_are_not_put_in_their_place_are_an_error(tmp_path):
+    """As where pyarrow copied a column before writing it: what is read back would be the same wrong bytes."""
+    batch = pa.record_batch([pa.array([1, 2], pa.int32())], names=["a"])
+    with pytest.raises(UserError, match="copies columns before it writes them"):
+        writer_module._put(batch, {1: [np.zeros(1, np.uint8)]}, HashingFile(tmp_path / "shard.arrow"))
+
+
+FOUR = np.arange(4)
+
+
+@pytest.mark.parametrize(
+    "symmetry, problem",
+    [
+        (Symmetry(np.array([0, 1, 2, 4]), FOUR), r"a symmetry's cells are no permutation of 0\.\.3"),
+        (Symmetry(np.arange(3), FOUR), r"a symmetry's cells are no permutation of 0\.\.3"),
+        (Symmetry(FOUR, np.array([0, 1, 1, 3])), r"a symmetry's tokens are no permutation of 0\.\.3"),
+        (Symmetry(FOUR, np.arange(3)), r"a puzzle has the token 3, the task has 0\.\.2"),
+    ],
+)
+def test_what_is_no_symmetry_is_refused(symmetry, problem):
+    """Compiled code would read what lies beside it."""
+    tokens = np.array([[0, 1, 2, 3]], np.uint8)
+    with pytest.raises(UserError, match=problem):
+        rows_module._copy([symmetry], tokens, tokens, np.zeros(1, np.int64))

@@ -5,12 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hrm_ray.halting.act import Published
+from hrm_ray.halting.act import ACTHalting
 from hrm_ray.halting.base import Control, Halting
 from hrm_ray.halting.q_learning import (
-    Drawn,
     QLearner,
     QLearningConfig,
+    QLearningHalting,
     Recall,
     draw_ages,
     shares_of_ages,
@@ -30,8 +30,8 @@ def control(**values) -> Control:
     return Control(**{"draws": torch.zeros(2, dtype=torch.int32), **values})
 
 
-def published(no_ACT_continue: bool) -> Published:
-    return Published(HRMConfig(no_ACT_continue=no_ACT_continue))
+def published(no_ACT_continue: bool) -> ACTHalting:
+    return ACTHalting(HRMConfig(no_ACT_continue=no_ACT_continue))
 
 
 def replayed(head, learner, step, uniform, penalty):
@@ -66,9 +66,13 @@ def test_drawn_halts_as_often_as_its_probability_says(temperature, epsilon, shar
     uniform = torch.rand(many, generator=torch.Generator().manual_seed(0))
     says = prediction([0.8472979] * many, [-0.405465] * many)  # 0.7 and 0.4 as probabilities
     c = Control(uniform, torch.tensor([0.0, temperature, epsilon]))
-    halts = Drawn(QLearningConfig()).chooses(says, torch.ones(many), c)
+    halts = QLearningHalting(QLearningConfig()).chooses(says, torch.ones(many), c)
     assert halts.float().mean() == pytest.approx(share, abs=0.01)
-    assert not Drawn(QLearningConfig()).chooses(says, torch.ones(many), c._replace(is_warming_up=True)).any()
+    assert (
+        not QLearningHalting(QLearningConfig())
+        .chooses(says, torch.ones(many), c._replace(is_warming_up=True))
+        .any()
+    )
 
 
 def make_learner(**values) -> tuple[Linear, QLearner]:

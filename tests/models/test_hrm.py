@@ -8,9 +8,9 @@ import torch
 
 from hrm_ray import machine
 from hrm_ray.config.arch import arch_class
-from hrm_ray.halting.act import Published
+from hrm_ray.halting.act import ACTHalting
 from hrm_ray.halting.base import Control
-from hrm_ray.halting.q_learning import Drawn, QLearningConfig
+from hrm_ray.halting.q_learning import QLearningConfig, QLearningHalting
 from hrm_ray.models.act import ACT, Batch, Step
 from hrm_ray.models.hrm_v1 import HRM, HRMConfig
 from hrm_ray.models.layers import Linear, swiglu_width, trunc_normal_
@@ -25,7 +25,7 @@ SMALL = HRMConfig(hidden_size=32, num_heads=2, H_layers=1, L_layers=1, puzzle_em
 def model(dtype=torch.float32, attention="sdpa", config=SMALL) -> ACT:
     torch.manual_seed(0)
     inner = HRM(config, vocab_size=6, seq_len=16, num_puzzle_identifiers=3, dtype=dtype, attention=attention)
-    return ACT(inner, config.halt_max_steps, Published(config))
+    return ACT(inner, config.halt_max_steps, ACTHalting(config))
 
 
 UNTIL_THE_END = Control(draws=torch.full((8,), 4))
@@ -142,7 +142,7 @@ def test_while_q_learning_warms_up_the_q_loss_moves_the_q_head_alone():
 
     def gradients(weight_of_cells: float, warming_up: bool) -> dict[str, torch.Tensor]:
         act = model()
-        act.halting = Drawn(QLearningConfig())
+        act.halting = QLearningHalting(QLearningConfig())
         with torch.no_grad():
             act.inner.q_head.weight.normal_(generator=torch.Generator().manual_seed(0))
         control = Control(torch.full((8,), 0.5), torch.tensor([0.1, 1.0, 0.2]), warming_up)
@@ -172,7 +172,7 @@ def test_weights_are_cast_once_an_act_step(monkeypatch, no_ACT_continue):
     cast = Linear.cast
     monkeypatch.setattr(Linear, "cast", lambda layer, dtype: (casts.append(layer), cast(layer, dtype)))
     act = model(torch.bfloat16)
-    act.halting = Published(SMALL.model_copy(update={"no_ACT_continue": no_ACT_continue}))
+    act.halting = ACTHalting(SMALL.model_copy(update={"no_ACT_continue": no_ACT_continue}))
     run(act, steps=3)
     layers = [layer for layer in act.modules() if isinstance(layer, Linear)]
     assert len(casts) == 3 * len(layers)

@@ -94,7 +94,11 @@ def test_depth_grows_to_that_of_the_architecture():
     assert [p.depth(step) for step in (1, 300, 301, 600, 601, 1_000)] == [(1, 1)] * 2 + [(1, 2)] * 2 + [
         None
     ] * 2
-    assert p.depth_changes() == [301, 601]
+    assert (
+        p.depths(1) == {(1, 1), (1, 2), None} and p.depths(302) == {(1, 2), None} and p.depths(700) == {None}
+    )
+    short = plan(1_000, arch=arch, curriculum={"depth": [[0.3, 1, 1], [0.6, 1, 2]]}, max_steps=300)
+    assert short.depths(1) == {(1, 1)}
     assert "H x L cycles: 1 x 1 to step 300, 1 x 2 to step 600, then 2 x 2" in p.describe()
     assert plan(1_000).depth(1) is None
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -12,11 +13,12 @@ import torch
 from hrm_ray import machine, memory
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import RunFailed, UserError
+from hrm_ray.halting.q_learning import QLearningConfig
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import finished, newest_whole
 from hrm_ray.training.driver import run_folder
 from hrm_ray.training.hooks import Hooks
-from hrm_ray.training.launch import Launch
+from hrm_ray.training.launch import Launch, _changes
 from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.world import World
 from tests.toy import ARCH, TRM, toy_config, toy_dataset
@@ -346,6 +348,14 @@ def test_what_changes_is_said(config):
     run({**config, "max_steps": 2})
     said = Launch(TrainConfig(**{**config, "lr": 5e-4})).announce()
     assert "continues after step 2" in said and "lr 0.001 -> 0.0005" in said
+
+
+def test_keys_of_halting_that_older_runs_had_are_no_change(config):
+    """Every way had those of q_learning then."""
+    parsed = TrainConfig(**config)
+    older = QLearningConfig().model_dump() | {"name": "act"}
+    manifest = SimpleNamespace(config=parsed.model_dump(mode="json") | {"halting": older})
+    assert _changes(SimpleNamespace(folder="run", manifest=manifest), parsed) == ""
 
 
 def test_weights_that_are_not_finite_are_never_saved(config):

@@ -225,7 +225,7 @@ from hrm_ray.tuning.points import Points, checked
 values = {"train": f"experiment=quickstart data={sys.argv[1]} lr_warmup_ratio=0.1", "space": {"lr": [1e-3, 1e-2]}}
 for more in ({"metric": "eval/last_wrong"}, {"metric": {"eval/last_right": "auto"}},
              {"pruner": {"name": "median", "metric": "eval/last_wrong"}}, {"metric": "eval/last_wrnog"},
-             {"metric": {"eval/last_wrnog": "min"}}):
+             {"metric": {"eval/last_wrnog": "min"}}, {"metric": "eval/answered"}):
     try:
         config = sweep_config({**values, **more})
         checked(Points(config))
@@ -251,12 +251,13 @@ def test_a_metric_may_be_of_a_task_of_ones_own(tmp_path, monkeypatch):
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 
-    alone, another, watched, misspelt, told = said()
+    alone, another, watched, misspelt, told, not_in_training = said()
     assert alone == "{'eval/last_wrong': 'minimize'} minimize None"
     assert another == "{'eval/last_right': 'maximize'} maximize eval/last_right"
     assert watched == "{'eval/exact_accuracy': 'maximize'} minimize eval/exact_accuracy"
     assert "metric 'eval/last_wrnog' is never reported; did you mean 'eval/last_wrong'?" in misspelt
     assert "metric eval/last_wrnog is not reported for task tests.own_task; did you mean" in told
+    assert "metric eval/answered is not reported for task tests.own_task" in not_in_training
     untrusted = said(HRM_RAY_TASKS="")[0]
     assert (
         "metric 'eval/last_wrong' is never reported" in untrusted and "set HRM_RAY_TASKS=tests" in untrusted

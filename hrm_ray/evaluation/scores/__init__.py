@@ -92,14 +92,19 @@ def directions(task: str | None = None) -> dict[str, Direction]:
     return {f"eval/{name}": way for score in chosen for name, way in score.names.items()}
 
 
+def reported(dataset: Dataset) -> dict[str, Direction]:
+    """The metrics that evaluations on `dataset` report in training, as of `directions`."""
+    scores = scores_of(dataset.task.name)
+    return {f"eval/{name}": way for score in scores for name, way in score.reported(dataset).items()}
+
+
 def check_best_metric(metric: str, dataset: Dataset) -> None:
     """Raise UserError unless a run on `dataset` can keep its best checkpoint by `metric`."""
-    task = dataset.task.name
-    reported = {name: way for score in scores_of(task) for name, way in score.reported(dataset).items()}
-    known = [f"eval/{name}" for name, way in reported.items() if way == "maximize"]
-    if metric in directions(task) and metric.removeprefix("eval/") not in reported:
+    task, metrics = dataset.task.name, reported(dataset)
+    known = [name for name, way in metrics.items() if way == "maximize"]
+    if metric in directions(task) and metric not in metrics:
         raise UserError(
-            f"best_metric={metric} is not known for {dataset.path}: it has no test tasks with solutions"
+            f"best_metric={metric} is not known for {dataset.path}: no evaluation in training reports it"
         )
     if metric not in known:
         raise UserError(f"best_metric={metric} is no metric of task {task}; {nearest(metric, known)}")
