@@ -14,7 +14,7 @@ class Shadow:
     has none.
 
     Args:
-        table: float32 [N, size], all zeros.
+        table: floats [N, size], all zeros.
 
     Attributes:
         stale: bool [N], on the device of the table; to be set where rows of it change.
@@ -27,9 +27,9 @@ class Shadow:
     @torch.no_grad()
     def follow(self, table: Tensor) -> Tensor:
         """Copy the stale rows; returns the whole copy, on the CPU, which the next call changes."""
-        if self._copy is None:
+        if self._copy is None:  # of the type at hand, since a model may have been converted
             # Not torch.zeros, which writes them; numpy leaves that to the system, until a row is written.
-            self._copy = torch.from_numpy(np.zeros(table.shape, np.float32))
+            self._copy = torch.from_numpy(np.zeros(table.shape, table[:0].cpu().numpy().dtype))
         at_once = max(1, ROW_BYTES // (table.shape[1] * table.itemsize))
         for rows in self.stale.nonzero()[:, 0].split(at_once):
             self._copy[rows.cpu()] = table[rows].cpu()
