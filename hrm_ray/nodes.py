@@ -93,6 +93,13 @@ def living() -> list[Resources]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def living_names() -> set[str]:
+    """Ray's names of the nodes that are alive."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
 def free() -> list[Resources]:
     """Of each node what nobody has taken."""
     from ray._private.state import available_resources_per_node

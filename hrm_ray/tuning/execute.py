@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -25,7 +26,7 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import Unseen, UserError, about_file
 from hrm_ray.every import Every
 from hrm_ray.memory import ONE_ARENA
-from hrm_ray.nodes import Growth, Request, fit, growth, living, most, room
+from hrm_ray.nodes import Growth, Request, fit, growth, living, living_names, most, room
 from hrm_ray.ray_session import cluster_address, ray_session
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.driver import run_folder
@@ -35,6 +36,9 @@ from hrm_ray.tuning.view import View
 from hrm_ray.worker_logs import last_words
 
 LOST = "its worker was lost too often"
+DOUBT_S = (
+    30.0  # after which a node on which a worker was lost is there, if Ray still has it: it asks each for 15 s
+)
 ALIKE = 3  # so many failures of one kind end a sweep
 LOOK_S = 1.0  # how often other processes' wishes and the budget are looked at
 NUMBERS = str.maketrans("0123456789", "##########")
@@ -109,6 +113,9 @@ class Live:
     phase: str = "waiting"
     started: float | None = None  # when it came to hold its resources, by time.monotonic
     num_lost: int = 0  # workers that were lost, except those whose node was lost
+    doubt: tuple[str, float] | None = (
+        None  # the node of a lost worker, not known yet to be lost too, and since when
+    )
     end: dict[str, str] | None = None  # the outcome that it is to have at once, if any
     copy: int = 0  # of a population: how often it went on from another's checkpoint
 
@@ -382,6 +389,7 @@ class Watches(Stateless, tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         if self._due():
+            self._settle_doubts(trials)
             self._executor.ask_for_nodes()
             self._executor.on_tick(list(self._executor.live.values()))
 
@@ -391,20 +399,46 @@ class Watches(Stateless, tune.Callback):
             live.phase, live.started = "start", time.monotonic()
 
     def on_trial_recover(self, iteration: int, trials: list, trial: TuneTrial, **info: Any) -> None:
-        """Its actor is gone; Tune starts another. One whose node is gone too does not count."""
+        """Its actor is gone; Tune starts another. One whose node is gone too does not count.
+
+        Ray may know of the node a little later than of the actor.
+        """
         live = self._executor.live.get(trial.trial_id)
         if live is None:
             return
         live.phase, live.started = "lost", None
-        error = trial.get_error()
+        error = _last_error(trial)
+        node = (trial.last_result or {}).get("node")
         if _lacked_memory(error):
             reason = "its worker was killed since its node ran out of memory"
             live.end = {"kind": "refused", "reason": reason}
+        elif "unavailable" in error and node:
+            live.doubt = node, time.monotonic()
         elif not _lost_its_node(error):
-            live.num_lost += 1
-            if live.num_lost > live.run.failure.max_failures:
-                live.end = _lost(live, trial.last_result)
-                trial.max_failures = 0  # should it be lost once more before it hears of it
+            self._count(live, trial)
+
+    def _count(self, live: Live, trial: TuneTrial) -> None:
+        """Its worker was lost, on a node that is there."""
+        live.num_lost += 1
+        if live.num_lost > live.run.failure.max_failures:
+            live.end = _lost(live, trial.last_result)
+            trial.max_failures = 0  # should it be lost once more before it hears of it
+
+    def _settle_doubts(self, trials: list[TuneTrial]) -> None:
+        """Of the workers that were lost: whether their nodes are gone too."""
+        doubted = [(self._executor.live.get(trial.trial_id), trial) for trial in trials]
+        if not any(live and live.doubt for live, _ in doubted):
+            return
+        there = living_names()
+        for live, trial in doubted:
+            if live is None or live.doubt is None:
+                continue
+            node, since = live.doubt
+            if node not in there:
+                live.doubt = None
+            elif time.monotonic() - since > DOUBT_S:
+                live.doubt = None
+                self._count(live, trial)
 
 
 def _lost(live: Live, result: dict[str, Any] | None = None) -> dict[str, str]:
@@ -416,13 +450,21 @@ def _lost(live: Live, result: dict[str, Any] | None = None) -> dict[str, str]:
     return {"kind": "failed", "reason": LOST, "log": log}
 
 
-def _lacked_memory(error: Exception | None) -> bool:
+def _last_error(trial: TuneTrial) -> str:
+    """What Tune has noted of the last failure: beside the driver, since the copy in its storage comes later."""
+    try:
+        return Path(str(trial.error_file)).read_text(errors="replace").rpartition("Failure # ")[2]
+    except OSError:
+        return ""
+
+
+def _lacked_memory(error: str) -> bool:
     """Whether Ray's monitor of memory killed the worker."""
-    return "OutOfMemoryError" in str(error) or "running low on memory" in str(error)
+    return "OutOfMemoryError" in error or "running low on memory" in error
 
 
-def _lost_its_node(error: Exception | None) -> bool:
-    return "node" in str(error) and ("died" in str(error) or "preempted" in str(error))
+def _lost_its_node(error: str) -> bool:
+    return "node" in error and ("died" in error or "preempted" in error)
 
 
 class _Stops(Stateless, tune.Stopper):

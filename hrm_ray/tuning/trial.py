@@ -12,6 +12,7 @@ import time
 import traceback
 from typing import Any
 
+import ray
 from ray import tune
 
 from hrm_ray.config.schema import TrainConfig
@@ -147,6 +148,7 @@ class Trial(tune.Trainable):
             "global_step": run.step,
             "phase": run.phase,
             "reports": reports,
+            "node": ray.get_runtime_context().get_node_id() if ray.is_initialized() else "",
         }
         if run.outcome is not None and run.reports.empty():
             result |= {"outcome": json.dumps(run.outcome), "done": True}  # text, since Tune flattens

@@ -30,12 +30,16 @@ def processes_of(sessions: Collection[int]) -> Iterator[tuple[psutil.Process, in
 
 
 def kill_sessions(sessions: Collection[int], timeout_s: float = 30) -> None:
-    """SIGKILL to all processes of `sessions` at once; returns when none is left."""
+    """SIGKILL to all processes of `sessions` at once; returns when none is left.
+
+    They are stopped first: else one that dies a moment later could tell of the death of another.
+    """
     deadline = time.monotonic() + timeout_s
     while living := [process for process, _ in processes_of(sessions)]:
-        for process in living:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        for signal_to in (psutil.Process.suspend, psutil.Process.kill):
+            for process in living:
+                with suppress(psutil.NoSuchProcess):
+                    signal_to(process)
         if time.monotonic() > deadline:
             raise Lost(f"processes outlive SIGKILL: {living}")
         time.sleep(POLL_S)

@@ -88,6 +88,14 @@ class Cluster:
                     raylets.append((process.create_time(), process))
         return [process for _, process in sorted(raylets, key=lambda pair: pair[0])]
 
+    def at_work(self, actor: str) -> psutil.Process:
+        """The newest of the workers on which there is an actor of that name."""
+        for raylet in reversed(self.workers()):
+            with suppress(psutil.NoSuchProcess):
+                if any(f"ray::{actor}" in " ".join(child.cmdline()) for child in raylet.children()):
+                    return raylet
+        raise AssertionError(f"no node has a {actor}")
+
     def wait_for_workers(self, count: int, timeout: float = 120) -> None:
         wait_until(
             lambda: len(self.workers()) == count, f"{count} workers, there are {len(self.workers())}", timeout
@@ -235,7 +243,7 @@ def test_a_lost_node_is_replaced(larger_cluster, tmp_path):
     words, run = training(tmp_path)
     process = cluster.start(*words)
     wait_until(lambda: len(finished(run)) > 0, "a checkpoint", 200)
-    cluster.workers()[-1].kill()
+    cluster.at_work("RayTrainWorker").kill()
     said = process.communicate(timeout=400)[0]
     assert process.returncode == 0 and "workers were lost or added" in said, said
     assert finished(run)[-1].manifest.global_step == SLOW["max_steps"]
@@ -243,7 +251,7 @@ def test_a_lost_node_is_replaced(larger_cluster, tmp_path):
     file, folder = file_of(tmp_path / "sweep", num_trials=3, train={**SLOW, "failure.max_failures": 0})
     process = cluster.start("tune", str(file))
     wait_until(lambda: max(running_steps(folder), default=0) > 20, "a trial at work", 300)
-    cluster.workers()[-1].kill()
+    cluster.at_work("Trial").kill()
     said = process.communicate(timeout=400)[0]
     assert process.returncode == 0 and "3 of 3 trials: 3 complete" in said, said
 
