@@ -464,7 +464,7 @@ def _lacked_memory(error: str) -> bool:
 
 
 def _lost_its_node(error: str) -> bool:
-    return "node" in error and ("died" in error or "preempted" in error)
+    return "node has died" in error or "preempt" in error
 
 
 class _Stops(Stateless, tune.Stopper):
