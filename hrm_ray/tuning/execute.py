@@ -13,7 +13,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,7 @@ from hrm_ray.tuning.view import View
 from hrm_ray.worker_logs import last_words
 
 LOST = "its worker was lost too often"
-DOUBT_S = (
-    30.0  # after which a node on which a worker was lost is there, if Ray still has it: it asks each for 15 s
-)
+DOUBT_S = 30.0  # how long after a worker its node may turn out to be lost too; Ray gives one up after 15 s
 ALIKE = 3  # so many failures of one kind end a sweep
 LOOK_S = 1.0  # how often other processes' wishes and the budget are looked at
 NUMBERS = str.maketrans("0123456789", "##########")
@@ -113,9 +111,8 @@ class Live:
     phase: str = "waiting"
     started: float | None = None  # when it came to hold its resources, by time.monotonic
     num_lost: int = 0  # workers that were lost, except those whose node was lost
-    doubt: tuple[str, float] | None = (
-        None  # the node of a lost worker, not known yet to be lost too, and since when
-    )
+    # Of workers that were lost, maybe with their nodes: the last result of each, and when it was lost.
+    doubts: list[tuple[dict[str, Any], float]] = field(default_factory=list)
     end: dict[str, str] | None = None  # the outcome that it is to have at once, if any
     copy: int = 0  # of a population: how often it went on from another's checkpoint
 
@@ -408,37 +405,32 @@ class Watches(Stateless, tune.Callback):
             return
         live.phase, live.started = "lost", None
         error = _last_error(trial)
-        node = (trial.last_result or {}).get("node")
+        result = trial.last_result or {}
         if _lacked_memory(error):
             reason = "its worker was killed since its node ran out of memory"
             live.end = {"kind": "refused", "reason": reason}
-        elif "unavailable" in error and node:
-            live.doubt = node, time.monotonic()
+        elif "unavailable" in error and "node" in result:
+            live.doubts.append((result, time.monotonic()))
         elif not _lost_its_node(error):
-            self._count(live, trial)
+            self._count(live, trial, result)
 
-    def _count(self, live: Live, trial: TuneTrial) -> None:
-        """Its worker was lost, on a node that is there."""
+    def _count(self, live: Live, trial: TuneTrial, result: dict[str, Any]) -> None:
+        """Its worker, whose last result is given, was lost on a node that is there."""
         live.num_lost += 1
         if live.num_lost > live.run.failure.max_failures:
-            live.end = _lost(live, trial.last_result)
+            live.end = _lost(live, result)
             trial.max_failures = 0  # should it be lost once more before it hears of it
 
     def _settle_doubts(self, trials: list[TuneTrial]) -> None:
         """Of the workers that were lost: whether their nodes are gone too."""
-        doubted = [(self._executor.live.get(trial.trial_id), trial) for trial in trials]
-        if not any(live and live.doubt for live, _ in doubted):
-            return
-        there = living_names()
+        known = [(self._executor.live.get(trial.trial_id), trial) for trial in trials]
+        doubted = [(live, trial) for live, trial in known if live is not None and live.doubts]
+        there = living_names() if doubted else set()
         for live, trial in doubted:
-            if live is None or live.doubt is None:
-                continue
-            node, since = live.doubt
-            if node not in there:
-                live.doubt = None
-            elif time.monotonic() - since > DOUBT_S:
-                live.doubt = None
-                self._count(live, trial)
+            doubts = [doubt for doubt in live.doubts if doubt[0]["node"] in there]
+            live.doubts = [doubt for doubt in doubts if time.monotonic() - doubt[1] <= DOUBT_S]
+            for result, _ in doubts[: len(doubts) - len(live.doubts)]:  # the oldest come first
+                self._count(live, trial, result)
 
 
 def _lost(live: Live, result: dict[str, Any] | None = None) -> dict[str, str]:
