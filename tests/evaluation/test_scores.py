@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from hrm_ray import api
+from hrm_ray.batch import make_batch
 from hrm_ray.config.inference import AS_TRAINED
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.pipeline import build
@@ -208,6 +209,30 @@ def test_solving_examples_of_a_data_set_tells_the_model_which_puzzle_it_is(tmp_p
     assert [s.tokens.tolist() for s in solutions] == arrays["predictions"].tolist()
     unknown = solver.solve([puzzle.tokens for puzzle in puzzles])
     assert [s.tokens.tolist() for s in unknown] != arrays["predictions"].tolist()
+
+
+def test_a_table_leaves_out_puzzles_without_labels_as_an_evaluation_does(tmp_path, monkeypatch):
+    toy_dataset(tmp_path / "data")
+    config = TrainConfig(**toy_config(tmp_path / "data", tmp_path / "runs", max_steps=2))
+    launch.train(config, show_progress=False)
+    solver = api.load(tmp_path / "runs/toy")
+    _, arrays = solver.evaluate(tmp_path / "data", save_outputs=["predictions"])
+    answers = torch.from_numpy(arrays["predictions"].astype(np.int64))
+
+    def labelled(examples, ids, *args, **options):
+        """A third has no labels, and a third those that the model gives."""
+        batch = make_batch(examples, ids, *args, **options)
+        labels = batch.labels.clone()
+        labels[ids % 3 == 0] = IGNORE
+        labels[ids % 3 == 1] = answers[ids[ids % 3 == 1]]
+        return batch._replace(labels=labels)
+
+    for module in ("evaluate", "survey"):
+        monkeypatch.setattr(f"hrm_ray.evaluation.{module}.make_batch", labelled)
+    metrics, _ = solver.evaluate(tmp_path / "data")
+    (row,) = solver.survey(tmp_path / "data")
+    assert row["vote/exact_accuracy"] == row["path"] == row["any"] == metrics["exact_accuracy"] == 0.5
+    assert row["vote/steps"] == metrics["steps"]
 
 
 def test_a_visit_moves_both_grids_of_an_example_together(arc):
