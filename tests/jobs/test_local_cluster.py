@@ -240,13 +240,23 @@ def larger_cluster(tmp_path):
 def test_a_lost_node_is_replaced(larger_cluster, tmp_path):
     """In the middle of a training, then of a sweep; no step counts twice, no trial as failed."""
     cluster = larger_cluster
-    words, run = training(tmp_path)
+    words, run = training(tmp_path, max_steps=50000, epochs=10000, eval_interval=10**6)  # it cannot end before
     process = cluster.start(*words)
     wait_until(lambda: len(finished(run)) > 0, "a checkpoint", 200)
     cluster.at_work("RayTrainWorker").kill()
-    said = process.communicate(timeout=400)[0]
-    assert process.returncode == 0 and "workers were lost or added" in said, said
-    assert finished(run)[-1].manifest.global_step == SLOW["max_steps"]
+    said = ""
+    for line in process.stdout:
+        said += line
+        if "workers were lost or added" in line:
+            break
+    assert "workers were lost or added" in said, said
+    before = finished(run)[-1].manifest.global_step
+    wait_until(lambda: finished(run)[-1].manifest.global_step > before, "a later checkpoint", 200)
+    process.send_signal(signal.SIGTERM)
+    said += process.communicate(timeout=60)[0]
+    assert process.returncode == 143, said
+    steps = [json.loads(line)["global_step"] for line in run.read("metrics.jsonl").splitlines()]
+    assert steps == sorted(set(steps))
 
     file, folder = file_of(tmp_path / "sweep", num_trials=3, train={**SLOW, "failure.max_failures": 0})
     process = cluster.start("tune", str(file))
