@@ -17,11 +17,13 @@ def make_batch(
     *,
     task: Task | None = None,
     keys: np.ndarray | None = None,
+    filled: np.ndarray | None = None,
 ) -> Batch:
     """The examples `ids` (int64 [B]) as tensors; the rows of `PADDING` ids are padding.
 
     Args:
         task, keys: of training: the task may vary its examples, by a random uint64 [B] for each (`Task.vary`).
+        filled: of training: which cells are filled in from the answer, where it has them; bool [B, C].
     """
     is_padding = ids == PADDING
     rows = split.rows(np.where(is_padding, 0, ids))
@@ -35,6 +37,8 @@ def make_batch(
     if is_padding.any():
         labels[is_padding] = IGNORE
         identifiers = np.where(is_padding, np.int32(blank_identifier_id), identifiers)
+    if filled is not None:
+        inputs = np.where(filled & (labels != IGNORE), labels, inputs)
     return Batch(
         torch.from_numpy(inputs.astype(np.int32)), torch.from_numpy(labels), torch.from_numpy(identifiers)
     )

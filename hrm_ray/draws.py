@@ -18,6 +18,7 @@ class Purpose(IntEnum):
     CHOICE = 3
     REPLAY = 4
     VISIT = 5
+    FILLING = 6
 
 
 def words(seed: int, purpose: int, counter: int, count: int) -> np.ndarray:

@@ -4,9 +4,9 @@ The values live in the Hydra tree beside this file (`train.yaml` and the groups 
 are types, ranges and the checks across keys, all of which fail before Ray starts.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hrm_ray.config.arch import DEFAULT_ARCH, Arch, arch_class
 from hrm_ray.config.halting import HALTINGS, Halting
@@ -56,12 +56,18 @@ class FailureConfig(Settings):
     """Lost workers or nodes in one command before giving up."""
 
 
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
 class CurriculumConfig(Settings):
     """What becomes harder during a run. Durations are shares of the run's steps."""
 
     depth: tuple[tuple[Annotated[float, Field(gt=0, lt=1)], PositiveInt, PositiveInt], ...] = ()
     """[[UNTIL, H, L], ...]: train with H and L cycles until this share of the run, then with arch.H_cycles and
     arch.L_cycles; evaluations always take these."""
+    filled: tuple[Share, Share] | None = None
+    """[SHARE, UNTIL]: this share of the cells that a question leaves open is filled in from its answer at the start,
+    on average, less and less then, and none from this share of the run on. Never in evaluations. null: none."""
 
     @model_validator(mode="after")
     def _shares_rise(self) -> "CurriculumConfig":
@@ -69,6 +75,13 @@ class CurriculumConfig(Settings):
         if shares != sorted(set(shares)):
             raise ValueError(f"curriculum.depth: its shares of the run must rise, {shares} do not")
         return self
+
+    @field_validator("filled", mode="before")
+    @classmethod
+    def _filled_is_a_pair(cls, value: Any) -> Any:
+        if value is not None and not (isinstance(value, (list, tuple)) and len(value) == 2):
+            raise ValueError("curriculum.filled: give [SHARE,UNTIL], such as [0.7,0.5], or null")
+        return value
 
 
 class TrainConfig(Settings):

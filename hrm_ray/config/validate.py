@@ -422,10 +422,8 @@ def _in_words(kind: Any, rules: Sequence[Any] = ()) -> str:
         return " or ".join(_in_words(part, rules) for part in parts)
     if origin is Literal:
         return " or ".join(map(as_text, parts))
-    if origin is tuple and len(parts) == 2 and parts[1] is not Ellipsis:
-        return "[MIN,MAX]"
     if origin is tuple:
-        return f"[{_in_words(parts[0])}, ...]"
+        return f"[{', '.join('...' if part is ... else _in_words(part) for part in parts)}]"
     plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
     return " ".join(
         [plain.get(kind, "keys and their values"), *_limits(rules if kind in (int, float) else ())]

@@ -9,7 +9,7 @@ end and drops the rest, where here they go on in the next batch.
 import numpy as np
 
 from hrm_ray.data.shards import Split
-from hrm_ray.draws import Purpose, words
+from hrm_ray.draws import Purpose, uniform, words
 
 PADDING = -1  # the id of an empty place in a partial batch
 
@@ -78,3 +78,16 @@ class Sampler:
 def visit_draws(seed: int, step: int, global_batch_size: int) -> np.ndarray:
     """A random uint64 for every slot's example at `step`, by which a task may vary it; [global_batch_size]."""
     return words(seed, Purpose.VISIT, step, global_batch_size)
+
+
+def filled_cells(seed: int, step: int, global_batch_size: int, seq_len: int, share: float) -> np.ndarray:
+    """Which cells of every slot's question are to be filled in at `step`; bool [global_batch_size, seq_len].
+
+    For every puzzle a share is drawn, evenly from as wide a range around `share` (0 to 1) as there is, and then every
+    cell by itself. Without the former all puzzles of a step would be about equally hard (of 45 blanks, 31 or 32 +- 3
+    filled in at a share of 0.7). So harder ones come from the start and easy ones until the end, and no step is a jump.
+    """
+    draws = uniform(words(seed, Purpose.FILLING, step, global_batch_size * (1 + seq_len)))
+    draws = draws.reshape(global_batch_size, 1 + seq_len)
+    shares = share + min(share, 1 - share) * (2 * draws[:, :1] - 1)
+    return draws[:, 1:] < shares

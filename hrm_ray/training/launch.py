@@ -15,7 +15,7 @@ from hrm_ray.training.driver import Driver, ProgressBar, run_folder
 from hrm_ray.training.hooks import Hooks
 from hrm_ray.training.logging import check_places, last_summary
 from hrm_ray.training.loop import TrainingLoop
-from hrm_ray.training.plan import Plan
+from hrm_ray.training.plan import Plan, check_data
 from hrm_ray.training.resume import mismatch, resume_point, set_aside
 from hrm_ray.training.state import check_weights_fit
 from hrm_ray.world import World
@@ -35,6 +35,7 @@ class Launch:
         self.config, self.run = config, run_folder(config)
         self.dataset = open_dataset(config.data_path)
         check_best_metric(config.best_metric, self.dataset)
+        check_data(config, self.dataset)
         self.plan = Plan.of(config, self.dataset.split("train"))
         check_places(self.run)
 

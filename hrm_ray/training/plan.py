@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.data.shards import Split
+from hrm_ray.data.shards import Dataset, Split
+from hrm_ray.errors import UserError
 from hrm_ray.optim.schedules import anneal, first_step_at, warmup_cosine
 
 
@@ -74,6 +75,9 @@ class Plan:
         if self._depths and (full := config.arch.full_depth):
             depths = [f"{H} x {L} to step {last}" for last, (H, L) in self._depths]
             lines.append(f"H x L cycles: {', '.join(depths)}, then {full[0]} x {full[1]}")
+        if config.curriculum.filled:
+            share, until = config.curriculum.filled
+            lines.append(f"filled in: {share:g} of the open cells, down to 0 at step {self._ends(until)}")
         return lines + config.halting.describe(self.total_steps)
 
     def _ends(self, ratio: float) -> int:
@@ -117,6 +121,18 @@ class Plan:
             if first_step <= step <= self.last_step
         }
 
+    def filled(self, step: int) -> float:
+        """Share of the open cells of questions that are filled in at `step`, on average.
+
+        Easier puzzles first are curriculum learning (Bengio et al. 2009). To make them by starting near the goal is
+        from reverse curricula (Florensa et al. 2017, arXiv:1707.05300), which go back from it as fast as the learner
+        follows; here the clock decides.
+        """
+        if self.config.curriculum.filled is None:
+            return 0.0
+        share, until = self.config.curriculum.filled
+        return anneal(step, self.total_steps, start=share, end=0.0, ratio=until, shape="linear")
+
     @property
     def num_examples(self) -> int | None:
         """End of the stream of examples if the last batch may be partial, else None."""
@@ -150,6 +166,8 @@ class Plan:
         values = {"train/lr": self.lr(step)}
         if self.config.weight_decay_end is not None:
             values["train/weight_decay"] = self.weight_decay(step)
+        if self.config.curriculum.filled:
+            values["train/filled"] = self.filled(step)
         annealed = self.config.halting.annealed(step, self.total_steps)
         return values | {f"train/{key}": value for key, value in annealed.items()}
 
@@ -171,6 +189,15 @@ class Plan:
     def reports(self, step: int) -> bool:
         """Whether training metrics are reported after `step`."""
         return step % self.config.log_interval == 0 or self.evaluates(step)
+
+
+def check_data(config: TrainConfig, dataset: Dataset) -> None:
+    """Raise UserError if `dataset` has not what `config.curriculum` needs."""
+    if config.curriculum.filled and not dataset.task.fillable:
+        raise UserError(
+            f"curriculum.filled: an answer of task {dataset.task.name} is not its question with cells filled in; leave "
+            "it out"
+        )
 
 
 def stops_early(evaluations: Sequence[float], patience: int | None) -> bool:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from hrm_ray.batch import make_batch
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.prefetch import Prefetcher
-from hrm_ray.data.sampler import Sampler, visit_draws
+from hrm_ray.data.sampler import Sampler, filled_cells, visit_draws
 from hrm_ray.data.shards import Dataset
 from hrm_ray.halting.base import Control, Moment
 from hrm_ray.models.act import ACT, Batch, Carry
@@ -101,7 +101,7 @@ class Stepper:
         self.slots = world.slots(config.global_batch_size)
         self._batches = Prefetcher(
             # Not a method: the thread would keep this worker's model alive.
-            partial(_read, dataset, self.sampler, self.slots, config.seed, config.global_batch_size),
+            partial(_read, dataset, self.sampler, plan, self.slots),
             last=plan.last_step * config.supervision_steps,
         )
         self.device = next(state.model.parameters()).device
@@ -318,17 +318,18 @@ class Stepper:
         )
 
 
-def _read(
-    dataset: Dataset, sampler: Sampler, slots: slice, seed: int, global_batch_size: int, supervision_step: int
-) -> Batch:
-    ids, manifest = sampler.ids(supervision_step)[slots], dataset.manifest
+def _read(dataset: Dataset, sampler: Sampler, plan: Plan, slots: slice, supervision_step: int) -> Batch:
+    config, manifest = plan.config, dataset.manifest
+    of_the_step = config.seed, supervision_step, config.global_batch_size
+    share = plan.filled((supervision_step - 1) // config.supervision_steps + 1)
     return make_batch(
         dataset.split("train"),
-        ids,
+        sampler.ids(supervision_step)[slots],
         manifest.ignore_label_id,
         manifest.blank_identifier_id,
         task=dataset.task,
-        keys=visit_draws(seed, supervision_step, global_batch_size)[slots],
+        keys=visit_draws(*of_the_step)[slots],
+        filled=filled_cells(*of_the_step, manifest.seq_len, share)[slots] if share else None,
     )
 
 

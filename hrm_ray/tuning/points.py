@@ -14,7 +14,7 @@ from hrm_ray.config.validate import abbreviated, as_text, known_keys, nearest, s
 from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.errors import UserError
 from hrm_ray.evaluation.scores import reported
-from hrm_ray.training.plan import Plan
+from hrm_ray.training.plan import Plan, check_data
 from hrm_ray.tuning.config import SweepConfig
 from hrm_ray.tuning.metrics import AT_THE_END
 from hrm_ray.tuning.space import Point, suggest, words_of
@@ -94,6 +94,7 @@ class Points:
                 f"metric {strange[0]} is not reported for task {dataset.task.name}; {nearest(strange[0], known)}"
             )
         try:
+            check_data(config, dataset)
             return Plan.of(config, dataset.split("train"))
         except UserError as error:
             raise Refused(str(error)) from None

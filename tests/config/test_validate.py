@@ -63,10 +63,14 @@ def test_yaml_that_is_written_is_read_as_it_was(value):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("scaling.num_workers=[1]", "scaling.num_workers=[1]: give a whole number above 0 or [MIN,MAX]"),
+        (
+            "scaling.num_workers=[1]",
+            "scaling.num_workers=[1]: give a whole number above 0 or [a whole number above 0, a whole number above 0]",
+        ),
         (
             "scaling.num_workers=[true,2]",
-            "scaling.num_workers=[true,2]: give a whole number above 0 or [MIN,MAX]",
+            "scaling.num_workers=[true,2]: give a whole number above 0 or [a whole number above 0, a whole number "
+            "above 0]",
         ),
         ("scaling.num_workers=x", "scaling.num_workers='x': give a whole number"),
         ("scaling.cpus_per_worker=0", "scaling.cpus_per_worker=0: give a whole number above 0 or auto"),

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrm_ray.data.sampler import PADDING, Sampler
+from hrm_ray.data.sampler import PADDING, Sampler, filled_cells
 from hrm_ray.halting.act import min_halt_steps
 
 
@@ -22,6 +22,7 @@ def split(examples_per_puzzle: list[list[int]]) -> SimpleNamespace:
 GROUPS = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), min_size=1, max_size=9)
 
 
+@settings(deadline=None)
 @given(GROUPS, st.integers(0, 2**40), st.integers(1, 12))
 def test_an_epoch_takes_one_whole_puzzle_of_every_group(groups, seed, batch_size):
     data = split(groups)
@@ -44,6 +45,7 @@ def test_an_epoch_takes_one_whole_puzzle_of_every_group(groups, seed, batch_size
         assert position > len(stream) or sorted(seen) == list(range(len(groups)))
 
 
+@settings(deadline=None)
 @given(GROUPS, st.integers(0, 2**40), st.integers(1, 12), st.permutations(range(1, 9)))
 def test_any_step_can_be_asked_for_in_any_order(groups, seed, batch_size, steps):
     sampler = Sampler(split(groups), seed, batch_size)
@@ -70,6 +72,7 @@ def test_order_never_changes():
     assert Sampler(split([[1] * 3] * 6), 7, 6).ids(1).tolist() == [14, 5, 9, 7, 17, 0]
     drawn = min_halt_steps(7, 3, 8, exploration_prob=0.5, halt_max_steps=16)
     assert drawn.tolist() == [10, 8, 5, 12, 13, 14, 0, 0]
+    assert np.packbits(filled_cells(7, 3, 2, 16, 0.5), axis=1).tolist() == [[32, 0], [20, 16]]
 
 
 def test_partial_last_batch():
@@ -90,3 +93,27 @@ def test_exploration(prob):
         values, counts = np.unique(drawn[explores], return_counts=True)
         assert values.tolist() == list(range(2, 9))
         assert counts / counts.sum() == pytest.approx(np.full(7, 1 / 7), abs=0.02)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.7, 1.0])
+def test_cells_are_filled_in_by_a_share_of_each_puzzle(share):
+    filled = filled_cells(1, 5, 4000, 200, share)
+    assert filled.shape == (4000, 200) and filled.dtype == bool
+    by_puzzle = filled.mean(1)
+    assert by_puzzle.mean() == pytest.approx(share, abs=0.01)
+    least, most = max(0, 2 * share - 1), min(1, 2 * share)
+    # Evenly over the whole range: the deviation of that, and of so many cells by themselves.
+    expected = np.sqrt((most - least) ** 2 / 12 + share * (1 - share) / 200)
+    assert by_puzzle.std() == pytest.approx(expected, abs=0.01)
+    assert least - 0.15 < by_puzzle.min() and by_puzzle.max() < most + 0.15
+    assert filled.mean(0) == pytest.approx(np.full(200, share), abs=0.04)  # no cell is preferred
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**63 - 1), st.integers(1, 2**40), st.integers(1, 8), st.floats(0, 1), st.floats(0, 1))
+def test_what_is_filled_in_at_a_share_is_so_at_a_larger_one_too(seed, step, size, share, other):
+    """And it is a function of its key alone."""
+    less, more = (filled_cells(seed, step, size, 9, s) for s in sorted((share, other)))
+    assert not (less & ~more).any()
+    np.testing.assert_array_equal(less, filled_cells(seed, step, size, 9, min(share, other)))
+    assert not filled_cells(seed, step, size, 9, 0.0).any() and filled_cells(seed, step, size, 9, 1.0).all()

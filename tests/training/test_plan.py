@@ -117,6 +117,30 @@ def test_a_depth_that_cannot_be(arch, depth, said):
         TrainConfig(data_path="", arch=arch, curriculum={"depth": depth})
 
 
+def test_fewer_and_fewer_cells_are_filled_in():
+    p = plan(1_000, curriculum={"filled": [0.8, 0.5]})
+    assert [p.filled(step) for step in (0, 250, 500, 1_000)] == [0.8, 0.4, 0.0, 0.0]
+    assert p.filled(499) > 0 and p.values(250)["train/filled"] == 0.4
+    assert "filled in: 0.8 of the open cells, down to 0 at step 500" in p.describe()
+    assert plan(1_000).filled(1) == 0.0 and "train/filled" not in plan(1_000).values(1)
+
+
+@pytest.mark.parametrize(
+    ("filled", "said"),
+    [
+        (0.7, r"curriculum\.filled: give \[SHARE,UNTIL\]"),
+        ([0.7], "give .SHARE,UNTIL."),
+        ([0.7, 0.5, 1], "give .SHARE,UNTIL."),
+        ([0, 0.5], "greater than 0"),
+        ([1.5, 0.5], "less than or equal to 1"),
+        ([0.7, "half"], "valid number"),
+    ],
+)
+def test_a_share_that_cannot_be_filled_in(filled, said):
+    with pytest.raises(ValueError, match=said):
+        TrainConfig(data_path="", curriculum={"filled": filled})
+
+
 def test_supervision_steps_make_the_run_shorter():
     config = TrainConfig(
         data_path="", global_batch_size=10, epochs=10, supervision_steps=4, lr_warmup_steps=0

@@ -102,8 +102,9 @@ LEARNED = {"halting": {"name": "q_learning", "replay_max_age": 6}}
         {"arch": {"name": "transformer", "hidden_size": 32, "num_heads": 2, "num_layers": 1}},
         {"halting": {"name": "fixed"}},
         {"arch": TRM | {"H_cycles": 2, "L_cycles": 2}, "curriculum": {"depth": [[0.2, 1, 1], [0.5, 1, 2]]}},
+        {"curriculum": {"filled": [0.7, 0.6]}, "supervision_steps": 2},
     ],
-    ids=["q_learning", "supervision_steps", "trm", "trm_mlp", "transformer", "fixed", "depth"],
+    ids=["q_learning", "supervision_steps", "trm", "trm_mlp", "transformer", "fixed", "depth", "filled"],
 )
 def test_every_kind_of_run_continues(config, change):
     config |= change

@@ -1,12 +1,17 @@
 """What one optimizer step hands to whom."""
 
+import numpy as np
 import pytest
 import torch
 
+from hrm_ray.batch import make_batch
 from hrm_ray.config.schema import TrainConfig
+from hrm_ray.data.sampler import PADDING
+from hrm_ray.errors import UserError
 from hrm_ray.models.act import IGNORE
 from hrm_ray.training.driver import run_folder
 from hrm_ray.training.hooks import Hooks
+from hrm_ray.training.launch import Launch
 from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.world import World
 from tests.toy import toy_config, toy_dataset
@@ -57,6 +62,49 @@ def test_supervision_steps_go_on_over_the_ends_of_optimizer_steps(tmp_path):
     for (batch, control), (other, other_control) in zip(several, single, strict=True):
         assert torch.equal(batch.inputs, other.inputs)
         assert torch.equal(control.draws, other_control.draws)
+
+
+def test_cells_are_filled_in_where_the_answer_is_known(tmp_path):
+    split, ids = toy_dataset(tmp_path / "data").split("train"), np.array([3, PADDING, 5])
+    filled = np.random.default_rng(0).random((3, 16)) < 0.5
+    plain, batch = (make_batch(split, ids, 0, filled=cells) for cells in (None, filled))
+    given = torch.from_numpy(filled) & (plain.labels != IGNORE)
+    assert torch.equal(batch.inputs, torch.where(given, plain.labels.int(), plain.inputs))
+    assert torch.equal(batch.labels, plain.labels) and batch.inputs.dtype == torch.int32
+    assert torch.equal(batch.inputs[1], plain.inputs[1]) and not torch.equal(batch.inputs, plain.inputs)
+
+
+def test_questions_are_filled_in_until_their_time_and_never_in_evaluations(tmp_path):
+    dataset = toy_dataset(tmp_path / "data")
+    values = toy_config(tmp_path / "data", tmp_path / "runs", supervision_steps=2, eval_interval=1)
+    parsed = TrainConfig(**values, curriculum={"filled": [1.0, 0.5]})
+    trainer = TrainingLoop(parsed, run_folder(parsed), World(), Hooks())
+    offered, asked = [], []
+    trainer.state.model.register_forward_pre_hook(
+        lambda module, args: (offered if module.training else asked).append(args[1])
+    )
+    trainer.train()
+    assert len(offered) == 24  # of 12 steps
+    shares = []
+    for supervision_step, batch in enumerate(offered, 1):
+        ids = trainer.stepper.sampler.ids(supervision_step)
+        plain = make_batch(dataset.split("train"), ids, 0)
+        is_open = (plain.labels != IGNORE) & (plain.labels != plain.inputs)
+        changed = batch.inputs != plain.inputs
+        assert not (changed & ~is_open).any() and torch.equal(batch.labels, plain.labels)
+        shares.append(float(changed.sum() / is_open.sum()))
+    expected = [1 - 2 * ((i // 2 + 1) / 12) for i in range(10)]  # linear in the optimizer steps
+    assert shares[:10] == pytest.approx(expected, abs=0.25) and shares[10:] == [0.0] * 14
+    test = make_batch(dataset.split("test"), np.arange(24), 0)
+    rows = {tuple(row.tolist()) for batch in asked for row in batch.inputs}
+    assert rows == {tuple(row.tolist()) for row in test.inputs}
+
+
+def test_what_is_no_question_filled_in_is_refused_before_anything_starts(tmp_path):
+    toy_dataset(tmp_path / "data")
+    values = toy_config(tmp_path / "data", tmp_path / "runs", curriculum={"filled": [0.7, 0.5]})
+    with pytest.raises(UserError, match=r"^curriculum\.filled: an answer of task tokens is not its question"):
+        Launch(TrainConfig(**values))
 
 
 @pytest.mark.parametrize("halting", ["act", "q_learning"])

@@ -90,14 +90,14 @@ FAMILY = [
     {},
     {"halting": {"name": "q_learning", "dqn_warmup_ratio": 0.3, "replay_max_age": 6}},
     {"supervision_steps": 3, "arch": {**TRM, "no_ACT_continue": False}},
-    {"arch": TRM | {"H_cycles": 2}, "curriculum": {"depth": [[0.4, 1, 1]]}},
+    {"arch": TRM | {"H_cycles": 2}, "curriculum": {"depth": [[0.4, 1, 1]], "filled": [0.7, 0.8]}},
 ]
 
 
 @pytest.mark.parametrize(
     ("change", "micro_batch_size"),  # of the four slots of each of two workers
     list(zip(FAMILY, (None, 3, 3, None), strict=True)),
-    ids=["act", "q_learning", "supervision_steps", "depth"],
+    ids=["act", "q_learning", "supervision_steps", "curriculum"],
 )
 def test_two_workers_equal_one(config, change, micro_batch_size):
     config |= change

@@ -198,6 +198,11 @@ def test_a_sweep_that_is_not_there():
             {"arch.hidden_size": [64, 128]},
             "every point .*is not a multiple of arch.num_heads=5",
         ),
+        (
+            "experiment=quickstart curriculum.filled=[0.7,0.5]",
+            {"lr": [1]},
+            "every point .*: an answer of task tokens is not its question with cells filled in",
+        ),
     ],
 )
 def test_points_are_checked_against_the_configuration_before_anything_starts(

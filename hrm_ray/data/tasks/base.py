@@ -47,6 +47,7 @@ class Task(ABC):
         pad_id, ignore_label_id, blank_identifier_id: as in the published data sets.
         is_recognised: whether arrays surely are of this family where `of_arrays` says so; if not, a user must name it.
         checkable: whether `is_solution` can tell right from wrong.
+        fillable: whether an answer is its question with cells filled in, so that training may give some of them away.
         cells: how its puzzles are written, for the reader of files; None: as `parse` says, one a line.
         keeps_spaces: whether a space is a cell like others.
         width: cells in a row where tokens are drawn; None: see `hrm_ray.data.drawing.row_width`.
@@ -65,6 +66,7 @@ class Task(ABC):
     blank_identifier_id: int = 0
     is_recognised: ClassVar[bool] = True
     checkable: bool = True
+    fillable: bool = False
     cells: Cells | None = None
     keeps_spaces: bool = False
     width: int | None = None

@@ -34,6 +34,7 @@ class Maze(WrittenTask):
 
     name = "maze"
     keeps_spaces = True
+    fillable = True
 
     def __init__(self, size: int = 30):
         if not 2 <= size <= LARGEST:

@@ -30,6 +30,7 @@ class Sudoku(WrittenTask):
     """See the module. `size` is 4, 6 or 9."""
 
     name = "sudoku"
+    fillable = True
     cells: Cells
 
     def __init__(self, size: int = 9):
