@@ -89,8 +89,11 @@ def plain_apply_rope(x_BNSK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-half_2, half_1), dim=-1) * sin).to(x_BNSK.dtype)
 
 
-def plain_cross_entropy(logits: Tensor, labels: Tensor, loss_type: losses.LossType) -> Tensor:
-    """In float64 for stablemax, as published."""
+def plain_cross_entropy(
+    logits: Tensor, labels: Tensor, loss_type: losses.LossType, label_smoothing: float = 0.0
+) -> Tensor:
+    """In float64 for stablemax, as published; without label smoothing."""
+    assert not label_smoothing
     if loss_type == "softmax_cross_entropy":
         return own_cross_entropy(logits, labels, loss_type)
     x = logits.to(torch.float64)

@@ -27,6 +27,8 @@ class LossConfig(Settings):
 
     loss_type: Literal["stablemax_cross_entropy", "softmax_cross_entropy"] = "stablemax_cross_entropy"
     """How the scores of a cell become probabilities, before their cross entropy."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target that is spread evenly over all tokens; 0: all of it is on the right one."""
 
 
 class ArchConfig(Settings):

@@ -123,7 +123,7 @@ def published_config(manifest: Manifest) -> dict[str, Any]:
     else:
         shared["data_path"] = data
     arch["name"] = published
-    arch["loss"] = {"name": LOSS_NAME, **arch["loss"]}
+    arch["loss"] = {"name": LOSS_NAME, "loss_type": manifest.arch.loss.loss_type}  # all that its head takes
     dtype = manifest.config.get("forward_dtype", "auto")
     arch["forward_dtype"] = "bfloat16" if dtype == "auto" else dtype
     return {"arch": arch, **shared}

@@ -4,7 +4,8 @@ Sums, not means: the caller divides by the *global* batch size, so that any numb
 gradient. Padding rows (no labelled cell) count nowhere.
 
 Source: Wang et al. 2025, arXiv:2506.21734, equations for the sequence-to-sequence and Q losses; stablemax from
-Prieto et al. 2025, arXiv:2501.04697.
+Prieto et al. 2025, arXiv:2501.04697; label smoothing from Szegedy et al. 2016, arXiv:1512.00567 (in recursive models:
+"Speed is Confidence", arXiv:2601.19085, which takes 0.2).
 """
 
 from typing import Literal
@@ -40,20 +41,29 @@ def log_stablemax_scores(logits: Tensor) -> Tensor:
     return logits.clamp(min=0).log1p() - F.relu(-logits).log1p()
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, loss_type: LossType) -> Tensor:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, loss_type: LossType, label_smoothing: float = 0.0
+) -> Tensor:
     """Cross entropy of every cell, 0 where the label is -100.
 
     Args:
         logits: [..., V] float32.
         labels: [...] int64.
         loss_type: over stablemax or over softmax.
+        label_smoothing: share of the target that lies evenly on all V tokens, also on those that no label is.
 
     Returns:
         [...] float32.
     """
     if loss_type == "stablemax_cross_entropy":
         logits = log_stablemax_scores(logits)
-    flat = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    flat = F.cross_entropy(
+        logits.flatten(0, -2),
+        labels.flatten(),
+        ignore_index=IGNORE,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
     return flat.view(labels.shape)
 
 
@@ -64,19 +74,22 @@ def count_right(tokens_BC: Tensor, labels_BC: Tensor) -> tuple[Tensor, Tensor]:
     return ((tokens_BC == labels_BC) & labelled).sum(-1), labelled.sum(-1)
 
 
-def act_loss(step: Step, loss_type: LossType) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+def act_loss(
+    step: Step, loss_type: LossType, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Loss of one ACT step, its metrics, and what of it is right.
 
     Returns:
         the loss (scalar, summed over slots), the metrics (float32 vector in the order of `METRICS`, summed;
-        accuracies and steps over the slots that halted at this step), and `count_right`.
+        accuracies and steps over the slots that halted at this step; `lm_loss` with its label smoothing), and
+        `count_right`.
     """
     labels, prediction = step.carry.batch.labels, step.prediction
     num_right, num_labelled = count_right(prediction.logits.argmax(-1), labels)
     is_puzzle = num_labelled > 0
     cell_weight = 1 / num_labelled.clamp(min=1)
 
-    lm_losses = cross_entropy(prediction.logits, labels, loss_type).sum(-1) * cell_weight
+    lm_losses = cross_entropy(prediction.logits, labels, loss_type, label_smoothing).sum(-1) * cell_weight
     with torch.no_grad():
         exact = num_right == num_labelled
         halted = (step.carry.halted & is_puzzle).float()

@@ -5,6 +5,7 @@ from typing import Any
 from hrm_ray.config.halting import halting_of
 from hrm_ray.config.optimizer import OPTIMIZERS
 from hrm_ray.config.schema import TrainConfig
+from hrm_ray.config.validate import Settings
 from hrm_ray.data.shards import Dataset
 from hrm_ray.errors import UserError
 from hrm_ray.storage.storage import Storage, numbered
@@ -42,8 +43,8 @@ def mismatch(checkpoint: Checkpoint, config: TrainConfig, dataset: Dataset) -> s
     there: dict[str, Any] = {"data set": manifest.dataset.fingerprint, "arch": manifest.arch.name}
     here: dict[str, Any] = {"data set": dataset.fingerprint, "arch": config.arch.name}
     if here["arch"] == there["arch"]:
-        there |= {f"arch.{key}": value for key, value in manifest.arch}
-        here |= {f"arch.{key}": value for key, value in config.arch}
+        there |= _by_key(manifest.arch, "arch.")
+        here |= _by_key(config.arch, "arch.")
     keys = ("seed", "global_batch_size", "supervision_steps", "ema")
     there |= {key: manifest.config.get(key, TrainConfig.model_fields[key].default) for key in keys}
     here |= {key: getattr(config, key) for key in keys}
@@ -58,6 +59,17 @@ def mismatch(checkpoint: Checkpoint, config: TrainConfig, dataset: Dataset) -> s
         if there[key] != here[key]:
             return f"{key}={str(there[key])[:40]}, not {str(here[key])[:40]}"
     return None
+
+
+def _by_key(settings: Settings, prefix: str) -> dict[str, Any]:
+    """The values of `settings` and of the settings inside it, by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in settings:
+        if isinstance(value, Settings):
+            found |= _by_key(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def set_aside(run: Storage) -> Storage:

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from hrm_ray.batch import make_batch
+from hrm_ray.config.arch import LossConfig
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.prefetch import Prefetcher
 from hrm_ray.data.sampler import Sampler, filled_cells, visit_draws
@@ -28,7 +29,7 @@ from hrm_ray.halting.base import Control, Moment
 from hrm_ray.models.act import ACT, Batch, Carry
 from hrm_ray.models.compiled import compile_recursion
 from hrm_ray.models.layers import Linear
-from hrm_ray.models.losses import METRICS, LossType, act_loss
+from hrm_ray.models.losses import METRICS, act_loss
 from hrm_ray.optim.sign_sgd import sparse_sign_sgd
 from hrm_ray.training.cuda_graph import Recordings, is_the_same
 from hrm_ray.training.plan import Plan
@@ -41,17 +42,16 @@ ReplayLoss = Callable[[Linear], Tensor]
 class LossModule(nn.Module):
     """ACT step and loss as one module, for DDP to wrap."""
 
-    def __init__(self, model: ACT, loss_type: LossType):
+    def __init__(self, model: ACT, loss: LossConfig):
         super().__init__()
-        self.model = model
-        self.loss_type: LossType = loss_type
+        self.model, self.loss = model, loss
 
     def forward(
         self, carry: Carry, batch: Batch, control: Control, replay_loss: ReplayLoss | None
     ) -> tuple[Tensor, Tensor, Carry, tuple[Tensor, Tensor]]:
         """The loss and metrics of one ACT step (see `act_loss`), the new carry, and `count_right`."""
         step = self.model(carry, batch, control)
-        loss, metrics, right = act_loss(step, self.loss_type)
+        loss, metrics, right = act_loss(step, self.loss.loss_type, self.loss.label_smoothing)
         if replay_loss is not None:
             replayed = replay_loss(self.model.inner.q_head)
             loss = loss + 0.5 * replayed
@@ -105,7 +105,7 @@ class Stepper:
             last=plan.last_step * config.supervision_steps,
         )
         self.device = next(state.model.parameters()).device
-        module: nn.Module = LossModule(state.model, config.arch.loss.loss_type)
+        module: nn.Module = LossModule(state.model, config.arch.loss)
         if world.size > 1:
             # After the first step DDP would rearrange its buckets, and thereby the order of summation: a
             # continued run would differ in its last bits. It does not if it looks for unused parameters.

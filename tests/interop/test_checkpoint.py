@@ -21,6 +21,7 @@ from hrm_ray.cli import main
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
 from hrm_ray.interop.checkpoint import export_checkpoint, import_checkpoint
+from hrm_ray.interop.config import LOSS_NAME
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import Checkpoint, find
 from hrm_ray.training.launch import train
@@ -634,11 +635,13 @@ def test_exported_trm_is_what_trm_reads(tmp_path, dataset, puzzle_emb_ndim, puzz
         return  # refused: it does not fit
     arch = {"name": "trm", **sizes, "pos_encodings": "learned"}
     arch |= {"puzzle_emb_ndim": puzzle_emb_ndim, "puzzle_emb_len": puzzle_emb_len}
+    arch |= {"loss": {"label_smoothing": 0.1}}  # which its loss head does not know
     values = toy_config(dataset.path, tmp_path, arch=arch, max_steps=1, ema=True, compile=False)
     train(TrainConfig(**values), show_progress=False)
     export_checkpoint(find(str(tmp_path / "toy")), tmp_path / "theirs")
     weights, config = read(tmp_path / "theirs")
     assert config.keys() >= REQUIRED_BY_TRM and config["arch"].keys() >= ARCH_REQUIRED_BY_TRM
+    assert config["arch"]["loss"] == {"name": LOSS_NAME, "loss_type": "stablemax_cross_entropy"}
     assert (
         config["data_paths"] == [str(dataset.path)] and config["ema"] is True and config["ema_rate"] == 0.999
     )

@@ -102,9 +102,13 @@ LEARNED = {"halting": {"name": "q_learning", "replay_max_age": 6}}
         {"arch": {"name": "transformer", "hidden_size": 32, "num_heads": 2, "num_layers": 1}},
         {"halting": {"name": "fixed"}},
         {"arch": TRM | {"H_cycles": 2, "L_cycles": 2}, "curriculum": {"depth": [[0.2, 1, 1], [0.5, 1, 2]]}},
-        {"curriculum": {"filled": [0.7, 0.6]}, "supervision_steps": 2},
+        {
+            "arch": ARCH | {"loss": {"label_smoothing": 0.2}},
+            "curriculum": {"filled": [0.7, 0.6]},
+            "supervision_steps": 2,
+        },
     ],
-    ids=["q_learning", "supervision_steps", "trm", "trm_mlp", "transformer", "fixed", "depth", "filled"],
+    ids=["q_learning", "supervision_steps", "trm", "trm_mlp", "transformer", "fixed", "depth", "easy"],
 )
 def test_every_kind_of_run_continues(config, change):
     config |= change
@@ -220,6 +224,10 @@ def test_longer_run_goes_on(config):
         ({"seed": 1}, "seed=0, not 1"),
         ({"global_batch_size": 16}, "global_batch_size=8, not 16"),
         ({"arch": {**ARCH, "H_cycles": 3}}, "arch.H_cycles=2, not 3"),
+        (
+            {"arch": {**ARCH, "loss": {"label_smoothing": 0.2}}},
+            r"arch\.loss\.label_smoothing=0\.0, not 0\.2",
+        ),
     ],
 )
 def test_another_run_is_not_continued(config, change, said):

@@ -90,7 +90,10 @@ FAMILY = [
     {},
     {"halting": {"name": "q_learning", "dqn_warmup_ratio": 0.3, "replay_max_age": 6}},
     {"supervision_steps": 3, "arch": {**TRM, "no_ACT_continue": False}},
-    {"arch": TRM | {"H_cycles": 2}, "curriculum": {"depth": [[0.4, 1, 1]], "filled": [0.7, 0.8]}},
+    {
+        "arch": TRM | {"H_cycles": 2, "loss": {"label_smoothing": 0.2}},
+        "curriculum": {"depth": [[0.4, 1, 1]], "filled": [0.7, 0.8]},
+    },
 ]
 
 
