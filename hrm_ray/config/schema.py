@@ -117,6 +117,8 @@ class TrainConfig(Settings):
     """Puzzles that a worker computes at once; null: all of its share."""
     supervision_steps: int = Field(default=1, gt=0, le=10**6)
     """ACT steps of every puzzle before one update, a batch each."""
+    supervised: Literal["all", "last"] = "all"
+    """Which of these have a loss: all, or the last one alone; the others then run without gradient."""
     drop_last: bool = True
     """Leave out what does not fill the last batch; false: take it as a smaller one."""
 
@@ -213,6 +215,11 @@ class TrainConfig(Settings):
     """Runs that belong together there; a sweep gives its name."""
     tensorboard: bool = True
     """Write files for TensorBoard."""
+
+    @property
+    def num_supervised_steps(self) -> int:
+        """ACT steps of an update that have a loss."""
+        return 1 if self.supervised == "last" else self.supervision_steps
 
     @model_validator(mode="after")
     def _depth_fits(self) -> "TrainConfig":

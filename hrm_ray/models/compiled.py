@@ -21,7 +21,15 @@ MAX_PROGRAMS = 64
 STANCE = "eager_on_recompile"
 
 
-def compile_recursion(model: ACT, carry: Carry, batch: Batch, control: Control, sizes: Sequence[int]) -> None:
+def compile_recursion(
+    model: ACT,
+    carry: Carry,
+    batch: Batch,
+    control: Control,
+    sizes: Sequence[int],
+    *,
+    without_gradient: bool = False,
+) -> None:
     """Compile every `ReasoningModule` of `model`, by ACT steps in training mode, forwards and backwards.
 
     No gradient and no weight changes. Sets torch's `recompile_limit` and `optimize_ddp` for this process.
@@ -29,6 +37,7 @@ def compile_recursion(model: ACT, carry: Carry, batch: Batch, control: Control, 
     Args:
         carry, batch, control: of a step.
         sizes: numbers of slots for which to compile, at most as many as the step has.
+        without_gradient: also compile for ACT steps that run wholly without one.
 
     Raises:
         Exception: whatever torch or the compiler say (see `reason`); the model is as before then.
@@ -44,7 +53,11 @@ def compile_recursion(model: ACT, carry: Carry, batch: Batch, control: Control, 
         with torch._inductor.config.patch(deterministic=True), torch.compiler.set_stance("default"):
             for size in sizes:
                 rows = slice(0, size)
-                prediction = model(carry.rows(rows), batch.rows(rows), control.rows(rows)).prediction
+                step = carry.rows(rows), batch.rows(rows), control.rows(rows)
+                if without_gradient:
+                    with torch.no_grad():
+                        model(*step)
+                prediction = model(*step).prediction
                 outputs = prediction.logits.sum() + prediction.q_halt.sum() + prediction.q_continue.sum()
                 torch.autograd.grad(outputs, list(model.parameters()), allow_unused=True)
     except Exception:

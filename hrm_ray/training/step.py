@@ -1,9 +1,13 @@
 """One optimizer step of one worker, from its place in the stream of examples to the moved weights.
 
 Every slot's puzzle goes one ACT step on (`supervision_steps` of them, `micro_batch_size` slots at a time), the losses
-of all slots of all workers are summed and divided by the global batch size, and the optimizers move. DDP *averages*
-gradients over the workers, so the loss of each is multiplied by their number first; then N workers do what one would do
+of all slots of all workers are summed and divided by their number, and the optimizers move. DDP *averages* gradients
+over the workers, so the loss of each is multiplied by the number of workers first; then N workers do what one would do
 on the same global batch.
+
+With `supervised=last` only the last of these ACT steps has a loss, and the others run without gradient: the loss of the
+Recursive Stem Model (arXiv:2603.15641). There every update also begins with new puzzles, which `halting=fixed` and
+`arch.halt_max_steps=N` beside `supervision_steps=N` do here, and a coin lets the gradient reach into the step before.
 """
 
 import time
@@ -59,11 +63,23 @@ class LossModule(nn.Module):
         return loss, metrics, step.carry, right
 
 
+class Call(NamedTuple):
+    """The arguments of `Stepper._learn`: what some slots keep and are offered, what decides about them, what is
+    recalled (None: nothing), and whether there is a loss."""
+
+    carry: Carry
+    batch: Batch
+    control: Control
+    recall: Any
+    is_supervised: bool
+
+
 class Learned(NamedTuple):
     """The results of an ACT step of some slots, other than the gradients of the weights.
 
     The loss (scalar) and the metrics (in the order of `METRICS`) are summed over the slots; `right` is `count_right` of
-    them, int64 [2, B]; `emb_rows` int32 [B] and `emb_gradients` [B, size] are for the puzzle embedding, or None.
+    them, int64 [2, B]; `emb_rows` int32 [B] and `emb_gradients` [B, size] are for the puzzle embedding, None if there
+    is none, or no loss.
     """
 
     loss: Tensor
@@ -154,7 +170,14 @@ class Stepper:
         )
         assert state.carry is not None
         sizes = {slots.stop - slots.start: None for slots in self._micro_batches(batch)}
-        compile_recursion(state.model, state.carry, batch, control, list(sizes))
+        compile_recursion(
+            state.model,
+            state.carry,
+            batch,
+            control,
+            list(sizes),
+            without_gradient=self.config.supervision_steps > self.config.num_supervised_steps,
+        )
 
     def record(self) -> None:
         """Record what the steps to come launch as CUDA graphs (one worker only); no weight changes.
@@ -164,22 +187,25 @@ class Stepper:
             Exception: any error of torch about something that cannot be recorded.
         """
         state, step = self.state, self.state.global_step + 1
-        supervision_step = (step - 1) * self.config.supervision_steps + 1
+        last = step * self.config.supervision_steps  # which is supervised
+        some = {last} if self._is_supervised(last - 1) else {last - 1, last}
         recordings = Recordings()
         try:
-            self._learn(*next(self._calls(step, supervision_step)))
+            self._learn(*next(self._calls(step, last)))
             for name, parameter in state.model.named_parameters():
                 if parameter.grad is None:  # zeros in its place would let the optimizer move it
                     raise RuntimeError(f"{name} has no gradient")
                 parameter.grad = torch.zeros_like(parameter)  # and there it stays
                 self._gradients.append(parameter.grad)
-            # After a warm-up of halting, and at another depth, it is another step.
-            for at, depth in product((step, self.plan.last_step), self.plan.depths(step)):
-                for carry, batch, control, recall in self._calls(at, supervision_step):
-                    args = carry, batch, control._replace(depth=depth), recall
-                    is_new = recordings.record(self._learn, *args)
-                    if is_new and not self._replays_the_same(recordings, *args):
-                        raise RuntimeError(f"replayed, a step of {len(args[1].inputs)} puzzles differs")
+            # After a warm-up of halting, at another depth, and without a loss, it is another step.
+            for at, depth, supervision_step in product(
+                (step, self.plan.last_step), self.plan.depths(step), sorted(some)
+            ):
+                for made in self._calls(at, supervision_step):
+                    call = made._replace(control=made.control._replace(depth=depth))
+                    is_new = recordings.record(self._learn, *call)
+                    if is_new and not self._replays_the_same(recordings, call):
+                        raise RuntimeError(f"replayed, a step of {len(call.batch.inputs)} puzzles differs")
         except Exception:
             self._gradients = []
             state.optimizer.zero_grad()
@@ -189,23 +215,21 @@ class Stepper:
         torch._foreach_zero_(self._gradients)
         self._recordings = recordings
 
-    def _replays_the_same(
-        self, recordings: Recordings, carry: Carry, batch: Batch, control: Control, recall: Any
-    ) -> bool:
+    def _replays_the_same(self, recordings: Recordings, call: Call) -> bool:
         """Whether a replay of the call after this one, with other puzzles and draws, does what `_learn` does.
 
         In a new run draws and memories change nothing yet that could be seen.
         """
-        after = self._learn(carry, batch, control, recall).carry
-        batch, control, recall = tree_map_only(Tensor, _other, (batch, control, recall))
+        after = self._learn(*call).carry
+        call = tree_map_only(Tensor, _other, call)
         after = after._replace(
             halted=torch.arange(len(after.halted), device=self.device) % 2 == 0,
-            batch=tree_map_only(Tensor, _other, batch),
+            batch=tree_map_only(Tensor, _other, call.batch),
         )
-        return is_the_same(recordings, self._learn, self._gradients, after, batch, control, recall)
+        return is_the_same(recordings, self._learn, self._gradients, *call._replace(carry=after))
 
     def _supervise(self, step: int, supervision_step: int, parts: list[Learned]) -> float:
-        """One ACT step of every slot and its gradient; the results are appended to `parts`.
+        """One ACT step of every slot, and its gradient if it is supervised; the results are appended to `parts`.
 
         Returns:
             seconds spent on data, draws included.
@@ -215,10 +239,10 @@ class Stepper:
         data_wait_s = time.perf_counter() - started
         state, num_before = self.state, len(parts)
         is_end = supervision_step % self.config.supervision_steps == 0
-        for i, args in enumerate(calls):
+        for i, call in enumerate(calls):
             is_last = is_end and i == len(calls) - 1
             with nullcontext() if is_last else self._without_reduction():
-                parts.append(self._recordings.replay(*args) or self._learn(*args))
+                parts.append(self._recordings.replay(*call) or self._learn(*call))
         state.carry = carry = Carry.cat([part.carry for part in parts[num_before:]])
         if state.learner is not None:
             num_right, num_labelled = torch.cat([part.right for part in parts[num_before:]], dim=1)
@@ -232,27 +256,37 @@ class Stepper:
             )
         return data_wait_s
 
-    def _calls(self, step: int, supervision_step: int) -> Iterator[tuple[Carry, Batch, Control, Any]]:
-        """The arguments of `_learn` for all slots."""
+    def _is_supervised(self, supervision_step: int) -> bool:
+        """Whether there is a loss."""
+        return self.config.supervised == "all" or supervision_step % self.config.supervision_steps == 0
+
+    def _calls(self, step: int, supervision_step: int) -> Iterator[Call]:
+        """Those for all slots."""
         state, batch = self.state, self.batch(supervision_step)
         assert state.carry is not None
         control = self.control(step, supervision_step)
         recall = state.learner.recall(self._moment(step, supervision_step)) if state.learner else None
         for slots in self._micro_batches(batch):
-            yield state.carry.rows(slots), batch.rows(slots), control.rows(slots), recall
+            kept, offered = state.carry.rows(slots), batch.rows(slots)
+            yield Call(kept, offered, control.rows(slots), recall, self._is_supervised(supervision_step))
             recall = None  # it is of all slots
 
-    def _learn(self, carry: Carry, batch: Batch, control: Control, recall: Any) -> Learned:
-        """One ACT step of some slots. Adds the gradients of their loss to those of the weights."""
+    def _learn(
+        self, carry: Carry, batch: Batch, control: Control, recall: Any, is_supervised: bool
+    ) -> Learned:
+        """One ACT step of some slots. If it is supervised, adds the gradients of their loss to those of the weights."""
         replay_loss: ReplayLoss | None = None
         if recall is not None:
             assert self.state.learner is not None
             replay_loss = partial(self.state.learner.loss, recall=recall, control=control)
-        loss, metrics, carry, right = self.module(carry, batch, control, replay_loss)
-        num_supervised = self.config.global_batch_size * self.config.supervision_steps
-        (loss * (self.world.size / num_supervised)).backward()
-        has_table = self.config.arch.puzzle_emb_ndim > 0
-        looked_up = self.state.model.inner.puzzle_emb.take_gradients() if has_table else (None, None)
+        with torch.set_grad_enabled(is_supervised):
+            loss, metrics, carry, right = self.module(carry, batch, control, replay_loss)
+        looked_up: tuple[Tensor | None, Tensor | None] = None, None
+        if is_supervised:
+            num_losses = self.config.global_batch_size * self.config.num_supervised_steps
+            (loss * (self.world.size / num_losses)).backward()
+            if self.config.arch.puzzle_emb_ndim:
+                looked_up = self.state.model.inner.puzzle_emb.take_gradients()
         return Learned(loss.detach(), metrics, carry, torch.stack(right), *looked_up)
 
     def _micro_batches(self, batch: Batch) -> list[slice]:
@@ -276,7 +310,8 @@ class Stepper:
         else:
             state.optimizer.zero_grad()
         if config.arch.puzzle_emb_ndim:
-            looked_up = zip(*((part.emb_rows, part.emb_gradients) for part in parts), strict=True)
+            supervised = [part for part in parts if part.emb_rows is not None]
+            looked_up = zip(*((part.emb_rows, part.emb_gradients) for part in supervised), strict=True)
             rows, gradients = (self._of_all_slots(torch.cat(some)) for some in looked_up)
             assert state.touched is not None
             state.touched[rows] = True
@@ -293,8 +328,8 @@ class Stepper:
         state.update_averages(config.ema_rate)
 
     def _of_all_slots(self, rows: Tensor) -> Tensor:
-        """All workers' rows, where `rows` has one a slot for each supervision step in turn."""
-        by_slot = rows.unflatten(0, (self.config.supervision_steps, -1)).transpose(0, 1)
+        """All workers' rows, where `rows` has one a slot for each supervised ACT step in turn."""
+        by_slot = rows.unflatten(0, (self.config.num_supervised_steps, -1)).transpose(0, 1)
         return self.world.gather(by_slot.contiguous(), self.config.global_batch_size).flatten(0, 1)
 
     def batch(self, supervision_step: int) -> Batch:

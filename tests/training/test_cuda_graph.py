@@ -37,6 +37,13 @@ CHANGES = {
     "micro-batches": {"micro_batch_size": 3},  # of eight slots: 3, 3, 2
     "q_learning": {"arch": TRM, "halting": Q_LEARNING, "micro_batch_size": 5},
     "supervision": {"supervision_steps": 2, "forward_dtype": "bfloat16"},
+    "last": {
+        "arch": TRM,
+        "halting": Q_LEARNING,
+        "supervision_steps": 2,
+        "supervised": "last",
+        "micro_batch_size": 5,
+    },
 }
 
 

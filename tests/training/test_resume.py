@@ -106,6 +106,7 @@ LEARNED = {"halting": {"name": "q_learning", "replay_max_age": 6}}
             "arch": ARCH | {"loss": {"label_smoothing": 0.2}},
             "curriculum": {"filled": [0.7, 0.6]},
             "supervision_steps": 2,
+            "supervised": "last",
         },
     ],
     ids=["q_learning", "supervision_steps", "trm", "trm_mlp", "transformer", "fixed", "depth", "easy"],

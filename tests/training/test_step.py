@@ -9,12 +9,14 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.sampler import PADDING
 from hrm_ray.errors import UserError
 from hrm_ray.models.act import IGNORE
+from hrm_ray.models.losses import METRICS, act_loss
+from hrm_ray.optim.sign_sgd import sparse_sign_sgd
 from hrm_ray.training.driver import run_folder
 from hrm_ray.training.hooks import Hooks
 from hrm_ray.training.launch import Launch
 from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.world import World
-from tests.toy import toy_config, toy_dataset
+from tests.toy import TRM, toy_config, toy_dataset
 
 
 def test_what_is_remembered_is_what_happened(tmp_path):
@@ -105,6 +107,52 @@ def test_what_is_no_question_filled_in_is_refused_before_anything_starts(tmp_pat
     values = toy_config(tmp_path / "data", tmp_path / "runs", curriculum={"filled": [0.7, 0.5]})
     with pytest.raises(UserError, match=r"^curriculum\.filled: an answer of task tokens is not its question"):
         Launch(TrainConfig(**values))
+
+
+@pytest.mark.parametrize("supervised", ["all", "last"])
+def test_gradients_are_those_of_the_supervised_steps(tmp_path, supervised):
+    """Against a plain loop: three ACT steps of every puzzle, each with its loss or the last one alone."""
+    toy_dataset(tmp_path / "data", num_identifiers=5)
+    arch = TRM | {"halt_max_steps": 3, "loss": {"label_smoothing": 0.1}}
+    more = {"supervision_steps": 3, "supervised": supervised, "halting": {"name": "fixed"}}
+    trainers = []
+    for name in ("taken", "plain"):
+        parsed = TrainConfig(**toy_config(tmp_path / "data", tmp_path / name, arch=arch, **more))
+        trainers.append(TrainingLoop(parsed, run_folder(parsed), World(), Hooks()))
+        trainers[-1].state.model.inner.puzzle_emb.weights.normal_(generator=torch.Generator().manual_seed(1))
+    taken, plain = trainers
+    gradients = {}
+
+    def note():
+        gradients.update({n: p.grad.clone() for n, p in taken.state.model.named_parameters()})
+
+    taken.state.optimizer.step = note
+    before = taken.state.model.inner.puzzle_emb.weights.clone()
+    outcome = taken.stepper.take(1)
+
+    model, carry, total = plain.state.model, plain.state.carry, torch.zeros(len(METRICS))
+    for supervision_step in (1, 2, 3):
+        is_supervised = supervised == "all" or supervision_step == 3
+        batch, control = plain.stepper.batch(supervision_step), plain.stepper.control(1, supervision_step)
+        with torch.set_grad_enabled(is_supervised):
+            step = model(carry, batch, control)
+            loss, metrics, _ = act_loss(step, "stablemax_cross_entropy", 0.1)
+        carry, total = step.carry, total + metrics
+        if is_supervised:
+            (loss / (8 if supervised == "last" else 24)).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, msg=name)
+    rows, emb_gradients = model.inner.puzzle_emb.take_gradients()
+    assert len(rows) == (8 if supervised == "last" else 24)
+    moved = before.clone()
+    sparse_sign_sgd(
+        moved, rows, emb_gradients, lr=1e-2 * taken.plan.lr_share(1), weight_decay=0.1, backend="auto"
+    )
+    torch.testing.assert_close(taken.state.model.inner.puzzle_emb.weights, moved)
+    torch.testing.assert_close(outcome.metrics, total)  # of all ACT steps
+    assert outcome.num_slots == 24 and outcome.metrics[METRICS.index("count")] == 8
+    for trainer in trainers:
+        trainer._close()
 
 
 @pytest.mark.parametrize("halting", ["act", "q_learning"])

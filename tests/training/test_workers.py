@@ -93,13 +93,15 @@ FAMILY = [
     {
         "arch": TRM | {"H_cycles": 2, "loss": {"label_smoothing": 0.2}},
         "curriculum": {"depth": [[0.4, 1, 1]], "filled": [0.7, 0.8]},
+        "supervision_steps": 3,
+        "supervised": "last",
     },
 ]
 
 
 @pytest.mark.parametrize(
     ("change", "micro_batch_size"),  # of the four slots of each of two workers
-    list(zip(FAMILY, (None, 3, 3, None), strict=True)),
+    list(zip(FAMILY, (None, 3, 3, 3), strict=True)),
     ids=["act", "q_learning", "supervision_steps", "curriculum"],
 )
 def test_two_workers_equal_one(config, change, micro_batch_size):
