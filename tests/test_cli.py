@@ -478,7 +478,14 @@ def sudoku_run(tmp_path) -> Path:
 
 def test_thinking_time_and_votes(sudoku_run, tmp_path, capsys):
     data, puzzle = f"data={tmp_path / 'sudoku'}", "1..............."
-    for words, steps in (([], 4), (["halt_max_steps=7"], 7), (["votes=3"], 12), (["halt=learned"], None)):
+    for words, steps in (
+        ([], 4),
+        (["halt_max_steps=7"], 7),
+        (["votes=3"], 12),
+        (["halt=learned"], None),
+        (["halt=learned", "halt_threshold=0.1"], 1),
+        (["halt=learned", "halt_threshold=0.9"], 4),
+    ):
         assert main(["eval", str(sudoku_run), data, *words, "--json"]) == 0
         metrics = json.loads(capsys.readouterr().out)
         assert metrics["eval/steps"] == steps or (steps is None and 1 <= metrics["eval/steps"] <= 4)

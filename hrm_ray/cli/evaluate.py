@@ -25,7 +25,7 @@ PLOTS = {".png": b"\x89PNG", ".svg": b"<?xml"}  # files of plots, and how they b
 
 
 USE = (  # words of `eval` and `solve`
-    "[halt=max|learned] [halt_max_steps=N] [votes=K] "
+    "[halt=max|learned] [halt_threshold=P] [halt_max_steps=N] [votes=K] "
     "[paths=K noise=S init_std=S select=vote|q|residual|first_halt|valid seed=N]"
 )
 

@@ -15,6 +15,9 @@ class Use(Settings):
 
     halt: Literal["max", "learned"] = "max"
     """When a puzzle ends: after halt_max_steps, or when its own Q head says so."""
+    halt_threshold: float = Field(default=0.5, gt=0, lt=1)
+    """Probability above which a Q head says so: of a right answer or, if it is trained to compare, of halting rather
+    than going on."""
     halt_max_steps: int | None = Field(default=None, gt=0, le=10**6)
     """ACT steps at most, also more than in training; null: as trained."""
     votes: int = Field(default=1, gt=0, le=10**6)

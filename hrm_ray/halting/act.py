@@ -48,8 +48,9 @@ class ACTHalting(Halting):
         assert control.draws is not None
         return self.is_done(prediction) & (steps_B >= control.draws)
 
-    def is_done(self, prediction: Prediction) -> Tensor:
-        return prediction.q_halt > (prediction.q_continue if self.looks_ahead else 0)
+    def halt_logit(self, prediction: Prediction) -> Tensor:
+        """With q_continue, of halting if both were drawn by their softmax; without, of a right answer."""
+        return prediction.q_halt - prediction.q_continue if self.looks_ahead else prediction.q_halt
 
 
 def min_halt_steps(

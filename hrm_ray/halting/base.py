@@ -6,6 +6,7 @@ functions of a `Moment`, so that a resumed run and any number of workers do the 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,9 +84,13 @@ class Halting:
         """Which slots halt after ACT step `steps_B`, besides those at the last; bool [B]."""
         return torch.zeros_like(steps_B, dtype=torch.bool)
 
-    def is_done(self, prediction: Prediction) -> Tensor:
-        """Which slots halt by their own Q head when the model is used; bool [B]."""
-        return prediction.q_halt > 0
+    def halt_logit(self, prediction: Prediction) -> Tensor:
+        """How much the Q head is for halting, as the logit of a probability, float32 [B]; here of a right answer."""
+        return prediction.q_halt
+
+    def is_done(self, prediction: Prediction, threshold: float = 0.5) -> Tensor:
+        """Which slots halt by their own Q head: those it is for with a probability above `threshold`; bool [B]."""
+        return self.halt_logit(prediction) > math.log(threshold / (1 - threshold))
 
     def learner(self, q_head: Linear, num_slots: int) -> Learner | None:
         """What a worker with `num_slots` keeps and learns from in training, besides the present step.

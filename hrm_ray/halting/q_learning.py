@@ -194,8 +194,9 @@ class QLearningHalting(Halting):
         halts = (advantage / temperature).sigmoid()
         return control.draws < (1 - epsilon) * halts + epsilon / 2
 
-    def is_done(self, prediction: Prediction) -> Tensor:
-        return prediction.q_halt > prediction.q_continue
+    def halt_logit(self, prediction: Prediction) -> Tensor:
+        """Of halting if both were drawn by the softmax of their values."""
+        return prediction.q_halt - prediction.q_continue
 
     def learner(self, q_head: Linear, num_slots: int) -> "QLearner":
         return QLearner(q_head, num_slots, self.config)

@@ -294,7 +294,7 @@ class Thinker:
         answer = Answer.of(step.prediction, step.carry.steps, with_logits=self.with_logits)
         if self.copies:
             answer = self.copies.undone(answer, number % self.use.votes)
-        halted = self.model.halting.is_done(step.prediction)
+        halted = self.model.halting.is_done(step.prediction, self.use.halt_threshold)
         valid, residual = torch.zeros_like(halted), torch.zeros_like(answer.q_halt)
         if questions is not None:
             assert self.is_solution is not None

@@ -1,9 +1,13 @@
 """Who decides when a slot halts, and how that is learned."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hrm_ray.halting.act import ACTHalting
 from hrm_ray.halting.base import Control, Halting
@@ -47,6 +51,24 @@ def test_fixed_never_halts_in_training_and_by_its_sign_in_use():
     says = prediction([9.0, -9.0], [0.0, 0.0])
     assert Halting().chooses(says, STEPS, control()).tolist() == [False, False]
     assert Halting().is_done(says).tolist() == [True, False]
+
+
+@settings(deadline=None)
+@given(st.floats(0.001, 0.999), st.lists(st.floats(-9, 9, width=32), min_size=2, max_size=2))
+def test_a_threshold_is_a_probability(threshold, values):
+    """Of q_halt by itself, or of q_halt against q_continue; 0.5 is what halting goes by if nothing is said."""
+    says = prediction(values[:1], values[1:])
+    alone, against = values[0], values[0] - values[1]
+    for halting, logit in (
+        (Halting(), alone),
+        (published(True), alone),
+        (published(False), against),
+        (QLearningHalting(QLearningConfig()), against),
+    ):
+        probability = 1 / (1 + math.exp(-logit))
+        assert halting.is_done(says).item() == halting.is_done(says, 0.5).item() == (logit > 0)
+        if abs(probability - threshold) > 1e-5:
+            assert halting.is_done(says, threshold).item() == (probability > threshold)
 
 
 def test_published_halts_greedily_but_not_before_the_drawn_minimum():

@@ -60,6 +60,19 @@ def test_every_step_and_where_the_q_head_would_halt():
     assert torch.equal(chosen, expected.learned.tokens)
 
 
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.7])
+def test_the_threshold_of_halting(threshold):
+    model, batch = model_and_batch()
+    answers = [kept["last"].answer for kept in Thinker(model).survey(batch, range(1, 5))]
+    sure = [(a.q_halt - a.q_continue).sigmoid()[:, 0] > threshold for a in answers[:-1]]
+    first = torch.stack([*sure, torch.ones(8, dtype=torch.bool)]).int().argmax(0)
+    stopped = think(model, batch, halt="learned", halt_threshold=threshold).last
+    assert torch.equal(stopped.steps, first + 1) and 4 < stopped.steps.sum() < 32
+    assert torch.equal(think(model, batch, halt_threshold=threshold).learned.steps, first + 1)
+    tokens = torch.cat([a.tokens for a in answers], 1)[torch.arange(8), first]
+    assert torch.equal(stopped.tokens, tokens)
+
+
 def test_finished_puzzles_are_not_computed():
     model, batch = model_and_batch()
     sizes = []
@@ -282,6 +295,7 @@ def test_a_model_that_cannot():
         ({"init_std": float("nan")}, "init_std=nan"),
         ({"paths": 4}, "paths=4 are all alike without noise; give noise= or init_std="),
         ({"paths": 0, "noise": 1}, "paths=0"),
+        ({"halt_threshold": 1}, "halt_threshold=1: .*less than 1"),
         ({"select": "best"}, "select='best'"),
     ],
 )
