@@ -24,6 +24,7 @@ def toy_dataset(
     vocab_size: int = VOCAB_SIZE,
     seq_len: int = SEQ_LEN,
     kind: type[Tokens] = Tokens,
+    is_rated: bool = False,
 ) -> Dataset:
     """Random tokens; the answer is the question read backwards, every eighth cell not labelled."""
     rng = np.random.default_rng(seed)
@@ -39,7 +40,8 @@ def toy_dataset(
             split = writer.split(name, task, cuts)
             identifiers = rng.integers(0, num_identifiers, count, dtype=np.int32)
             puzzles = np.arange(count)
-            split.add(inputs, labels, identifiers, puzzles, puzzles // puzzles_per_group)
+            groups = puzzles // puzzles_per_group
+            split.add(inputs, labels, identifiers, puzzles, groups, groups * 7 % 11 if is_rated else None)
             splits[name] = split.finish()
         manifest = Manifest(
             task=task.name,

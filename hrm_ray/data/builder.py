@@ -23,6 +23,7 @@ class Examples(NamedTuple):
         inputs, labels: uint8 [n, seq_len].
         identifiers: int32 [n], numbers of the puzzle identifiers.
         puzzles, groups: int64 [n], ascending; gaps are closed when they are written.
+        ratings: int64 [n], how hard each is; None, for all of a split, if nobody has rated them.
     """
 
     inputs: np.ndarray
@@ -30,6 +31,7 @@ class Examples(NamedTuple):
     identifiers: np.ndarray
     puzzles: np.ndarray
     groups: np.ndarray
+    ratings: np.ndarray | None = None
 
 
 class Part(NamedTuple):

@@ -3,6 +3,7 @@
     DIR/manifest.json            what the data is, and rows, bytes and SHA-256 of every shard; written last
     DIR/SPLIT/shard-NNNNN.arrow  one record batch; inputs, labels: fixed_size_list<uint8>[seq_len],
                                  puzzle_identifier, puzzle, group: int32
+                                 and in some data sets rating: int64, how hard the puzzle is
 
 An example is a row. A puzzle is a run of rows with the same `puzzle`, a group a run of puzzles with the same
 `group`; both count up from 0 through the split, and a shard begins and ends with whole groups. So `puzzle_starts`
@@ -38,6 +39,7 @@ OUR_FILES = re.compile(
     + UNFINISHED
 )
 IDS = ("puzzle_identifier", "puzzle", "group")
+RATING = "rating"
 
 
 class File(Settings):
@@ -120,12 +122,13 @@ def parse_manifest(content: bytes, where: str, mend: str) -> Manifest:
     return validated(Manifest, values, where)
 
 
-def schema(seq_len: int) -> pa.Schema:
+def schema(seq_len: int, *, is_rated: bool = False) -> pa.Schema:
     """The columns of a shard."""
     tokens = pa.list_(pa.field("item", pa.uint8(), nullable=False), seq_len)
     return pa.schema(
         [pa.field(name, tokens, nullable=False) for name in ("inputs", "labels")]
         + [pa.field(name, pa.int32(), nullable=False) for name in IDS]
+        + [pa.field(RATING, pa.int64(), nullable=False)] * is_rated
     )
 
 

@@ -108,7 +108,8 @@ def _write(writer: DatasetWriter, builder: Builder, part: Part, recipe: Recipe) 
 def _is_of(manifest: Manifest, recipe: Recipe, digest: str) -> bool:
     """Whether a dataset was built from this recipe and source, wherever the source lay."""
     wanted = recipe.model_dump(mode="json")
-    same = {**manifest.recipe, "source": None} == {**wanted, "source": None}
+    defaults = type(recipe).model_construct().model_dump(mode="json")  # of keys that recipes did not have yet
+    same = defaults | manifest.recipe | {"source": None} == wanted | {"source": None}
     return same and manifest.source_digest == digest
 
 

@@ -77,6 +77,7 @@ class RowBuilder(Builder):
         num_copies: of every training puzzle, beside the original.
         generated_per_task: puzzles that a Ray task makes.
         copies_on_ray: whether making them takes longer than sending them between processes; else threads make them.
+        keeps_ratings: whether the data set has those of its source.
     """
 
     recipe: RowRecipe
@@ -85,6 +86,7 @@ class RowBuilder(Builder):
     num_copies: int = 0
     generated_per_task: int = 512
     copies_on_ray: bool = True
+    keeps_ratings: bool = False
 
     def __init__(self, recipe: RowRecipe):
         super().__init__(recipe)
@@ -255,18 +257,22 @@ class RowBuilder(Builder):
     def _part(self, name: str, rows: Rows, num_copies: int, in_test: RowSet | None, workers: Workers) -> Part:
         """Each row is a group, followed by its copies. Copies that are in `in_test` are dropped and counted."""
         blocks = self._augmented(rows, num_copies, in_test, f"write {name}", workers)
-        return Part(
-            name, np.full(len(rows), 1 + num_copies), self._numbered(blocks, len(rows) * (1 + num_copies))
-        )
+        num_made = len(rows) * (1 + num_copies)
+        ratings = rows.ratings if self.keeps_ratings else None
+        return Part(name, np.full(len(rows), 1 + num_copies), self._numbered(blocks, num_made, ratings))
 
     def _numbered(
-        self, blocks: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]], num_made: int
+        self,
+        blocks: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]],
+        num_made: int,
+        ratings: np.ndarray | None,
     ) -> Iterator[Examples]:
-        """Every row is a puzzle of its own."""
+        """Every row is a puzzle of its own; `ratings` are those of groups."""
         num_written = 0
         for inputs, labels, groups in blocks:
             puzzles = np.arange(num_written, num_written + len(groups))
-            yield Examples(inputs, labels, np.zeros(len(groups), np.int32), puzzles, groups)
+            rated = None if ratings is None else ratings[groups]
+            yield Examples(inputs, labels, np.zeros(len(groups), np.int32), puzzles, groups, rated)
             num_written += len(groups)
         self._num_examples_in_test += num_made - num_written
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from hrm_ray.cache import cache_dir
 from hrm_ray.data.fetch import local_root
 from hrm_ray.data.files import sha256
-from hrm_ray.data.format import IDS, File, Manifest, SplitInfo, parse_manifest, schema, to_tokens
+from hrm_ray.data.format import IDS, RATING, File, Manifest, SplitInfo, parse_manifest, schema, to_tokens
 from hrm_ray.data.tasks.base import Task, get_task
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.manifest import MANIFEST
@@ -50,7 +50,7 @@ class Split:
             raise UserError(f"{self._root}/{damage[0]}; {_mend(self._root)}")
 
     @cached_property
-    def _shards(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    def _shards(self) -> list[tuple[np.ndarray, ...]]:
         views = []
         for shard in self.info.shards:
             batch = read_batch(self._root / shard.file, self._seq_len)
@@ -59,7 +59,8 @@ class Split:
                     f"{self._root / shard.file} has {batch.num_rows} rows, not {shard.rows}; {_mend(self._root)}"
                 )
             tokens = [to_tokens(batch[name]) for name in ("inputs", "labels")]
-            views.append((*tokens, *(batch[name].to_numpy() for name in IDS)))
+            numbers = (batch[name].to_numpy() for name in (*IDS, RATING) if name in batch.schema.names)
+            views.append((*tokens, *numbers))
         return views
 
     def _column(self, index: int) -> np.ndarray:
@@ -74,6 +75,13 @@ class Split:
     def group_starts(self) -> np.ndarray:
         """int64[num_groups + 1]: group g owns puzzles group_starts[g]..group_starts[g + 1]."""
         return _starts(self._column(4)[self.puzzle_starts[:-1]])
+
+    @cached_property
+    def ratings(self) -> np.ndarray | None:
+        """int64[num_groups]: how hard the puzzles of each group are, the higher the harder; None: nobody rated them."""
+        if any(len(shard) == 5 for shard in self._shards):
+            return None
+        return self._column(5)[self.puzzle_starts[self.group_starts[:-1]]]
 
     def rows(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """The examples `ids` (integers [n], any order, repeats allowed), copied out of the mapped files.
@@ -173,7 +181,8 @@ def read_batch(file: Path, seq_len: int) -> pa.RecordBatch:
     try:
         with pa.memory_map(str(file)) as source:
             reader = pa.ipc.open_file(source)
-            if reader.schema != schema(seq_len) or reader.num_record_batches != 1:
+            known = schema(seq_len), schema(seq_len, is_rated=True)
+            if reader.schema not in known or reader.num_record_batches != 1:
                 raise UserError(f"{file} is damaged: not one batch of the expected columns; {_mend(file)}")
             batch = reader.get_batch(0)
             batch.validate(full=True)

@@ -152,7 +152,8 @@ class Source:
         bad.reading(file)
         if ratings and not file.has_ratings:
             raise UserError(
-                f"{file.path} has no column 'rating', which min_difficulty needs; pass rate=true to compute it"
+                f"{file.path} has no column 'rating', which min_difficulty and keep_ratings need; pass rate=true to "
+                "compute it"
             )
         empty = True
         for chunk in file.chunks(skips=bad.skip):

@@ -18,7 +18,17 @@ import numpy as np
 import pyarrow as pa
 
 from hrm_ray.data.files import ComparingFile, HashingFile, delete_matching, write_durably, writing
-from hrm_ray.data.format import OUR_FILES, UNFINISHED, File, Manifest, Shard, SplitInfo, from_tokens, schema
+from hrm_ray.data.format import (
+    IDS,
+    OUR_FILES,
+    UNFINISHED,
+    File,
+    Manifest,
+    Shard,
+    SplitInfo,
+    from_tokens,
+    schema,
+)
 from hrm_ray.data.shards import read_manifest
 from hrm_ray.data.tasks.base import Task
 from hrm_ray.data.verify import verify, wrong_tokens
@@ -83,6 +93,7 @@ class SplitWriter:
         identifiers: np.ndarray,
         puzzles: np.ndarray,
         groups: np.ndarray,
+        ratings: np.ndarray | None = None,
     ) -> None:
         """Append rows, which must not change until the split is finished.
 
@@ -90,6 +101,7 @@ class SplitWriter:
             inputs, labels: uint8[n, seq_len].
             identifiers: int32[n].
             puzzles, groups: int64[n], ascending from call to call; gaps close (files count up without any).
+            ratings: int64[n], of all rows of the split, or None.
 
         Raises:
             UserError: a shard before could not be written, or its rows are not of the task.
@@ -100,7 +112,8 @@ class SplitWriter:
             if stop > start:
                 part = slice(start, stop)
                 tokens = np.ascontiguousarray(inputs[part]), np.ascontiguousarray(labels[part])
-                self._pending.append((*tokens, identifiers[part], puzzles[part], groups[part]))
+                rated = [] if ratings is None else [ratings[part]]
+                self._pending.append((*tokens, identifiers[part], puzzles[part], groups[part], *rated))
             if stop < len(groups):
                 self._flush()
                 self._shard += 1
@@ -111,13 +124,14 @@ class SplitWriter:
             return
         inputs, labels, *ids = zip(*self._pending, strict=True)
         self._pending = []
-        identifiers, puzzles, groups = map(np.concatenate, ids)
+        identifiers, puzzles, groups, *rated = map(np.concatenate, ids)
         starts_puzzle = np.diff(puzzles, prepend=self._last[0]) != 0
         starts_group = np.diff(groups, prepend=self._last[1]) != 0
         numbers = [
             pa.array(identifiers, pa.int32()),
             pa.array(self._num_puzzles - 1 + np.cumsum(starts_puzzle), pa.int32()),
             pa.array(self._num_groups - 1 + np.cumsum(starts_group), pa.int32()),
+            *(pa.array(ratings, pa.int64()) for ratings in rated),
         ]
         self._last = (puzzles[-1], groups[-1])
         self._num_examples += len(puzzles)
@@ -152,7 +166,7 @@ def _write_shard(
 
     Args:
         inputs, labels: uint8 [some, seq_len] each, to be joined.
-        numbers: the columns `format.IDS`.
+        numbers: the columns `format.IDS`, and that of ratings if there is one.
     """
     assert all(part.dtype == np.uint8 and part.shape[1:] == (task.seq_len,) for part in (*inputs, *labels))
     first_row = 0
@@ -168,7 +182,9 @@ def _write_shard(
         column.values.buffers()[1].address: parts
         for column, parts in zip(columns, (inputs, labels), strict=True)
     }
-    batch = pa.record_batch([*columns, *numbers], schema=schema(task.seq_len))
+    batch = pa.record_batch(
+        [*columns, *numbers], schema=schema(task.seq_len, is_rated=len(numbers) > len(IDS))
+    )
     with writing(root):
         written = HashingFile(root / file)
         _put(batch, dict(parts_of), written)

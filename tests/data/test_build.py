@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hrm_ray.data import pipeline
 from hrm_ray.data.pipeline import build
 from hrm_ray.data.recipe import load_recipe
 from hrm_ray.data.shards import open_dataset
@@ -122,6 +123,35 @@ def test_selection(tmp_path, folder, ray_cluster):
     run(tmp_path / "b", folder, subsample_size=20, min_difficulty=30, seed=2)
     assert texts(rows(tmp_path / "b", "train")["inputs"]) != texts(rows(tmp_path / "a", "train")["inputs"])
     assert texts(rows(tmp_path / "b", "test")["inputs"]) == texts(rows(tmp_path / "a", "test")["inputs"])
+
+
+def test_ratings_are_kept_where_that_is_asked_for(tmp_path, folder, ray_cluster):
+    lines = [line.split(",") for line in (folder / "train.csv").read_text().splitlines()[1:]]
+    rating_of = {question: int(rating) for _, question, _, rating in lines}
+    run(tmp_path / "kept", folder, subsample_size=20, num_aug=3, keep_ratings=True, rows_per_shard=30)
+    split = open_dataset(tmp_path / "kept").split("train")
+    firsts = split.puzzle_starts[split.group_starts[:-1]]
+    asked = texts(rows(tmp_path / "kept", "train")["inputs"][firsts])
+    assert split.ratings.tolist() == [rating_of[text] for text in asked] and len(split.info.shards) > 1
+    assert (
+        verify(tmp_path / "kept") == [] and len(open_dataset(tmp_path / "kept").split("test").ratings) == 21
+    )
+
+    run(tmp_path / "solved", folder, keep_ratings=True, rate=True)
+    guesses = TASK.solve(rows(tmp_path / "solved", "train")["inputs"])[2]
+    assert open_dataset(tmp_path / "solved").split("train").ratings.tolist() == guesses.tolist()
+
+    manifest = run(tmp_path / "plain", folder, subsample_size=20)
+    assert open_dataset(tmp_path / "plain").split("train").ratings is None
+    older = {
+        key: value for key, value in manifest.recipe.items() if key != "keep_ratings"
+    }  # before there was one
+    manifest = manifest.model_copy(update={"recipe": older})
+    for keeps, same in ((None, True), (True, False)):
+        wanted = recipe(folder, subsample_size=20, keep_ratings=keeps)
+        assert pipeline._is_of(manifest, wanted, manifest.source_digest) == same
+    with pytest.raises(ValueError, match="'keep_ratings' does nothing with source=generator"):
+        SudokuRecipe(source="generator", size=4, num_clues=6, num_train=1, num_test=0, keep_ratings=True)
 
 
 def test_source_without_test_part_is_split(tmp_path, folder, ray_cluster):

@@ -149,7 +149,7 @@ def test_unusable_files(tmp_path):
     assert "has no column 'question' (it has: puzzle, solution)" in message(
         csv(tmp_path, "1,2", header="puzzle,solution")
     )
-    assert "has no column 'rating', which min_difficulty needs; pass rate=true" in message(
+    assert "has no column 'rating', which min_difficulty and keep_ratings need; pass rate=true" in message(
         csv(tmp_path, SOLVED, header="question"), ratings=True
     )
     (tmp_path / "binary.csv").write_bytes(b"question,answer\n\xff\xfe,\x00\n")

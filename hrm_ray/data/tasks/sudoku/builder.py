@@ -32,6 +32,8 @@ class SudokuRecipe(RowRecipe):
     """Leave out puzzles rated lower."""
     rate: bool = False
     """Rate by the solver (number of guesses) instead of the source's rating."""
+    keep_ratings: bool | None = None
+    """Write the ratings into the data set, for curriculum.rating."""
 
     def make_task(self) -> Sudoku:
         return Sudoku(self.size)
@@ -40,7 +42,7 @@ class SudokuRecipe(RowRecipe):
         return *super().of_generator(), "num_clues"
 
     def of_files(self) -> tuple[str, ...]:
-        return *super().of_files(), "min_difficulty"
+        return *super().of_files(), "min_difficulty", "keep_ratings"
 
     @model_validator(mode="after")
     def _clues_fit(self) -> Self:
@@ -60,11 +62,11 @@ class SudokuBuilder(RowBuilder, recipe=SudokuRecipe):
 
     def __init__(self, recipe: SudokuRecipe):
         super().__init__(recipe)
-        self.num_copies = recipe.num_aug
+        self.num_copies, self.keeps_ratings = recipe.num_aug, bool(recipe.keep_ratings)
 
     def read(self, source: Source, part: str, workers: Workers) -> Iterator[Rows]:
         recipe = self.recipe
-        by_source = recipe.min_difficulty is not None and not recipe.rate
+        by_source = (recipe.min_difficulty is not None or self.keeps_ratings) and not recipe.rate
         chunks = source.read(part, self.task, self.bad, ratings=by_source)
         if recipe.rate:
             chunks = iter([Rows.concat(list(chunks), self.task.seq_len)])
@@ -79,7 +81,7 @@ class SudokuBuilder(RowBuilder, recipe=SudokuRecipe):
         return rows if self.recipe.rate else self._solve(rows, file, label, workers)  # rating has solved them
 
     def _solve(self, rows: Rows, file: Path, label: str, workers: Workers) -> Rows:
-        """Fill in the answers and ratings; rows without exactly one solution go to `bad`."""
+        """Fill in the answers and, if the solver rates, the ratings; rows without exactly one solution go to `bad`."""
         if not len(rows):
             return rows
         per_task = int(np.clip(len(rows) // 64, 256, 16_384))
@@ -88,7 +90,8 @@ class SudokuBuilder(RowBuilder, recipe=SudokuRecipe):
         solved = list(workers.map(partial(_solve_block, self.task), blocks, total=len(rows), label=label))
         answers = np.concatenate([to_tokens(block["answers"]) for block in solved])
         num_solutions = np.concatenate([block["num_solutions"].to_numpy() for block in solved])
-        ratings = np.concatenate([block["num_guesses"].to_numpy() for block in solved])
+        num_guesses = np.concatenate([block["num_guesses"].to_numpy() for block in solved])
+        ratings = num_guesses if self.recipe.rate else rows.ratings
         for i in np.flatnonzero(num_solutions != 1):
             reason = "no solution" if num_solutions[i] == 0 else "several solutions"
             text = self.task.to_text(rows.questions[i])
