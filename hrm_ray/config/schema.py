@@ -6,7 +6,7 @@ are types, ranges and the checks across keys, all of which fail before Ray start
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from hrm_ray.config.arch import DEFAULT_ARCH, Arch, arch_class
 from hrm_ray.config.halting import HALTINGS, Halting
@@ -68,6 +68,9 @@ class CurriculumConfig(Settings):
     filled: tuple[Share, Share] | None = None
     """[SHARE, UNTIL]: this share of the cells that a question leaves open is filled in from its answer at the start,
     on average, less and less then, and none from this share of the run on. Never in evaluations. null: none."""
+    rating: tuple[Share, Share] | None = None
+    """[SHARE, UNTIL]: only this share of the training puzzles, the easiest, are taken at the start, more and more
+    then, and all from this share of the run on. null: all."""
 
     @model_validator(mode="after")
     def _shares_rise(self) -> "CurriculumConfig":
@@ -76,11 +79,11 @@ class CurriculumConfig(Settings):
             raise ValueError(f"curriculum.depth: its shares of the run must rise, {shares} do not")
         return self
 
-    @field_validator("filled", mode="before")
+    @field_validator("filled", "rating", mode="before")
     @classmethod
-    def _filled_is_a_pair(cls, value: Any) -> Any:
+    def _is_a_pair(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None and not (isinstance(value, (list, tuple)) and len(value) == 2):
-            raise ValueError("curriculum.filled: give [SHARE,UNTIL], such as [0.7,0.5], or null")
+            raise ValueError(f"curriculum.{info.field_name}: give [SHARE,UNTIL], such as [0.7,0.5], or null")
         return value
 
 

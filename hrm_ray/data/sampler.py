@@ -4,7 +4,13 @@ An epoch visits every group once, in an order drawn for that epoch, takes one pu
 all of the puzzle's examples. The epochs follow one another in an endless stream; step s (counted from 1) takes
 its positions (s-1)*B .. s*B. The published loader differs in one point: it cuts a puzzle's examples at a batch's
 end and drops the rest, where here they go on in the next batch.
+
+Of a share of the easiest groups (`curriculum.rating`) each is visited more often instead: a step with the share p maps
+every group, by its rank in difficulty, onto the first p of them. An epoch stays as long, and at p = 1 its order is that
+without a curriculum.
 """
+
+from functools import cached_property
 
 import numpy as np
 
@@ -32,23 +38,52 @@ class Sampler:
         sizes = np.diff(self._puzzle_starts)
         # Puzzles of one size make epochs of one length, so that any position is found without a search.
         self._epoch_length = int(sizes[0]) * (len(self._group_starts) - 1) if np.ptp(sizes) == 0 else None
+        self._split = split
         self._epoch_ends = [0]  # of the epochs looked at so far, when their lengths differ
+        self._orders: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0, np.int64), np.empty(0, np.uint64))
         self._cached: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The groups of `epoch` in order, int64, and for each a random number that chooses its puzzle, uint64."""
+        if self._orders[0] != epoch:
+            num_groups = len(self._group_starts) - 1
+            groups = np.argsort(words(self._seed, Purpose.GROUP_ORDER, epoch, num_groups), kind="stable")
+            self._orders = epoch, groups, words(self._seed, Purpose.PUZZLE_CHOICE, epoch, num_groups)
+        return self._orders[1:]
+
+    def _chosen(self, groups: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """A puzzle of each of `groups`, int64."""
+        num_puzzles = self._group_starts[groups + 1] - self._group_starts[groups]
+        return self._group_starts[groups] + (draws % num_puzzles.astype(np.uint64)).astype(np.int64)
 
     def _epoch(self, epoch: int) -> np.ndarray:
         """Example ids of `epoch` in order, int64."""
         if self._cached[0] == epoch:
             return self._cached[1]
-        num_groups = len(self._group_starts) - 1
-        groups = np.argsort(words(self._seed, Purpose.GROUP_ORDER, epoch, num_groups), kind="stable")
-        num_puzzles = self._group_starts[groups + 1] - self._group_starts[groups]
-        draws = words(self._seed, Purpose.PUZZLE_CHOICE, epoch, num_groups)
-        puzzles = self._group_starts[groups] + (draws % num_puzzles.astype(np.uint64)).astype(np.int64)
+        puzzles = self._chosen(*self._order(epoch))
         starts = self._puzzle_starts[puzzles]
         sizes = self._puzzle_starts[puzzles + 1] - starts
         within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         self._cached = (epoch, np.repeat(starts, sizes) + within)
         return self._cached[1]
+
+    @cached_property
+    def _by_rating(self) -> tuple[np.ndarray, np.ndarray]:
+        """The groups from easy to hard, and the place of each in that order, int64 both."""
+        assert self._split.ratings is not None and self._epoch_length is not None
+        groups = np.argsort(self._split.ratings, kind="stable")
+        return groups, np.argsort(groups)
+
+    def _easier(self, epoch: int, offset: int, count: int, share: float) -> np.ndarray:
+        """As `_epoch`, at most `count` ids from `offset` on, of the easiest `share` of the groups."""
+        assert self._epoch_length is not None
+        size = self._epoch_length // (len(self._group_starts) - 1)
+        places = np.arange(offset, min(offset + count, self._epoch_length))
+        groups, draws = (values[places // size] for values in self._order(epoch))
+        by_rating, rank = self._by_rating
+        num_easy = max(1, round(share * len(rank)))
+        groups = by_rating[rank[groups] * num_easy // len(rank)]
+        return self._puzzle_starts[self._chosen(groups, draws)] + places % size
 
     def _locate(self, position: int) -> tuple[int, int]:
         """(epoch, offset in it) of a position of the stream."""
@@ -59,8 +94,12 @@ class Sampler:
         epoch = int(np.searchsorted(self._epoch_ends, position, side="right")) - 1
         return epoch, position - self._epoch_ends[epoch]
 
-    def ids(self, step: int) -> np.ndarray:
-        """Example ids of the global batch of `step` (from 1), int64 [global_batch_size]; `PADDING` after the end."""
+    def ids(self, step: int, share: float = 1.0) -> np.ndarray:
+        """Example ids of the global batch of `step` (from 1), int64 [global_batch_size]; `PADDING` after the end.
+
+        Args:
+            share: of the groups, the easiest, from which they are.
+        """
         first = (step - 1) * self._global_batch_size
         last = first + self._global_batch_size
         if self._num_examples is not None:
@@ -69,7 +108,10 @@ class Sampler:
         filled, wanted = 0, last - first
         while filled < wanted:
             epoch, offset = self._locate(first + filled)
-            part = self._epoch(epoch)[offset : offset + wanted - filled]
+            if share < 1:
+                part = self._easier(epoch, offset, wanted - filled, share)
+            else:
+                part = self._epoch(epoch)[offset : offset + wanted - filled]
             ids[filled : filled + len(part)] = part
             filled += len(part)
         return ids

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset, Split
 from hrm_ray.errors import UserError
@@ -78,6 +80,9 @@ class Plan:
         if config.curriculum.filled:
             share, until = config.curriculum.filled
             lines.append(f"filled in: {share:g} of the open cells, down to 0 at step {self._ends(until)}")
+        if config.curriculum.rating:
+            share, until = config.curriculum.rating
+            lines.append(f"the easiest {share:g} of the puzzles, up to all at step {self._ends(until)}")
         return lines + config.halting.describe(self.total_steps)
 
     def _ends(self, ratio: float) -> int:
@@ -133,6 +138,16 @@ class Plan:
         share, until = self.config.curriculum.filled
         return anneal(step, self.total_steps, start=share, end=0.0, ratio=until, shape="linear")
 
+    def easiest(self, step: int) -> float:
+        """Share of the training puzzles, the easiest, from which those of `step` are.
+
+        Curriculum learning (Bengio et al. 2009), by a rating that the data set has.
+        """
+        if self.config.curriculum.rating is None:
+            return 1.0
+        share, until = self.config.curriculum.rating
+        return anneal(step, self.total_steps, start=share, end=1.0, ratio=until, shape="linear")
+
     @property
     def num_examples(self) -> int | None:
         """End of the stream of examples if the last batch may be partial, else None."""
@@ -168,6 +183,8 @@ class Plan:
             values["train/weight_decay"] = self.weight_decay(step)
         if self.config.curriculum.filled:
             values["train/filled"] = self.filled(step)
+        if self.config.curriculum.rating:
+            values["train/easiest"] = self.easiest(step)
         annealed = self.config.halting.annealed(step, self.total_steps)
         return values | {f"train/{key}": value for key, value in annealed.items()}
 
@@ -198,6 +215,17 @@ def check_data(config: TrainConfig, dataset: Dataset) -> None:
             f"curriculum.filled: an answer of task {dataset.task.name} is not its question with cells filled in; leave "
             "it out"
         )
+    if config.curriculum.rating:
+        split = dataset.split("train")
+        if split.ratings is None:
+            raise UserError(
+                f"curriculum.rating: {dataset.path} has no ratings; build it with keep_ratings=true, from a file with "
+                "a column rating or with rate=true"
+            )
+        if np.ptp(np.diff(split.puzzle_starts)):
+            raise UserError(
+                f"curriculum.rating: the puzzles of {dataset.path} have several numbers of examples"
+            )
 
 
 def stops_early(evaluations: Sequence[float], patience: int | None) -> bool:

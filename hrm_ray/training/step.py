@@ -356,15 +356,16 @@ class Stepper:
 def _read(dataset: Dataset, sampler: Sampler, plan: Plan, slots: slice, supervision_step: int) -> Batch:
     config, manifest = plan.config, dataset.manifest
     of_the_step = config.seed, supervision_step, config.global_batch_size
-    share = plan.filled((supervision_step - 1) // config.supervision_steps + 1)
+    step = (supervision_step - 1) // config.supervision_steps + 1
+    filled = plan.filled(step)
     return make_batch(
         dataset.split("train"),
-        sampler.ids(supervision_step)[slots],
+        sampler.ids(supervision_step, plan.easiest(step))[slots],
         manifest.ignore_label_id,
         manifest.blank_identifier_id,
         task=dataset.task,
         keys=visit_draws(*of_the_step)[slots],
-        filled=filled_cells(*of_the_step, manifest.seq_len, share)[slots] if share else None,
+        filled=filled_cells(*of_the_step, manifest.seq_len, filled)[slots] if filled else None,
     )
 
 

@@ -117,3 +117,30 @@ def test_what_is_filled_in_at_a_share_is_so_at_a_larger_one_too(seed, step, size
     assert not (less & ~more).any()
     np.testing.assert_array_equal(less, filled_cells(seed, step, size, 9, min(share, other)))
     assert not filled_cells(seed, step, size, 9, 0.0).any() and filled_cells(seed, step, size, 9, 1.0).all()
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=20),
+    st.integers(1, 3),
+    st.floats(0.01, 0.99),
+    st.integers(0, 2**40),
+    st.integers(1, 12),
+)
+def test_the_easiest_are_visited_evenly(ratings, size, share, seed, batch_size):
+    """Each group has two puzzles of `size` examples; with all of them the order is that without a curriculum."""
+    data = split([[size, size]] * len(ratings))
+    data.ratings = np.array(ratings)
+    sampler, num_groups = Sampler(data, seed, batch_size), len(ratings)
+    steps = range(1, -(-num_groups * size // batch_size) + 1)
+    epoch = np.concatenate([sampler.ids(step, share) for step in steps])[: num_groups * size]
+    by_puzzle = epoch.reshape(num_groups, size)
+    assert (np.diff(by_puzzle, axis=1) == 1).all() and (by_puzzle[:, 0] % size == 0).all()  # whole ones
+    visits = np.bincount(by_puzzle[:, 0] // (2 * size), minlength=num_groups)
+    easy = np.argsort(ratings, kind="stable")[: max(1, round(share * num_groups))]
+    assert np.ptp(visits[easy]) <= 1 and visits[easy].min() >= 1 and visits.sum() == visits[easy].sum()
+    without = Sampler(split([[size, size]] * num_groups), seed, batch_size)
+    for step in steps:
+        fresh = Sampler(data, seed, batch_size)
+        np.testing.assert_array_equal(sampler.ids(step, share), fresh.ids(step, share))
+        np.testing.assert_array_equal(fresh.ids(step, 1.0), without.ids(step))

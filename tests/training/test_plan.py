@@ -117,6 +117,14 @@ def test_a_depth_that_cannot_be(arch, depth, said):
         TrainConfig(data_path="", arch=arch, curriculum={"depth": depth})
 
 
+def test_more_and_more_puzzles_are_taken():
+    p = plan(1_000, curriculum={"rating": [0.25, 0.5]})
+    assert [p.easiest(step) for step in (0, 250, 500, 1_000)] == [0.25, 0.625, 1.0, 1.0]
+    assert p.values(250)["train/easiest"] == 0.625
+    assert "the easiest 0.25 of the puzzles, up to all at step 500" in p.describe()
+    assert plan(1_000).easiest(1) == 1.0 and "train/easiest" not in plan(1_000).values(1)
+
+
 def test_fewer_and_fewer_cells_are_filled_in():
     p = plan(1_000, curriculum={"filled": [0.8, 0.5]})
     assert [p.filled(step) for step in (0, 250, 500, 1_000)] == [0.8, 0.4, 0.0, 0.0]
@@ -139,6 +147,8 @@ def test_fewer_and_fewer_cells_are_filled_in():
 def test_a_share_that_cannot_be_filled_in(filled, said):
     with pytest.raises(ValueError, match=said):
         TrainConfig(data_path="", curriculum={"filled": filled})
+    with pytest.raises(ValueError, match=said.replace("filled", "rating")):
+        TrainConfig(data_path="", curriculum={"rating": filled})
 
 
 def test_supervision_steps_make_the_run_shorter():

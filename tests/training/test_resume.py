@@ -45,7 +45,7 @@ def assert_same_state(a: TrainingLoop, b: TrainingLoop) -> None:
 
 @pytest.fixture
 def config(tmp_path):
-    toy_dataset(tmp_path / "data", num_identifiers=5, puzzles_per_group=3)
+    toy_dataset(tmp_path / "data", num_identifiers=5, puzzles_per_group=3, is_rated=True)
     return toy_config(tmp_path / "data", tmp_path / "runs", ema=True)
 
 
@@ -104,7 +104,7 @@ LEARNED = {"halting": {"name": "q_learning", "replay_max_age": 6}}
         {"arch": TRM | {"H_cycles": 2, "L_cycles": 2}, "curriculum": {"depth": [[0.2, 1, 1], [0.5, 1, 2]]}},
         {
             "arch": ARCH | {"loss": {"label_smoothing": 0.2}},
-            "curriculum": {"filled": [0.7, 0.6]},
+            "curriculum": {"filled": [0.7, 0.6], "rating": [0.2, 0.8]},
             "supervision_steps": 2,
             "supervised": "last",
         },

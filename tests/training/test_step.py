@@ -102,11 +102,18 @@ def test_questions_are_filled_in_until_their_time_and_never_in_evaluations(tmp_p
     assert rows == {tuple(row.tolist()) for row in test.inputs}
 
 
-def test_what_is_no_question_filled_in_is_refused_before_anything_starts(tmp_path):
+def test_a_curriculum_that_the_data_do_not_allow_is_refused_before_anything_starts(tmp_path):
     toy_dataset(tmp_path / "data")
     values = toy_config(tmp_path / "data", tmp_path / "runs", curriculum={"filled": [0.7, 0.5]})
     with pytest.raises(UserError, match=r"^curriculum\.filled: an answer of task tokens is not its question"):
         Launch(TrainConfig(**values))
+    values["curriculum"] = {"rating": [0.7, 0.5]}
+    with pytest.raises(
+        UserError, match=r"^curriculum\.rating: .*data has no ratings; build it with keep_ratings=true"
+    ):
+        Launch(TrainConfig(**values))
+    toy_dataset(tmp_path / "rated", is_rated=True)
+    Launch(TrainConfig(**values | {"data_path": str(tmp_path / "rated")}))
 
 
 @pytest.mark.parametrize("supervised", ["all", "last"])

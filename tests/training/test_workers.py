@@ -81,7 +81,7 @@ def run(size: int, config: dict):
 @pytest.fixture
 def config(tmp_path: Path) -> dict:
     # 59 groups: the last batch of the run is partial (59 * 3 = 22 * 8 + 1).
-    toy_dataset(tmp_path / "data", num_train=59, num_test=21, num_identifiers=5)
+    toy_dataset(tmp_path / "data", num_train=59, num_test=21, num_identifiers=5, is_rated=True)
     values = toy_config(tmp_path / "data", tmp_path / "runs", drop_last=False, ema=True)
     return {**values, "max_steps": None, "eval_interval": 2}
 
@@ -92,7 +92,7 @@ FAMILY = [
     {"supervision_steps": 3, "arch": {**TRM, "no_ACT_continue": False}},
     {
         "arch": TRM | {"H_cycles": 2, "loss": {"label_smoothing": 0.2}},
-        "curriculum": {"depth": [[0.4, 1, 1]], "filled": [0.7, 0.8]},
+        "curriculum": {"depth": [[0.4, 1, 1]], "filled": [0.7, 0.8], "rating": [0.2, 0.7]},
         "supervision_steps": 3,
         "supervised": "last",
     },
