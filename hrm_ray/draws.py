@@ -19,6 +19,7 @@ class Purpose(IntEnum):
     REPLAY = 4
     VISIT = 5
     FILLING = 6
+    NOISE = 7
 
 
 def words(seed: int, purpose: int, counter: int, count: int) -> np.ndarray:

@@ -12,8 +12,8 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hrm_ray.cli.command import KEY_VALUE, add, options_of
-from hrm_ray.config.inference import MOST_PATHS, Inference, Use
-from hrm_ray.config.validate import PositiveInt, validated
+from hrm_ray.config.inference import MOST_PATHS, Use
+from hrm_ray.config.validate import PositiveInt
 from hrm_ray.errors import UserError
 from hrm_ray.jobs.copy import check_lasts
 
@@ -125,7 +125,6 @@ def evaluate(args: argparse.Namespace) -> None:
         args.words = [args.checkpoint, *(word for word in args.words if word not in checkpoints)]
         args.checkpoint = checkpoints[0]
     options: EvalOptions = options_of(args)
-    validated(Inference, options.inference, args.title)
     out = Path(options.out) if options.out else None
     if out:
         check_lasts("out", str(out))

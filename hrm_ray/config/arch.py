@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from hrm_ray.config.choice import chosen_by_name
-from hrm_ray.config.validate import Settings, nearest
+from hrm_ray.config.validate import NonNegativeFloat, Settings, nearest
 from hrm_ray.errors import UserError
 
 ROOM = "hrm_ray.models"  # where the architectures are
@@ -29,6 +29,25 @@ class LossConfig(Settings):
     """How the scores of a cell become probabilities, before their cross entropy."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target that is spread evenly over all tokens; 0: all of it is on the right one."""
+
+
+class StateConfig(Settings):
+    """How a state starts and moves: keys of the architectures that keep one from step to step.
+
+    Source: EqR, arXiv:2605.21488; how far it is followed, see `hrm_ray.models.recursive`.
+    """
+
+    init_std: NonNegativeFloat = 0.0
+    """Standard deviation of the random numbers that both states start from (EqR: 1); 0: the model's own start."""
+    noise: NonNegativeFloat = 0.0
+    """Standard deviation of the noise on a state after each of its updates, in training (EqR: 0.01)."""
+    damping: float = Field(default=1.0, gt=0, le=1)
+    """Share d of each update that is taken, z becoming (1 - d) z + d f(z), in training and in use (EqR: 0.95)."""
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether anything of it is random in training."""
+        return bool(self.init_std or self.noise)
 
 
 class ArchConfig(Settings):
@@ -72,6 +91,11 @@ class ArchConfig(Settings):
     def num_puzzle_tokens(self) -> int:
         """P, leading tokens that a puzzle's embedding takes."""
         return math.ceil(self.puzzle_emb_ndim / self.hidden_size)
+
+    @property
+    def state(self) -> StateConfig:
+        """How its states start and move; the defaults, if it has no such keys."""
+        return self if isinstance(self, StateConfig) else StateConfig()
 
     @property
     def full_depth(self) -> tuple[int, int] | None:

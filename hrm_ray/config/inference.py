@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from hrm_ray.config.validate import NonNegativeFloat, NonNegativeInt, Settings
 
@@ -24,8 +24,9 @@ class Use(Settings):
     """Relabelled copies of a puzzle."""
     noise: NonNegativeFloat = 0.0
     """Standard deviation of the noise on the working state z_L before every ACT step."""
-    init_std: NonNegativeFloat = 0.0
-    """Standard deviation of the numbers that a path starts from; 0: all start from the model's own."""
+    init_std: NonNegativeFloat | None = None
+    """Standard deviation of the numbers that a path starts from; 0: all start from the model's own; null: as trained
+    (arch.init_std)."""
     select: Select = "vote"
     """The answer that counts: `vote`, the one that most stand behind; of one path alone, `q`: the one whose Q head is
     surest, `residual`: that came to rest, `first_halt`: that halts first, `valid`: whose answer passes a check."""
@@ -43,12 +44,6 @@ class Inference(Use):
 
     paths: int = Field(default=1, gt=0, le=MOST_PATHS)
     """Times that each copy is thought about, with noise of its own."""
-
-    @model_validator(mode="after")
-    def _paths_differ(self) -> "Inference":
-        if self.paths > 1 and not (self.noise or self.init_std):
-            raise ValueError(f"paths={self.paths} are all alike without noise; give noise= or init_std=")
-        return self
 
     @property
     def num_tries(self) -> int:

@@ -59,16 +59,19 @@ class Control(NamedTuple):
         annealed: values of the step, [n] float32, as each way has them.
         is_warming_up: the Q losses reach the Q head alone.
         depth: H and L cycles; None: those of the architecture.
+        keys: of each slot's random numbers, int64 [B]; None: the architecture draws none.
     """
 
     draws: Tensor | None = None
     annealed: Tensor | None = None
     is_warming_up: bool = False
     depth: tuple[int, int] | None = None
+    keys: Tensor | None = None
 
     def rows(self, index: slice) -> Control:
         """That of the slots in `index`."""
-        return self._replace(draws=None if self.draws is None else self.draws[index])
+        draws, keys = (None if of is None else of[index] for of in (self.draws, self.keys))
+        return self._replace(draws=draws, keys=keys)
 
 
 class Halting:

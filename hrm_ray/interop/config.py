@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from hrm_ray.config.arch import ArchConfig, LossConfig, arch_class
+from hrm_ray.config.arch import ArchConfig, LossConfig, StateConfig, arch_class
 from hrm_ray.config.published_words import ARCHITECTURES
 from hrm_ray.config.validate import as_text, validated
 from hrm_ray.errors import UserError
@@ -107,11 +107,17 @@ def published_config(manifest: Manifest) -> dict[str, Any]:
     Raises:
         UserError: its architecture has no published layout.
     """
-    arch = manifest.arch.model_dump(mode="json")
+    arch = manifest.arch.model_dump(mode="json", exclude={"noise"})  # which is of training only
     published = next((theirs for theirs, ours in ARCHITECTURES.items() if ours == arch["name"]), None)
     if published is None:
         known = ", ".join(sorted(set(ARCHITECTURES.values())))
         raise UserError(f"arch {arch['name']} has no published layout; known: {known}")
+    for key in ("init_std", "damping"):
+        if arch.pop(key) != StateConfig.model_fields[key].default:
+            raise UserError(
+                f"arch.{key}={getattr(manifest.arch, key):g} has no published layout: the code there would use the "
+                "model otherwise than it was trained"
+            )
     shared = {key: manifest.config[key] for key in SHARED_KEYS if key in manifest.config}
     data = manifest.config.get("data_path")
     if arch["name"] == "trm":

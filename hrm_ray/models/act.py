@@ -121,10 +121,11 @@ class ACT(nn.Module):
         """
         cast_weights(self.inner, self.inner.dtype)  # they may be new
         self.inner.use_depth(control.depth if control else None)
-        state = self.inner.reset(carry.state, carry.halted)
+        keys = control.keys if control else None
+        state = self.inner.reset(carry.state, carry.halted, keys)
         batch = batch.where(carry.halted, carry.batch)
         e_BSD = self.inner.embed(batch.inputs, batch.puzzle_identifiers)
-        state = self.inner(state, e_BSD)
+        state = self.inner(state, e_BSD, keys)
         prediction = self.inner.predict(state.z_H)
         state = State(state.z_H.detach(), state.z_L.detach())
         if control is not None and control.is_warming_up:
@@ -137,7 +138,8 @@ class ACT(nn.Module):
             halted = is_last | self.halting.chooses(prediction, steps, control)
             target = None
             if self.halting.looks_ahead:
-                # Q-learning without a replay memory or target network: the next step's values, from here, now.
+                # Q-learning without a replay memory or target network: the next step's values, from here, now; without
+                # noise.
                 q_halt, q_continue = self.inner.q_values(self.inner(state, e_BSD.detach()).z_H)
                 target = torch.where(is_last, q_halt, torch.maximum(q_halt, q_continue)).sigmoid()
         return Step(Carry(state, steps, halted, batch), prediction, target)

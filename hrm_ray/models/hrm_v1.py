@@ -12,12 +12,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hrm_ray.config.arch import ArchConfig
+from hrm_ray.config.arch import ArchConfig, StateConfig
 from hrm_ray.models.recursive import RecursiveModel
 from hrm_ray.models.rotary import Rope
 
 
-class HRMConfig(ArchConfig):
+class HRMConfig(StateConfig, ArchConfig):
     """Architecture `hrm_v1`."""
 
     name: Literal["hrm_v1"] = "hrm_v1"
@@ -44,8 +44,8 @@ class HRM(RecursiveModel, config=HRMConfig):
             for h in range(self.H_cycles):
                 is_last = h == self.H_cycles - 1
                 for _ in range(self.L_cycles - is_last):
-                    z_L = self.L_level(z_L, z_H + e_BSD, rope)
+                    z_L = self.refine(self.L_level, z_L, z_H + e_BSD, rope)
                 if not is_last:
-                    z_H = self.H_level(z_H, z_L, rope)
-        z_L = self.L_level(z_L, z_H + e_BSD, rope)
-        return self.H_level(z_H, z_L, rope), z_L
+                    z_H = self.refine(self.H_level, z_H, z_L, rope)
+        z_L = self.refine(self.L_level, z_L, z_H + e_BSD, rope)
+        return self.refine(self.H_level, z_H, z_L, rope), z_L

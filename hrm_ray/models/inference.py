@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from hrm_ray.config.inference import AS_TRAINED, Inference, Select
 from hrm_ray.errors import UserError
 from hrm_ray.models.act import ACT, Batch, Carry
-from hrm_ray.models.noise import Noise, key_of, keys_of_rows
+from hrm_ray.models.noise import Noise, key_of, keys_of_rows, noise_of
 from hrm_ray.models.recursive import Prediction, State
 
 Checker = Callable[[np.ndarray, np.ndarray], np.ndarray]  # `Task.is_solution`
@@ -173,7 +173,10 @@ class Thinker:
         self.model, self.use, self.copies, self.is_solution = model, use, copies, is_solution
         self.rows_at_once, self.with_logits = rows_at_once, with_logits
         self.with_residual = with_residual or use.select == "residual"
+        self.init_std = model.inner.motion.init_std if use.init_std is None else use.init_std
         check(model, use)
+        if use.paths > 1 and not (use.noise or self.init_std):
+            raise UserError(f"paths={use.paths} are all alike without noise; give noise= or init_std=")
         if use.select == "valid" and is_solution is None:
             raise UserError("select=valid: nothing checks the answers to these puzzles; use select=vote or q")
 
@@ -243,7 +246,7 @@ class Thinker:
         numbers = range(self.use.num_tries) if numbers is None else numbers
         waiting = torch.arange(len(batch.inputs), device=device) if puzzles is None else puzzles
         questions = None if self.is_solution is None else batch.inputs.cpu().numpy().astype(np.uint8)
-        noise = Noise(self.use.noise, self.model.inner.dtype, device) if self.use.noise else None
+        noise = noise_of(self.use.noise, self.model.inner.dtype, device) if self.use.noise else None
         room = self.rows_at_once or max(1, len(waiting) * len(numbers))
         rows: Rows | None = None
         with thinking_for(self.model, self.use.halt_max_steps):
@@ -273,11 +276,8 @@ class Thinker:
         if self.copies:
             batch = batch._replace(inputs=self.copies.of(batch.inputs, copy))
         key = key_of(self.use.seed, keys_of_rows(batch.inputs), path)
-        state = self.model.inner.initial_state(len(puzzle))
-        if self.use.init_std:
-            R, S, D = state.z_H.shape
-            start = Noise(self.use.init_std, state.z_H.dtype, key.device)
-            state = State(*start.draw(key_of(key, 0), 2 * S * D).view(R, 2, S, D).unbind(1))
+        inner = self.model.inner
+        state = inner.random_state(key, self.init_std) if self.init_std else inner.initial_state(len(puzzle))
         steps = torch.zeros_like(puzzle, dtype=torch.int32)
         return Rows(
             puzzle, number, key, Carry(state, steps, torch.zeros_like(steps, dtype=torch.bool), batch)

@@ -6,6 +6,8 @@ that is made on the host. So there is no logarithm or cosine, whose last bits di
 little. The largest is 4.3 standard deviations.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ _GOLDEN, _MIX_1, _MIX_2 = (
     x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )  # as int64
 NUMBERS_A_WORD = 4
+_SHIFT = 7919  # a prime, so that it takes as many windows as there are numbers to come round
 _NUM_QUANTILES = 2**16
 
 
@@ -56,3 +59,29 @@ class Noise:
         sixteenths = mix(keys_R[:, None] + counters).view(torch.int16)[:, :count]
         index = sixteenths.int().add_(_NUM_QUANTILES // 2)
         return self._quantiles.index_select(0, index.flatten()).view(index.shape)
+
+
+@lru_cache(maxsize=8)
+def noise_of(std: float, dtype: torch.dtype, device: torch.device) -> Noise:
+    """The `Noise` of these, made once."""
+    return Noise(std, dtype, device)
+
+
+class Windows:
+    """Noise that costs little, for many uses one after another: each sees the same numbers, moved on.
+
+    A number comes back in another use, at another place; those of one use, and those of one place, are independent.
+
+    Args:
+        drawn_RN: R rows of N numbers.
+    """
+
+    def __init__(self, drawn_RN: Tensor):
+        self._count, self._num_uses = drawn_RN.shape[1], 0
+        self._twice = torch.cat((drawn_RN, drawn_RN), 1)
+
+    def next(self) -> Tensor:
+        """Those of the next use, [R, N]."""
+        start = self._num_uses * _SHIFT % self._count
+        self._num_uses += 1
+        return self._twice[:, start : start + self._count]

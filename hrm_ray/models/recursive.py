@@ -3,6 +3,12 @@
 One call is one ACT step. An architecture says in `recur` how the two hidden states are refined; the state that goes
 out is detached: it is the carry between steps.
 
+From EqR (arXiv:2605.21488; public code locuslab/EqR) are random starts, noise and damping (`StateConfig`). Where this
+departs from it: starts are from a normal distribution, not from one cut off at two deviations; noise is drawn once an
+ACT step for each slot, and each update of either state sees these numbers from another place (`noise.Windows`), where
+EqR draws for each update; in use there is no noise unless it is asked for, where EqR keeps it. Everything is drawn by
+key, so that neither workers nor a restart change it.
+
 Shapes: B batch, C puzzle cells, P puzzle tokens, S = P + C tokens, D width, V vocabulary.
 Source: Wang et al. 2025, arXiv:2506.21734, section 2; public code sapientinc/HRM.
 """
@@ -24,8 +30,10 @@ from hrm_ray.models.layers import (
     TokenEmbedding,
     trunc_normal_,
 )
+from hrm_ray.models.noise import Windows, key_of, noise_of
 from hrm_ray.models.rotary import Rope, rope_tables
 
+_START, _UPDATES = 0, 1  # what is drawn under a slot's key
 Q_HEAD_BIAS = -5.0  # "do not halt yet" until the Q head has learned something
 
 
@@ -82,6 +90,8 @@ class RecursiveModel(nn.Module, ABC):
         self.dtype = dtype
         self.seq_len = seq_len
         self.attention = attention
+        self.motion = config.state
+        self._noise: Windows | None = None  # of the step that is being taken
         self.num_puzzle_tokens = config.num_puzzle_tokens
         self.num_tokens = config.num_tokens(seq_len)
 
@@ -127,7 +137,8 @@ class RecursiveModel(nn.Module, ABC):
     def recur(self, z_H: Tensor, z_L: Tensor, e_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Refine both states for one ACT step.
 
-        Where gradients are to stop is decided here; they reach `e_BSD` and the weights.
+        Where gradients are to stop is decided here; they reach `e_BSD` and the weights. An architecture with the keys
+        of `StateConfig` makes each update by `refine`.
 
         Args:
             z_H, z_L: the answer's and the working state, [B, S, D] in the compute dtype.
@@ -152,13 +163,20 @@ class RecursiveModel(nn.Module, ABC):
         shape = (batch_size, self.num_tokens, self.config.hidden_size)
         return State(self.H_init.to(self.dtype).expand(shape), self.L_init.to(self.dtype).expand(shape))
 
-    def reset(self, state: State, fresh_B: Tensor) -> State:
-        """`state` with the slots marked in `fresh_B` (bool [B]) set to the initial state."""
+    def random_state(self, keys_B: Tensor, std: float) -> State:
+        """A state of Gaussian numbers of this standard deviation for each key, int64 [B]."""
+        shape = (2, self.num_tokens, self.config.hidden_size)
+        drawn = noise_of(std, self.dtype, keys_B.device).draw(key_of(keys_B, _START), math.prod(shape))
+        return State(*drawn.view(-1, *shape).unbind(1))
+
+    def reset(self, state: State, fresh_B: Tensor, keys_B: Tensor | None = None) -> State:
+        """`state` with the slots marked in `fresh_B` (bool [B]) at their start, which is random if there are keys."""
+        if keys_B is not None and self.motion.init_std:
+            start = self.random_state(keys_B, self.motion.init_std)
+        else:
+            start = self.initial_state(len(fresh_B))
         fresh = fresh_B[:, None, None]
-        return State(
-            torch.where(fresh, self.H_init.to(self.dtype), state.z_H),
-            torch.where(fresh, self.L_init.to(self.dtype), state.z_L),
-        )
+        return State(torch.where(fresh, start.z_H, state.z_H), torch.where(fresh, start.z_L, state.z_L))
 
     def embed(self, inputs_BC: Tensor, puzzle_identifiers_B: Tensor) -> Tensor:
         """Input embedding [B, S, D] of integer tokens: puzzle tokens, then cells; scaled by sqrt(D)."""
@@ -172,14 +190,32 @@ class RecursiveModel(nn.Module, ABC):
             e_BSD = math.sqrt(0.5) * (e_BSD + self.embed_pos.embedding_weight)
         return (math.sqrt(D) * e_BSD).to(self.dtype)
 
-    def forward(self, state: State, e_BSD: Tensor) -> State:
+    def refine(
+        self, module: ReasoningModule, z_BSD: Tensor, injection_BSD: Tensor | float, rope: Rope
+    ) -> Tensor:
+        """One update of a state by `module`, damped, and noisy if the step has keys; see `StateConfig`."""
+        new_BSD: Tensor = module(z_BSD, injection_BSD, rope)
+        if self.motion.damping < 1:
+            new_BSD = torch.lerp(z_BSD, new_BSD, self.motion.damping)
+        return new_BSD if self._noise is None else new_BSD + self._noise.next().view_as(new_BSD)
+
+    def forward(self, state: State, e_BSD: Tensor, keys_B: Tensor | None = None) -> State:
         """One ACT step from `state` on the embedded puzzle, with the weights of the last `cast_weights`.
+
+        Args:
+            keys_B: of the noise of each slot, int64; None: there is none.
 
         Returns:
             the new state; its z_H, which the heads read, carries the gradient.
         """
         rope = (self.rope_cos, self.rope_sin) if self.config.pos_encodings == "rope" else None
-        return State(*self.recur(state.z_H, state.z_L, e_BSD, rope))
+        if keys_B is not None and self.motion.noise:
+            noise = noise_of(self.motion.noise, self.dtype, keys_B.device)
+            self._noise = Windows(noise.draw(key_of(keys_B, _UPDATES), state.z_H[0].numel()))
+        try:
+            return State(*self.recur(state.z_H, state.z_L, e_BSD, rope))
+        finally:
+            self._noise = None
 
     def predict(self, z_H: Tensor) -> Prediction:
         """What the heads read from the state of the answer."""

@@ -12,13 +12,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from hrm_ray.config.arch import ArchConfig
+from hrm_ray.config.arch import ArchConfig, StateConfig
 from hrm_ray.models.layers import MixerBlock, ReasoningModule
 from hrm_ray.models.recursive import RecursiveModel
 from hrm_ray.models.rotary import Rope
 
 
-class TRMConfig(ArchConfig):
+class TRMConfig(StateConfig, ArchConfig):
     """Architecture `trm`, and with `mlp_t` also `trm_mlp`."""
 
     name: Literal["trm"] = "trm"
@@ -71,5 +71,5 @@ class TRM(RecursiveModel, config=TRMConfig):
 
     def _cycle(self, z_H: Tensor, z_L: Tensor, e_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         for _ in range(self.L_cycles):
-            z_L = self.L_level(z_L, z_H + e_BSD, rope)
-        return self.L_level(z_H, z_L, rope), z_L
+            z_L = self.refine(self.L_level, z_L, z_H + e_BSD, rope)
+        return self.refine(self.L_level, z_H, z_L, rope), z_L

@@ -143,6 +143,7 @@ def _changes(point: Checkpoint | None, config: TrainConfig) -> str:
     defaults = TrainConfig(data_path="").model_dump(mode="json")  # of keys that the run did not have yet
     now, before = config.model_dump(mode="json"), defaults | point.manifest.config
     before["halting"] = halting_of(before, str(point.folder)).model_dump(mode="json")
-    ours = ("data_path", "storage", "device", "scaling")  # where it runs, not what it does
+    # Where it runs, not what it does; and what is refused where it differs (see `resume.mismatch`).
+    ours = ("data_path", "storage", "device", "scaling", "arch")
     changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if k not in ours and before.get(k) != v]
     return f"; changed: {', '.join(changed)}" if changed else ""

@@ -18,6 +18,7 @@ from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +30,7 @@ from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.prefetch import Prefetcher
 from hrm_ray.data.sampler import Sampler, filled_cells, visit_draws
 from hrm_ray.data.shards import Dataset
+from hrm_ray.draws import Purpose, words
 from hrm_ray.halting.base import Control, Moment
 from hrm_ray.models.act import ACT, Batch, Carry
 from hrm_ray.models.compiled import compile_recursion
@@ -337,9 +339,11 @@ class Stepper:
         return self._batches.get(supervision_step).to(self.device)
 
     def control(self, step: int, supervision_step: int) -> Control:
-        """What decides about halting and depth."""
-        control = self.state.model.halting.control(self._moment(step, supervision_step))
-        return control._replace(depth=self.plan.depth(step))
+        """What decides about halting and depth, and the keys of what is drawn for the states."""
+        moment = self._moment(step, supervision_step)
+        control = self.state.model.halting.control(moment)
+        keys = slot_keys(moment) if self.config.arch.state.is_drawn else None
+        return control._replace(depth=self.plan.depth(step), keys=keys)
 
     def _moment(self, step: int, supervision_step: int) -> Moment:
         return Moment(
@@ -351,6 +355,12 @@ class Stepper:
             self.slots,
             self.device,
         )
+
+
+def slot_keys(moment: Moment) -> Tensor:
+    """A key for each of this worker's slots, under which its random numbers of this ACT step are drawn; int64 [B]."""
+    drawn = words(moment.seed, Purpose.NOISE, moment.supervision_step, moment.num_slots)
+    return moment.own(drawn.view(np.int64))
 
 
 def _read(dataset: Dataset, sampler: Sampler, plan: Plan, slots: slice, supervision_step: int) -> Batch:

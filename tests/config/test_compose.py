@@ -53,6 +53,13 @@ LEARN = ["data=d", "halting=q_learning"]
         (["data=d", "lr=fast"], "configuration: lr='fast': give a number above 0"),
         (["data=d", "arch.hidden_size=100"], "arch.hidden_size=100 is not a multiple of arch.num_heads=8"),
         (["data=d", "arch.hidden_size=72"], "heads of odd width 9"),
+        (["data=d", "arch.noise=-1"], "arch.noise=-1: input should be greater than or equal to 0"),
+        (["data=d", "arch.damping=0"], "arch.damping=0: input should be greater than 0"),
+        (["data=d", "arch.damping=1.5"], "arch.damping=1.5: input should be less than or equal to 1"),
+        (
+            ["data=d", "arch=transformer", "arch.init_std=1"],
+            "arch.init_std has no effect with arch=transformer; it is of arch=hrm_v1 and arch=trm",
+        ),
         (["data=d", "scaling.num_workers=769"], "global_batch_size=768 is too few puzzles for 769 workers"),
         (["data=d", "scaling.num_workers=[3,1]"], "MIN above MAX; try [1,3]"),
         (["data=d", "scaling=local", "scaling.num_workers=2"], "scaling=local runs one worker"),

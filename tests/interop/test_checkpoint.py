@@ -26,7 +26,7 @@ from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import Checkpoint, find
 from hrm_ray.training.launch import train
 from tests.golden_cases import batch_of
-from tests.toy import toy_config, toy_dataset
+from tests.toy import EQR, TRM, toy_config, toy_dataset
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = [
@@ -650,6 +650,23 @@ def test_exported_trm_is_what_trm_reads(tmp_path, dataset, puzzle_emb_ndim, puzz
     assert len(weights["_orig_mod.model.inner.embed_pos.embedding_weight"]) == 16 + theirs
     manifest = import_checkpoint(tmp_path / "theirs", tmp_path / "back", dataset)
     assert manifest.arch.num_puzzle_tokens == theirs
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_exported"), [("init_std", 1, False), ("damping", 0.9, False), ("noise", 0.1, True)]
+)
+def test_what_public_code_cannot_do_is_not_exported(tmp_path, dataset, key, value, is_exported):
+    """Damping and random starts are of use, too; noise is of training alone."""
+    values = toy_config(dataset.path, tmp_path, arch=TRM | {key: value}, max_steps=1, compile=False)
+    train(TrainConfig(**values), show_progress=False)
+    checkpoint = find(str(tmp_path / "toy"))
+    if is_exported:
+        export_checkpoint(checkpoint, tmp_path / "theirs")
+        assert not read(tmp_path / "theirs")[1]["arch"].keys() & EQR.keys()
+        return
+    with pytest.raises(UserError, match=rf"arch\.{key}={value} has no published layout"):
+        export_checkpoint(checkpoint, tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
 
 
 def test_a_newer_format_is_refused(tmp_path):

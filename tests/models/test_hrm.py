@@ -15,6 +15,7 @@ from hrm_ray.models.act import ACT, Batch, Step
 from hrm_ray.models.hrm_v1 import HRM, HRMConfig
 from hrm_ray.models.layers import Linear, swiglu_width, trunc_normal_
 from hrm_ray.models.losses import act_loss
+from hrm_ray.models.noise import Noise, key_of
 from hrm_ray.models.recursive import Prediction
 from hrm_ray.models.registry import build_model
 from hrm_ray.models.rotary import apply_rope, rope_tables
@@ -233,21 +234,95 @@ def test_inference_mode_leaves_a_model_that_can_be_trained():
     act(act.initial_carry(data), data, UNTIL_THE_END).prediction.logits.sum().backward()
 
 
+def built(name, **keys) -> ACT:
+    torch.manual_seed(0)
+    config = arch_class(name)(hidden_size=32, num_heads=2, puzzle_emb_ndim=0, **keys)
+    data = SimpleNamespace(vocab_size=6, seq_len=16, num_puzzle_identifiers=3)
+    return build_model(config, data, machine.resolve(device="cpu", forward_dtype="float32"))
+
+
 @pytest.mark.parametrize("name", ["hrm_v1", "trm"])
 def test_a_depth_is_that_of_a_model_made_with_it(name):
     """And evaluation takes the full one again."""
-    kind = arch_class(name)
-    values = {"hidden_size": 32, "num_heads": 2, "puzzle_emb_ndim": 0}
-    deep = kind(**values, H_cycles=3, L_cycles=2)
-    made = []
-    for config in (deep, deep.model_copy(update={"H_cycles": 1})):
-        torch.manual_seed(0)
-        data = SimpleNamespace(vocab_size=6, seq_len=16, num_puzzle_identifiers=3)
-        made.append(build_model(config, data, machine.resolve(device="cpu", forward_dtype="float32")))
-    full, shallow = made
+    full, shallow = built(name, H_cycles=3, L_cycles=2), built(name, H_cycles=1, L_cycles=2)
     control = Control(torch.full((8,), 4))
     same = full(full.initial_carry(batch()), batch(), control._replace(depth=(1, 2)))
     other = shallow(shallow.initial_carry(batch()), batch(), control)
     assert torch.equal(same.prediction.logits, other.prediction.logits)
     evaluated = full(full.initial_carry(batch()), batch())
     assert not torch.equal(evaluated.prediction.logits, same.prediction.logits)
+
+
+KEYS = key_of(5, torch.arange(8))
+
+
+def recursion(inner, z_H, z_L, e, damping, noise):
+    """The updates of an ACT step as they are written, each with its noise."""
+    slow = getattr(inner, "H_level", inner.L_level)
+    rope = (inner.rope_cos, inner.rope_sin)
+    noise = iter(noise)
+
+    def update(module, z, injection):
+        return (1 - damping) * z + damping * module(z, injection, rope) + next(noise)
+
+    for _ in range(3):
+        for _ in range(2):
+            z_L = update(inner.L_level, z_L, z_H + e)
+        z_H = update(slow, z_H, z_L)
+    return z_H, z_L
+
+
+@pytest.mark.parametrize("name", ["hrm_v1", "trm"])
+def test_updates_are_damped_and_in_training_noisy(name):
+    """From random starts in slots that begin; in use from the model's own, and without noise."""
+    act, data = built(name, H_cycles=3, L_cycles=2, init_std=0.5, noise=0.2, damping=0.7), batch()
+    inner = act.inner
+    with torch.no_grad():
+        e = inner.embed(data.inputs, data.puzzle_identifiers)
+        halted = torch.arange(8) % 2 == 0
+        carry = act.initial_carry(data)
+        carry = carry._replace(
+            halted=halted, state=type(carry.state)(*torch.randn(2, *carry.state.z_H.shape).unbind())
+        )
+        control = Control(torch.full((8,), 4), keys=KEYS)
+        step = act(carry, data, control)
+        # The start is drawn by the key and 0, the noise by the key and 1.
+        start = Noise(0.5, torch.float32, KEYS.device).draw(key_of(KEYS, 0), 2 * e[0].numel())
+        z_H, z_L = start.view(8, 2, *e.shape[1:]).unbind(1)
+        z_H, z_L = (
+            torch.where(halted[:, None, None], z, old) for z, old in zip((z_H, z_L), carry.state, strict=True)
+        )
+        drawn = Noise(0.2, torch.float32, KEYS.device).draw(key_of(KEYS, 1), e[0].numel())
+        noise = [drawn.roll(-7919 * i, 1).view_as(e) for i in range(9)]
+        in_use = act(act.initial_carry(data), data)
+        by_hand = recursion(inner, z_H, z_L, e, 0.7, noise)
+        quiet = recursion(inner, *inner.initial_state(8), e, 0.7, [0] * 9)
+    for got, expected in ((step, by_hand), (in_use, quiet)):
+        for state, z in zip(got.carry.state, expected, strict=True):
+            torch.testing.assert_close(state, z, rtol=1e-4, atol=1e-4)
+
+
+def test_a_slot_draws_by_its_own_key_alone():
+    """In whatever batch, so on whatever worker; and nothing is drawn where there is nothing to draw."""
+    act, data = built("trm", H_cycles=1, L_cycles=1, init_std=1.0, noise=0.5), batch()
+    control, rows = Control(torch.full((8,), 4), keys=KEYS), slice(2, 5)
+    with torch.no_grad():
+        whole = act(act.initial_carry(data), data, control).carry
+        part = act(act.initial_carry(data).rows(rows), data.rows(rows), control.rows(rows)).carry
+        torch.testing.assert_close(part.state.z_L, whole.state.z_L[rows], rtol=1e-4, atol=1e-4)
+        other = act(act.initial_carry(data), data, control._replace(keys=KEYS + 1)).carry
+        assert ((other.state.z_L - whole.state.z_L).abs().amax((1, 2)) > 1e-2).all()
+        plain = built("trm", H_cycles=1, L_cycles=1)
+        quiet, keyed = (plain(plain.initial_carry(data), data, c) for c in (UNTIL_THE_END, control))
+        assert torch.equal(quiet.prediction.logits, keyed.prediction.logits)
+
+
+@pytest.mark.parametrize("name", ["hrm_v1", "trm"])
+def test_the_gradient_goes_through_what_damping_leaves(name):
+    """An update counts in it by as much as it is taken."""
+    gradients = []
+    for damping in (1.0, 1e-3):
+        act = built(name, damping=damping)
+        act(act.initial_carry(batch()), batch(), UNTIL_THE_END).prediction.logits.sum().backward()
+        gradients.append(float(act.inner.L_level.layers[0].mlp.down_proj.weight.grad.norm()))
+    assert 0 < gradients[1] < 0.05 * gradients[0]

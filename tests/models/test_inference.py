@@ -260,6 +260,19 @@ def test_one_path_without_noise_is_what_the_model_says():
     )
 
 
+def test_a_model_trained_from_random_starts_is_used_from_them():
+    """Unless it is told otherwise; and its paths differ without noise."""
+    model, batch = model_and_batch()
+    own = think(model, batch).last
+    random = think(model, batch, init_std=0.7).last
+    model.inner.motion = model.inner.motion.model_copy(update={"init_std": 0.7})
+    assert not torch.equal(own.logits, random.logits)
+    assert torch.equal(think(model, batch).last.logits, random.logits)
+    assert torch.equal(think(model, batch, init_std=0).last.logits, own.logits)
+    voted = think(model, batch, paths=5, select="q").last
+    assert not torch.equal(voted.logits, random.logits) and voted.steps.tolist() == [20] * 8
+
+
 def test_answers_without_logits():
     model, batch = model_and_batch()
     answer = Thinker(model, Inference(paths=2, noise=1.0), with_logits=False).think(batch).last
@@ -284,6 +297,9 @@ def test_a_model_that_cannot():
                 Thinker(model, Inference(**use))
     finally:
         del model.inner.__class__.keeps_state
+    for alike in ({}, {"init_std": 0}):
+        with pytest.raises(UserError, match="paths=4 are all alike without noise; give noise= or init_std="):
+            Thinker(model, Inference(paths=4, **alike))
     with pytest.raises(UserError, match="select=valid: task tokens cannot check answers"):
         thinker_of(model, get_task("tokens", vocab_size=6, seq_len=16), Inference(select="valid"))
 
@@ -293,7 +309,6 @@ def test_a_model_that_cannot():
     [
         ({"noise": -1}, "noise=-1: .*greater than or equal to 0"),
         ({"init_std": float("nan")}, "init_std=nan"),
-        ({"paths": 4}, "paths=4 are all alike without noise; give noise= or init_std="),
         ({"paths": 0, "noise": 1}, "paths=0"),
         ({"halt_threshold": 1}, "halt_threshold=1: .*less than 1"),
         ({"select": "best"}, "select='best'"),
@@ -320,7 +335,7 @@ def test_a_copy_is_answered_in_its_own_labels_and_read_back():
             seen.append(inputs.clone())
             return inputs
 
-        def forward(self, state, inputs):
+        def forward(self, state, inputs, keys):
             return State(inputs, inputs)
 
         def predict(self, inputs):
@@ -329,7 +344,8 @@ def test_a_copy_is_answered_in_its_own_labels_and_read_back():
 
     real, batch = model_and_batch()
     model = ACT(Copying(), 1, Halting())
-    model.inner.initial_state, model.inner.reset = real.inner.initial_state, real.inner.reset
+    for name in ("initial_state", "reset", "motion"):
+        setattr(model.inner, name, getattr(real.inner, name))
     copies = copies_on(CPU, get_task("sudoku", size=4).symmetries(5))
     voted = Thinker(model, Inference(votes=5), copies=copies).think(batch).last
     assert torch.equal(voted.tokens, batch.inputs.long())

@@ -24,7 +24,7 @@ from hrm_ray.training.driver import run_folder
 from hrm_ray.training.hooks import Hooks
 from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.world import World
-from tests.toy import TRM, toy_config, toy_dataset
+from tests.toy import EQR, TRM, toy_config, toy_dataset
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LONG = {"num_params": 27_000_000, "num_tokens": 20e6 * 81}
@@ -129,6 +129,7 @@ def batch_of(size: int) -> Batch:
             "supervision_steps": 2,
             "supervised": "last",
         },
+        {"arch": TRM | EQR, "halting": {"name": "q_learning", "dqn_warmup_ratio": 0.2}},
     ],
     ids=["hrm", "trm"],
 )

@@ -14,6 +14,7 @@ from hrm_ray import machine, memory
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.halting.q_learning import QLearningConfig
+from hrm_ray.manifest import seal
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import finished, newest_whole
 from hrm_ray.training.driver import run_folder
@@ -21,7 +22,7 @@ from hrm_ray.training.hooks import Hooks
 from hrm_ray.training.launch import Launch, _changes
 from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.world import World
-from tests.toy import ARCH, TRM, toy_config, toy_dataset
+from tests.toy import ARCH, EQR, TRM, toy_config, toy_dataset
 
 
 def run(config: dict, hooks: Hooks | None = None) -> TrainingLoop:
@@ -108,8 +109,13 @@ LEARNED = {"halting": {"name": "q_learning", "replay_max_age": 6}}
             "supervision_steps": 2,
             "supervised": "last",
         },
+        {"arch": ARCH | EQR, "supervision_steps": 2},
+        {"arch": TRM | EQR, "micro_batch_size": 3},
     ],
-    ids=["q_learning", "supervision_steps", "trm", "trm_mlp", "transformer", "fixed", "depth", "easy"],
+    ids=[
+        *("q_learning", "supervision_steps", "trm", "trm_mlp", "transformer", "fixed", "depth"),
+        *("easy", "eqr_hrm", "eqr_trm"),
+    ],
 )
 def test_every_kind_of_run_continues(config, change):
     config |= change
@@ -229,6 +235,7 @@ def test_longer_run_goes_on(config):
             {"arch": {**ARCH, "loss": {"label_smoothing": 0.2}}},
             r"arch\.loss\.label_smoothing=0\.0, not 0\.2",
         ),
+        ({"arch": {**ARCH, "noise": 0.1}}, "arch.noise=0.0, not 0.1"),
     ],
 )
 def test_another_run_is_not_continued(config, change, said):
@@ -366,6 +373,21 @@ def test_keys_of_halting_that_older_runs_had_are_no_change(config):
     older = QLearningConfig().model_dump() | {"name": "act"}
     manifest = SimpleNamespace(config=parsed.model_dump(mode="json") | {"halting": older})
     assert _changes(SimpleNamespace(folder="run", manifest=manifest), parsed) == ""
+
+
+def test_a_run_from_before_states_had_keys_goes_on(config):
+    """The configuration of its model had none of `StateConfig` then."""
+    whole = run({**config, "run_name": "whole"})
+    parts = run({**config, "run_name": "parts", "max_steps": 8})
+    saved = finished(parts.run)[-1]
+    content = saved.manifest.model_dump(mode="json")
+    for arch in (content["arch"], content["config"]["arch"]):
+        for key in EQR:
+            del arch[key]
+    saved.folder.write("manifest.json", seal(content))
+    assert finished(parts.run)[-1].manifest.arch == saved.manifest.arch
+    assert "arch" not in Launch(TrainConfig(**{**config, "run_name": "parts"})).announce()
+    assert_same_state(run({**config, "run_name": "parts"}), whole)
 
 
 def test_weights_that_are_not_finite_are_never_saved(config):

@@ -17,7 +17,7 @@ from hrm_ray.training.driver import run_folder
 from hrm_ray.training.hooks import Hooks
 from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.world import World
-from tests.toy import TRM, toy_config, toy_dataset
+from tests.toy import ARCH, EQR, TRM, toy_config, toy_dataset
 from tests.training.processes import start
 
 
@@ -96,13 +96,14 @@ FAMILY = [
         "supervision_steps": 3,
         "supervised": "last",
     },
+    {"arch": ARCH | EQR},
 ]
 
 
 @pytest.mark.parametrize(
     ("change", "micro_batch_size"),  # of the four slots of each of two workers
-    list(zip(FAMILY, (None, 3, 3, 3), strict=True)),
-    ids=["act", "q_learning", "supervision_steps", "curriculum"],
+    list(zip(FAMILY, (None, 3, 3, 3, 3), strict=True)),
+    ids=["act", "q_learning", "supervision_steps", "curriculum", "eqr"],
 )
 def test_two_workers_equal_one(config, change, micro_batch_size):
     config |= change
