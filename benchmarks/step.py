@@ -161,14 +161,14 @@ def make_step(
     carry = model.initial_carry(batch)
     if plain:
         read_ahead_in_full(model.inner, batch)
-    if "compiled" in kind and not plain:
-        with compiling("compile"):
-            compile_recursion(model, carry, batch, control, [batch_size])
 
     def forward(carry: Carry, batch: Batch, control: Control) -> tuple[Carry, Tensor]:
         out = model(carry, batch, control)
         return out.carry, losses.act_loss(out, arch.loss.loss_type)[0]
 
+    if "compiled" in kind and not plain:
+        with compiling("compile"):
+            compile_recursion(model, lambda size: forward(carry, batch, control)[1], [batch_size])
     if kind == "plain, compiled":
         forward = torch.compile(forward, dynamic=False)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from hrm_ray.config.arch import DEFAULT_ARCH, Arch, arch_class
+from hrm_ray.config.arch import DEFAULT_ARCH, Arch, StateConfig, arch_class
 from hrm_ray.config.halting import HALTINGS, Halting
 from hrm_ray.config.optimizer import OPTIMIZERS, Optimizer
 from hrm_ray.config.validate import MANY, NonNegativeFloat, PositiveFloat, PositiveInt, Seconds, Settings
@@ -87,6 +87,13 @@ class CurriculumConfig(Settings):
         return value
 
 
+class PathsConfig(Settings):
+    """Along how many paths a model thinks about a puzzle."""
+
+    train: int = Field(default=1, gt=0, le=2**10)
+    """Paths of a puzzle in training, from random starts of their own; it learns along the one with the lowest loss."""
+
+
 class TrainConfig(Settings):
     """A whole training run. What the published code has too has its defaults."""
 
@@ -127,6 +134,9 @@ class TrainConfig(Settings):
 
     curriculum: CurriculumConfig = CurriculumConfig()
     """What becomes harder during the run."""
+
+    paths: PathsConfig = PathsConfig()
+    """Along how many paths a puzzle is thought about."""
 
     # optimizers
     lr: PositiveFloat = 1e-4
@@ -240,6 +250,15 @@ class TrainConfig(Settings):
                     f"arch.H_cycles={full[0]} and arch.L_cycles={full[1]}, with which it ends"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _paths_differ(self) -> "TrainConfig":
+        if self.paths.train == 1 or self.arch.state.is_drawn:
+            return self
+        what = f"paths.train={self.paths.train}: the paths of a puzzle are all alike"
+        if not isinstance(self.arch, StateConfig):
+            raise ValueError(f"{what} with arch={self.arch.name}, which has no random starts; leave it out")
+        raise ValueError(f"{what} without random starts; add arch.init_std=1")
 
     @model_validator(mode="after")
     def _workers_fit_the_batch(self) -> "TrainConfig":

@@ -119,6 +119,31 @@ class ACT(nn.Module):
             batch: puzzles for the slots that have halted; the others ignore theirs.
             control: of this training step. None means evaluation: every slot runs `halt_max_steps`.
         """
+        carry, e_BSD, prediction = self.advance(carry, batch, control)
+        if control is not None and control.is_warming_up:
+            prediction = Prediction(prediction.logits, *self.inner.q_values(carry.state.z_H))
+        with torch.no_grad():
+            state, steps, is_last, _ = carry
+            if control is None or self.halt_max_steps == 1:
+                return Step(carry, prediction, None)
+            halted = is_last | self.halting.chooses(prediction, steps, control)
+            target = None
+            if self.halting.looks_ahead:
+                # Q-learning without a replay memory or target network: the next step's values, from here, now; without
+                # noise.
+                q_halt, q_continue = self.inner.q_values(self.inner(state, e_BSD.detach()).z_H)
+                target = torch.where(is_last, q_halt, torch.maximum(q_halt, q_continue)).sigmoid()
+        return Step(carry._replace(halted=halted), prediction, target)
+
+    def advance(
+        self, carry: Carry, batch: Batch, control: Control | None
+    ) -> tuple[Carry, Tensor, Prediction]:
+        """A step without the choice to halt; arguments as of `forward`.
+
+        Returns:
+            the carry, in which those slots have halted that may not go on, the embedded puzzles, and the prediction,
+            which alone carries a gradient.
+        """
         cast_weights(self.inner, self.inner.dtype)  # they may be new
         self.inner.use_depth(control.depth if control else None)
         keys = control.keys if control else None
@@ -128,18 +153,5 @@ class ACT(nn.Module):
         state = self.inner(state, e_BSD, keys)
         prediction = self.inner.predict(state.z_H)
         state = State(state.z_H.detach(), state.z_L.detach())
-        if control is not None and control.is_warming_up:
-            prediction = Prediction(prediction.logits, *self.inner.q_values(state.z_H))
-        with torch.no_grad():
-            steps = torch.where(carry.halted, 0, carry.steps) + 1
-            is_last = steps >= self.halt_max_steps
-            if control is None or self.halt_max_steps == 1:
-                return Step(Carry(state, steps, is_last, batch), prediction, None)
-            halted = is_last | self.halting.chooses(prediction, steps, control)
-            target = None
-            if self.halting.looks_ahead:
-                # Q-learning without a replay memory or target network: the next step's values, from here, now; without
-                # noise.
-                q_halt, q_continue = self.inner.q_values(self.inner(state, e_BSD.detach()).z_H)
-                target = torch.where(is_last, q_halt, torch.maximum(q_halt, q_continue)).sigmoid()
-        return Step(Carry(state, steps, halted, batch), prediction, target)
+        steps = torch.where(carry.halted, 0, carry.steps) + 1
+        return Carry(state, steps, steps >= self.halt_max_steps, batch), e_BSD, prediction

@@ -5,13 +5,13 @@ gradients and one with, two for TRM. Results differ from those of the eager modu
 whenever the same step is compiled on the same kind of machine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from hrm_ray.errors import first_line
-from hrm_ray.halting.base import Control
-from hrm_ray.models.act import ACT, Batch, Carry
+from hrm_ray.models.act import ACT
 from hrm_ray.models.layers import ReasoningModule
 
 # Programs for the same code that torch keeps in a process: modules x with and without gradients x sizes of batches.
@@ -22,21 +22,15 @@ STANCE = "eager_on_recompile"
 
 
 def compile_recursion(
-    model: ACT,
-    carry: Carry,
-    batch: Batch,
-    control: Control,
-    sizes: Sequence[int],
-    *,
-    without_gradient: bool = False,
+    model: ACT, loss_of: Callable[[int], Tensor], sizes: Sequence[int], *, without_gradient: bool = False
 ) -> None:
     """Compile every `ReasoningModule` of `model`, by ACT steps in training mode, forwards and backwards.
 
     No gradient and no weight changes. Sets torch's `recompile_limit` and `optimize_ddp` for this process.
 
     Args:
-        carry, batch, control: of a step.
-        sizes: numbers of slots for which to compile, at most as many as the step has.
+        loss_of: takes a step with so many slots, and returns its loss.
+        sizes: numbers of slots for which to compile.
         without_gradient: also compile for ACT steps that run wholly without one.
 
     Raises:
@@ -52,14 +46,10 @@ def compile_recursion(
         # Kernels chosen by their speed on the day would sum in another order when a run is continued.
         with torch._inductor.config.patch(deterministic=True), torch.compiler.set_stance("default"):
             for size in sizes:
-                rows = slice(0, size)
-                step = carry.rows(rows), batch.rows(rows), control.rows(rows)
                 if without_gradient:
                     with torch.no_grad():
-                        model(*step)
-                prediction = model(*step).prediction
-                outputs = prediction.logits.sum() + prediction.q_halt.sum() + prediction.q_continue.sum()
-                torch.autograd.grad(outputs, list(model.parameters()), allow_unused=True)
+                        loss_of(size)
+                torch.autograd.grad(loss_of(size), list(model.parameters()), allow_unused=True)
     except Exception:
         uncompile(model)
         raise

@@ -19,9 +19,10 @@ from hrm_ray.errors import UserError
 from hrm_ray.halting.base import Moment
 from hrm_ray.machine import Setup
 from hrm_ray.models.act import Batch
-from hrm_ray.models.losses import act_loss
 from hrm_ray.models.registry import DataShape, build_model
+from hrm_ray.models.winner import along
 from hrm_ray.training.plan import Plan
+from hrm_ray.training.step import LossModule, slot_keys
 
 FLOAT32 = 4  # bytes; of weights, gradients and moments
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # bytes of gradients that DDP reduces at once
@@ -115,7 +116,9 @@ class Model:
     evaluation: Pass
 
     @classmethod
-    def of(cls, arch: ArchConfig, data: DataShape, halting: HaltingConfig | None = None) -> "Model":
+    def of(
+        cls, arch: ArchConfig, data: DataShape, halting: HaltingConfig | None = None, num_paths: int = 1
+    ) -> "Model":
         """Take a step of each kind on torch's meta device, which computes shapes only."""
         setup = Setup(torch.device("meta"), torch.float32, "matmul", "reference")
         model = build_model(arch, data, setup, halting)
@@ -125,9 +128,11 @@ class Model:
             ids = torch.zeros(B, dtype=torch.int32)
         batch = Batch(tokens.int(), tokens, ids)
         moment = Moment(0, 1, 1, 1, num_slots=B, slots=slice(B), device=setup.device)
-        control, carry = model.halting.control(moment), model.initial_carry(batch)
+        control = model.halting.control(moment)._replace(keys=slot_keys(moment))
+        carry = model.initial_carry(batch)
         with _Products() as trained:
-            act_loss(model(carry, batch, control), arch.loss.loss_type)[0].backward()
+            losses = LossModule(model, arch.loss.loss_type, num_paths)
+            losses(along(carry, num_paths) if num_paths > 1 else carry, batch, control, None)[0].backward()
         with torch.no_grad(), _Products() as evaluated:
             model.eval()(carry, batch)
         return cls(
@@ -156,7 +161,7 @@ class Work:
         return cls(
             config,
             puzzles,
-            Model.of(config.arch, puzzles, config.halting),
+            Model.of(config.arch, puzzles, config.halting, config.paths.train),
             plan.last_step,
             _num_evaluations(plan) if puzzles.num_test else 0,
         )
@@ -187,9 +192,9 @@ class Work:
         return buckets + OTHER_MESSAGES + bool(self.config.arch.puzzle_emb_ndim)
 
     def checkpoint_bytes(self, local_batch_size: int) -> int:
-        """What the first worker writes: weights, two moments, their average if kept, two hidden states a slot."""
+        """What the first worker writes: weights, two moments, their average if kept, the hidden states of its slots."""
         arch = self.config.arch
-        hidden = 2 * arch.num_tokens(self.puzzles.seq_len) * arch.hidden_size
+        hidden = (1 + self.config.paths.train) * arch.num_tokens(self.puzzles.seq_len) * arch.hidden_size
         copies = 3 + self.config.ema
         return FLOAT32 * (copies * self.model.num_params + hidden * local_batch_size)
 

@@ -48,6 +48,8 @@ def mismatch(checkpoint: Checkpoint, config: TrainConfig, dataset: Dataset) -> s
     keys = ("seed", "global_batch_size", "supervision_steps", "ema")
     there |= {key: manifest.config.get(key, TrainConfig.model_fields[key].default) for key in keys}
     here |= {key: getattr(config, key) for key in keys}
+    there["paths.train"] = manifest.config.get("paths", {}).get("train", 1)
+    here["paths.train"] = config.paths.train
     before = manifest.config.get("optimizer", {"name": OPTIMIZERS.default})
     there["optimizer"], here["optimizer"] = before["name"], config.optimizer.name
     own = halting_of(manifest.config, "the checkpoint")

@@ -23,6 +23,7 @@ from hrm_ray.machine import Setup
 from hrm_ray.models.act import ACT, Batch, Carry
 from hrm_ray.models.recursive import State
 from hrm_ray.models.registry import build_model
+from hrm_ray.models.winner import along
 from hrm_ray.training.checkpoint import (
     EMA_FILE,
     MODEL_FILE,
@@ -87,9 +88,10 @@ class TrainState:
             self.touched.zero_()
         return list(weights.values())
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, batch: Batch, num_paths: int) -> None:
         """Make the carry of the first step, whose puzzles are `batch`."""
-        self.carry = self.model.initial_carry(batch)
+        carry = self.model.initial_carry(batch)
+        self.carry = along(carry, num_paths) if num_paths > 1 else carry
         self.learner = self.model.halting.learner(self.model.inner.q_head, len(batch.inputs))
 
     @torch.no_grad()

@@ -36,6 +36,8 @@ from hrm_ray.models.act import ACT, Batch, Carry
 from hrm_ray.models.compiled import compile_recursion
 from hrm_ray.models.layers import Linear
 from hrm_ray.models.losses import METRICS, act_loss
+from hrm_ray.models.recursive import State
+from hrm_ray.models.winner import winners
 from hrm_ray.optim.sign_sgd import sparse_sign_sgd
 from hrm_ray.training.cuda_graph import Recordings, is_the_same
 from hrm_ray.training.plan import Plan
@@ -48,21 +50,25 @@ ReplayLoss = Callable[[Linear], Tensor]
 class LossModule(nn.Module):
     """ACT step and loss as one module, for DDP to wrap."""
 
-    def __init__(self, model: ACT, loss: LossConfig):
+    def __init__(self, model: ACT, loss: LossConfig, num_paths: int = 1):
         super().__init__()
-        self.model, self.loss = model, loss
+        self.model, self.loss, self.num_paths = model, loss, num_paths
 
     def forward(
         self, carry: Carry, batch: Batch, control: Control, replay_loss: ReplayLoss | None
     ) -> tuple[Tensor, Tensor, Carry, tuple[Tensor, Tensor]]:
         """The loss and metrics of one ACT step (see `act_loss`), the new carry, and `count_right`."""
+        z_L: Tensor | None = None
+        if self.num_paths > 1:
+            carry, control, z_L = winners(self.model, carry, batch, control, self.loss.loss_type)
         step = self.model(carry, batch, control)
         loss, metrics, right = act_loss(step, self.loss.loss_type, self.loss.label_smoothing)
         if replay_loss is not None:
             replayed = replay_loss(self.model.inner.q_head)
             loss = loss + 0.5 * replayed
             metrics[METRICS.index("q_continue_loss")] += replayed.detach()
-        return loss, metrics, step.carry, right
+        state = step.carry.state if z_L is None else State(step.carry.state.z_H, z_L)
+        return loss, metrics, step.carry._replace(state=state), right
 
 
 class Call(NamedTuple):
@@ -123,7 +129,8 @@ class Stepper:
             last=plan.last_step * config.supervision_steps,
         )
         self.device = next(state.model.parameters()).device
-        module: nn.Module = LossModule(state.model, config.arch.loss)
+        self._losses = LossModule(state.model, config.arch.loss, config.paths.train)
+        module: nn.Module = self._losses
         if world.size > 1:
             # After the first step DDP would rearrange its buckets, and thereby the order of summation: a
             # continued run would differ in its last bits. It does not if it looks for unused parameters.
@@ -135,7 +142,7 @@ class Stepper:
         self._gradients: list[Tensor] = []  # of the weights, where what is recorded adds to them
         if state.carry is None:
             first_supervision_step = state.global_step * config.supervision_steps + 1
-            state.begin(self.batch(first_supervision_step))
+            state.begin(self.batch(first_supervision_step), config.paths.train)
 
     def take(self, step: int) -> Outcome | None:
         """Move the state to the end of `step`. Collective.
@@ -166,20 +173,19 @@ class Stepper:
         state, step = self.state, self.state.global_step + 1
         supervision_step = (step - 1) * self.config.supervision_steps + 1
         # At the full depth, in which there is all that a smaller one has.
-        batch, control = (
-            self.batch(supervision_step),
-            self.control(step, supervision_step)._replace(depth=None),
-        )
-        assert state.carry is not None
+        batch = self.batch(supervision_step)
+        control = self.control(step, supervision_step)._replace(depth=None)
+
+        def loss_of(size: int) -> Tensor:
+            assert state.carry is not None
+            rows = slice(0, size)
+            args = state.carry.rows(rows), batch.rows(rows), control.rows(rows)
+            loss: Tensor = self._losses(*args, None)[0]
+            return loss
+
         sizes = {slots.stop - slots.start: None for slots in self._micro_batches(batch)}
-        compile_recursion(
-            state.model,
-            state.carry,
-            batch,
-            control,
-            list(sizes),
-            without_gradient=self.config.supervision_steps > self.config.num_supervised_steps,
-        )
+        without_gradient = self.config.supervision_steps > self.config.num_supervised_steps
+        compile_recursion(state.model, loss_of, list(sizes), without_gradient=without_gradient)
 
     def record(self) -> None:
         """Record what the steps to come launch as CUDA graphs (one worker only); no weight changes.

@@ -54,6 +54,12 @@ LEARN = ["data=d", "halting=q_learning"]
         (["data=d", "arch.hidden_size=100"], "arch.hidden_size=100 is not a multiple of arch.num_heads=8"),
         (["data=d", "arch.hidden_size=72"], "heads of odd width 9"),
         (["data=d", "arch.noise=-1"], "arch.noise=-1: input should be greater than or equal to 0"),
+        (["data=d", "paths.train=0"], "paths.train=0: input should be greater than 0"),
+        (["data=d", "paths.train=4"], "are all alike without random starts; add arch.init_std=1"),
+        (
+            ["data=d", "arch=transformer", "paths.train=4"],
+            "paths.train=4: the paths of a puzzle are all alike with arch=transformer, which has no random",
+        ),
         (["data=d", "arch.damping=0"], "arch.damping=0: input should be greater than 0"),
         (["data=d", "arch.damping=1.5"], "arch.damping=1.5: input should be less than or equal to 1"),
         (

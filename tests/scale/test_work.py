@@ -56,6 +56,13 @@ def test_products_of_trm_are_those_of_its_formula():
     assert counted.training.flops == pytest.approx(expected, rel=1e-6)
 
 
+def test_each_path_of_a_puzzle_is_a_pass_more():
+    """Without gradients, as in evaluation; and a working state more in the carry."""
+    one, four = (work("arch=trm", "arch.init_std=1", f"paths.train={number}") for number in (1, 4))
+    assert four.model.training.flops - one.model.training.flops == 4 * one.model.evaluation.flops
+    assert four.checkpoint_bytes(2) - one.checkpoint_bytes(2) == 4 * 2 * 3 * 97 * 512
+
+
 @pytest.mark.parametrize("arch", ["hrm_v1", "trm", "trm_mlp", "transformer"])
 @pytest.mark.parametrize("halting", ["act", "q_learning", "fixed"])
 def test_every_model_can_be_counted_and_nothing_is_drawn(arch, halting):

@@ -129,9 +129,13 @@ def batch_of(size: int) -> Batch:
             "supervision_steps": 2,
             "supervised": "last",
         },
-        {"arch": TRM | EQR, "halting": {"name": "q_learning", "dqn_warmup_ratio": 0.2}},
+        {
+            "arch": TRM | EQR,
+            "paths": {"train": 2},
+            "halting": {"name": "q_learning", "dqn_warmup_ratio": 0.2},
+        },
     ],
-    ids=["hrm", "trm"],
+    ids=["hrm", "trm", "paths"],
 )
 def test_steps_and_evaluations_run_what_was_compiled(tmp_path, change):
     """Else they would run eagerly in silence: here, what has no program is an error."""

@@ -44,7 +44,7 @@ CHANGES = {
         "supervised": "last",
         "micro_batch_size": 5,
     },
-    "eqr": {"arch": TRM | EQR, "micro_batch_size": 5},
+    "eqr": {"arch": TRM | EQR, "paths": {"train": 2}, "micro_batch_size": 5},
 }
 
 

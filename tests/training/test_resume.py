@@ -111,10 +111,11 @@ LEARNED = {"halting": {"name": "q_learning", "replay_max_age": 6}}
         },
         {"arch": ARCH | EQR, "supervision_steps": 2},
         {"arch": TRM | EQR, "micro_batch_size": 3},
+        {"arch": ARCH | EQR, "paths": {"train": 3}},
     ],
     ids=[
         *("q_learning", "supervision_steps", "trm", "trm_mlp", "transformer", "fixed", "depth"),
-        *("easy", "eqr_hrm", "eqr_trm"),
+        *("easy", "eqr_hrm", "eqr_trm", "paths"),
     ],
 )
 def test_every_kind_of_run_continues(config, change):
@@ -242,6 +243,13 @@ def test_another_run_is_not_continued(config, change, said):
     run({**config, "max_steps": 2})
     with pytest.raises(UserError, match=said):
         run({**config, **change})
+
+
+def test_another_number_of_paths_is_not_continued(config):
+    config["arch"] = TRM | EQR
+    run({**config, "max_steps": 2})
+    with pytest.raises(UserError, match=r"paths\.train=1, not 2"):
+        run({**config, "paths": {"train": 2}})
 
 
 def test_another_dataset_is_not_continued(config, tmp_path):

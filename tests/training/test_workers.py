@@ -97,13 +97,14 @@ FAMILY = [
         "supervised": "last",
     },
     {"arch": ARCH | EQR},
+    {"arch": TRM | EQR, "paths": {"train": 2}},
 ]
 
 
 @pytest.mark.parametrize(
     ("change", "micro_batch_size"),  # of the four slots of each of two workers
-    list(zip(FAMILY, (None, 3, 3, 3, 3), strict=True)),
-    ids=["act", "q_learning", "supervision_steps", "curriculum", "eqr"],
+    list(zip(FAMILY, (None, 3, 3, 3, 3, 3), strict=True)),
+    ids=["act", "q_learning", "supervision_steps", "curriculum", "eqr", "paths"],
 )
 def test_two_workers_equal_one(config, change, micro_batch_size):
     config |= change
