@@ -75,8 +75,11 @@ def read_arch(config: dict[str, Any], file: Path) -> ArchConfig:
     if "H_layers" not in kind.model_fields:
         arch.pop("H_layers", None)
     values: dict[str, Any] = {"puzzle_emb_ndim": 0}  # the default there
+    known_keys = (
+        kind.model_fields.keys() - StateConfig.model_fields.keys()
+    )  # those may mean something else there
     for key, value in arch.items():
-        if key in kind.model_fields:
+        if key in known_keys:
             values[key] = value
         elif key in ALWAYS and (value is ALWAYS[key] or value == ALWAYS[key]):
             continue

@@ -259,6 +259,7 @@ def test_keys_that_change_the_numbers_are_honoured(tmp_path, dataset, keys, numb
         {"mlp_t": True},
         {"halt_max_steps_eval": 64},
         {"num_experts": {"a": [1]}},
+        {"init_std": 0.02},
         {"rope_theta": 0},
         {"rope_theta": "x"},
         {"rms_norm_eps": -1},
