@@ -63,8 +63,9 @@ class ArchConfig(Settings):
     """Heads of attention."""
     expansion: float = Field(default=4, gt=0, le=2**10)
     """SwiGLU's inner width is 2/3 of this times its outer width, rounded up to a multiple of 256."""
-    pos_encodings: Literal["rope", "learned", "none"] = "rope"
-    """How a token knows its position."""
+    pos_encodings: Literal["rope", "learned", "grid", "none"] = "rope"
+    """How a token knows its position: rope turns queries and keys; learned adds a vector of its own; grid adds the sum
+    of one for its row, one for its column and, where there are boxes, one for its box."""
     rope_theta: float = Field(default=ROPE_THETA, gt=0, le=1e12)
     """Base of the frequencies of rotary positions."""
     rms_norm_eps: float = Field(default=RMS_NORM_EPS, ge=0, le=1)

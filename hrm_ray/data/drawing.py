@@ -59,10 +59,15 @@ def draw(
     return "\n".join(lines)
 
 
-def row_width(task: "Task") -> int:
-    """Cells in a row: as the task says, else those of a square if seq_len is a square number, else 32."""
+def known_width(task: "Task") -> int | None:
+    """Cells in a row: as the task says, else those of a square if seq_len is a square number; None: nobody knows."""
     side = math.isqrt(task.seq_len)
-    return task.width or (side if side * side == task.seq_len else 32)
+    return task.width or (side if side * side == task.seq_len else None)
+
+
+def row_width(task: "Task") -> int:
+    """Cells in a row of a drawing: as far as is known, else 32."""
+    return known_width(task) or 32
 
 
 def as_grid(cells: np.ndarray, width: int, filler: int | bool) -> np.ndarray:

@@ -28,6 +28,9 @@ NO_EFFECT = {
     *("vocab_size", "seq_len", "num_puzzle_identifiers"),  # of the data; the tensors have their own sizes
 }
 ALWAYS: dict[str, Any] = {"causal": False, "mlp_t": False, "halt_max_steps_eval": None, "dropout": 0}
+OURS_ALONE: dict[str, Any] = {
+    "pos_encodings": "grid"
+}  # of the shared keys, values that no published model has
 FORWARD_DTYPES = {"bfloat16": "bfloat16", "float32": "float32", "float16": "float32"}  # in which we compute
 # Keys that mean the same in the published configuration and in ours.
 SHARED_KEYS = (
@@ -79,6 +82,8 @@ def read_arch(config: dict[str, Any], file: Path) -> ArchConfig:
         kind.model_fields.keys() - StateConfig.model_fields.keys()
     )  # those may mean something else there
     for key, value in arch.items():
+        if key in OURS_ALONE and value == OURS_ALONE[key]:
+            raise UserError(f"{file}: arch.{key}={value} is known here, but not to the published code")
         if key in known_keys:
             values[key] = value
         elif key in ALWAYS and (value is ALWAYS[key] or value == ALWAYS[key]):
@@ -108,13 +113,18 @@ def published_config(manifest: Manifest) -> dict[str, Any]:
     """The configuration of a checkpoint of this project in the published words, as far as they go.
 
     Raises:
-        UserError: its architecture has no published layout.
+        UserError: its architecture, or a value of it, has no published layout.
     """
     arch = manifest.arch.model_dump(mode="json", exclude={"noise"})  # which is of training only
     published = next((theirs for theirs, ours in ARCHITECTURES.items() if ours == arch["name"]), None)
     if published is None:
         known = ", ".join(sorted(set(ARCHITECTURES.values())))
         raise UserError(f"arch {arch['name']} has no published layout; known: {known}")
+    for key, value in OURS_ALONE.items():
+        if arch[key] == value:
+            raise UserError(
+                f"arch.{key}={value} has no published layout: the published code does not know it"
+            )
     for key in ("init_std", "damping"):
         if arch.pop(key) != StateConfig.model_fields[key].default:
             raise UserError(

@@ -4,7 +4,7 @@ What always holds: parameters are float32 masters; the products run in `dtype` (
 of the weights made once an ACT step (`cast_weights`), since a recursive model uses each weight many times. Parameter
 names are those of the published checkpoints.
 
-Shapes: B batch, S tokens (puzzle tokens included), D width, N heads, K width of a head, F inner width.
+Shapes: B batch, S tokens (P puzzle tokens, then C cells), D width, N heads, K width of a head, F inner width.
 Source: Wang et al. 2025 (arXiv:2506.21734) and its public code.
 """
 
@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -158,6 +159,40 @@ class TokenEmbedding(nn.Module):
         self.embedding_weight = nn.Parameter(
             trunc_normal_(torch.empty(count, hidden_size), hidden_size**-0.5)
         )
+
+    def forward(self) -> Tensor:
+        """The whole table: as positions, those of all tokens."""
+        return self.embedding_weight
+
+
+class GridEmbedding(nn.Module):
+    """Positions in a grid: that of a token is the sum of a learned vector for each of its A coordinates.
+
+    The table has the vectors of one coordinate after those of the other. Leading tokens lie beyond the grid: each has
+    coordinates that no other token has. At first, sums are as large as the vectors of `TokenEmbedding`.
+
+    Args:
+        coordinates: of the cells, integers [C, A] from 0; see `hrm_ray.data.tasks.base.Task.coordinates`.
+        num_leading: P, tokens before them.
+    """
+
+    def __init__(self, coordinates: np.ndarray, num_leading: int, hidden_size: int):
+        super().__init__()
+        sizes_A = coordinates.max(axis=0) + 1
+        leading_PA = sizes_A + np.arange(num_leading)[:, None]
+        counts_A = sizes_A + num_leading
+        rows_SA = np.concatenate([leading_PA, coordinates]) + counts_A.cumsum() - counts_A
+        self.rows_SA: Tensor
+        self.register_buffer("rows_SA", torch.tensor(rows_SA), persistent=False)
+        self.embedding_weight = nn.Parameter(
+            trunc_normal_(
+                torch.empty(int(counts_A.sum()), hidden_size), (len(counts_A) * hidden_size) ** -0.5
+            )
+        )
+
+    def forward(self) -> Tensor:
+        """Of all tokens, [S, D]."""
+        return F.embedding(self.rows_SA, self.embedding_weight).sum(1)
 
 
 class PuzzleEmbedding(nn.Module):

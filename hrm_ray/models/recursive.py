@@ -17,6 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from hrm_ray.config.arch import ArchConfig
 from hrm_ray.models.layers import (
     Block,
+    GridEmbedding,
     Linear,
     PuzzleEmbedding,
     ReasoningModule,
@@ -63,6 +65,7 @@ class RecursiveModel(nn.Module, ABC):
         vocab_size: V, tokens of the task.
         seq_len: C, cells of a puzzle.
         num_puzzle_identifiers: rows of the puzzle embedding.
+        coordinates: where the cells lie, integers [C, n]; needed for positions in a grid only.
         dtype: of activations and products; float32 or bfloat16. Parameters stay float32.
         attention: one of `attention.KERNELS`, which can run on the model's device.
     """
@@ -81,6 +84,7 @@ class RecursiveModel(nn.Module, ABC):
         vocab_size: int,
         seq_len: int,
         num_puzzle_identifiers: int,
+        coordinates: np.ndarray | None = None,
         dtype: torch.dtype = torch.float32,
         attention: str = "sdpa",
     ):
@@ -103,8 +107,12 @@ class RecursiveModel(nn.Module, ABC):
         nn.init.constant_(self.q_head.bias, Q_HEAD_BIAS)
         if config.puzzle_emb_ndim:
             self.puzzle_emb = PuzzleEmbedding(num_puzzle_identifiers, config.puzzle_emb_ndim)
+        self.embed_pos: TokenEmbedding | GridEmbedding
         if config.pos_encodings == "learned":
             self.embed_pos = TokenEmbedding(self.num_tokens, D)
+        elif config.pos_encodings == "grid":
+            assert coordinates is not None
+            self.embed_pos = GridEmbedding(coordinates, self.num_puzzle_tokens, D)
         elif config.pos_encodings == "rope":
             self.rope_cos: Tensor
             self.rope_sin: Tensor
@@ -186,8 +194,8 @@ class RecursiveModel(nn.Module, ABC):
             rows = self.puzzle_emb(puzzle_identifiers_B)
             rows = F.pad(rows, (0, self.num_puzzle_tokens * D - rows.shape[-1]))
             e_BSD = torch.cat((rows.view(-1, self.num_puzzle_tokens, D), e_BSD), dim=1)
-        if self.config.pos_encodings == "learned":
-            e_BSD = math.sqrt(0.5) * (e_BSD + self.embed_pos.embedding_weight)
+        if self.config.pos_encodings in ("learned", "grid"):
+            e_BSD = math.sqrt(0.5) * (e_BSD + self.embed_pos())
         return (math.sqrt(D) * e_BSD).to(self.dtype)
 
     def refine(

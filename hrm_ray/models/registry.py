@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from hrm_ray.config.arch import ArchConfig, architectures
@@ -21,6 +22,25 @@ class DataShape(Protocol):
     def seq_len(self) -> int: ...
     @property
     def num_puzzle_identifiers(self) -> int: ...
+    def coordinates(self) -> np.ndarray | None:
+        """Where the cells lie; see `hrm_ray.data.tasks.base.Task.coordinates`."""
+
+
+def coordinates_of(arch: ArchConfig, data: DataShape) -> np.ndarray | None:
+    """Where the cells lie, if a model of `arch` has to know; else None.
+
+    Raises:
+        UserError: it has to, and nobody knows.
+    """
+    if arch.pos_encodings != "grid":
+        return None
+    coordinates = data.coordinates()
+    if coordinates is None:
+        raise UserError(
+            f"arch.pos_encodings=grid: nothing says how the {data.seq_len} cells of these puzzles lie in rows; use "
+            "arch.pos_encodings=learned"
+        )
+    return coordinates
 
 
 def build_model(arch: ArchConfig, data: DataShape, setup: Setup, halting: HaltingConfig | None = None) -> ACT:
@@ -30,6 +50,9 @@ def build_model(arch: ArchConfig, data: DataShape, setup: Setup, halting: Haltin
         halting: when its slots halt; None: as published.
 
     On torch's meta device nothing is drawn: it has shapes only.
+
+    Raises:
+        UserError: there is no such model, or its positions need a grid that is not known.
     """
     architectures()  # so that all classes are known
     if type(arch) not in RecursiveModel.classes:
@@ -40,6 +63,7 @@ def build_model(arch: ArchConfig, data: DataShape, setup: Setup, halting: Haltin
             vocab_size=data.vocab_size,
             seq_len=data.seq_len,
             num_puzzle_identifiers=data.num_puzzle_identifiers,
+            coordinates=coordinates_of(arch, data),
             dtype=setup.dtype,
             attention=setup.attention,
         )

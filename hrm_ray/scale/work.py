@@ -1,11 +1,12 @@
 """What a training has to do, counted from its configuration and its model; nothing here is of a machine."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -15,6 +16,7 @@ from hrm_ray.config.halting import HaltingConfig
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.recipe import RowRecipe, load_recipe, recipe_names
 from hrm_ray.data.shards import open_dataset
+from hrm_ray.data.tasks.base import Task
 from hrm_ray.errors import UserError
 from hrm_ray.halting.base import Moment
 from hrm_ray.machine import Setup
@@ -40,6 +42,7 @@ class Puzzles:
         source: where this comes from, for people.
         examples_per_epoch: one puzzle of every group, on average.
         num_test: 0 if there is no test split.
+        task: None if it does not matter.
     """
 
     source: str
@@ -48,6 +51,11 @@ class Puzzles:
     num_puzzle_identifiers: int
     examples_per_epoch: float
     num_test: int
+    task: Task | None = field(default=None, compare=False)
+
+    def coordinates(self) -> np.ndarray | None:
+        """Where the cells lie, see `Task.coordinates`."""
+        return self.task.coordinates() if self.task else None
 
 
 def puzzles_of(data_path: str) -> Puzzles:
@@ -69,6 +77,7 @@ def puzzles_of(data_path: str) -> Puzzles:
         manifest.num_puzzle_identifiers,
         train.num_groups * train.info.mean_puzzle_examples,
         test.num_examples if test else 0,
+        dataset.task,
     )
 
 
@@ -80,7 +89,7 @@ def _of_recipe(name: str) -> Puzzles:
         raise UserError(f"recipe {name} does not say how many puzzles it gives; build its data set first")
     assert isinstance(recipe, RowRecipe)
     num_test = SUDOKU_EXTREME_TEST if recipe.num_test is None else recipe.num_test
-    return Puzzles(f"recipe {name}", task.vocab_size, task.seq_len, 1, num_train, num_test)
+    return Puzzles(f"recipe {name}", task.vocab_size, task.seq_len, 1, num_train, num_test, task)
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field
 from torch import Tensor
 
 from hrm_ray.config.arch import DEFAULT_ARCH, Arch, arch_class
 from hrm_ray.config.validate import Settings, validated
+from hrm_ray.data.tasks.base import get_task
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.manifest import MANIFEST, Damaged, seal, unseal
 from hrm_ray.published import checkpoint_hint
@@ -75,6 +77,10 @@ class DatasetInfo(Settings):
     identifiers: str | None = (
         None  # SHA-256 of identifiers.json, which names the puzzle identifiers, if there is one
     )
+
+    def coordinates(self) -> np.ndarray | None:
+        """Where the cells lie, see `Task.coordinates`. Raises UserError: the task is not there."""
+        return get_task(self.task, **self.task_options).coordinates()
 
 
 class Manifest(Settings):

@@ -10,6 +10,7 @@ from hrm_ray.config.halting import halting_of
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.evaluation.scores import check_best_metric
+from hrm_ray.models.registry import coordinates_of
 from hrm_ray.training.checkpoint import Checkpoint, finished, newest_whole
 from hrm_ray.training.driver import Driver, ProgressBar, run_folder
 from hrm_ray.training.hooks import Hooks
@@ -17,7 +18,7 @@ from hrm_ray.training.logging import check_places, last_summary
 from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.training.plan import Plan, check_data
 from hrm_ray.training.resume import mismatch, resume_point, set_aside
-from hrm_ray.training.state import check_weights_fit
+from hrm_ray.training.state import check_weights_fit, dataset_info
 from hrm_ray.world import World
 
 
@@ -36,6 +37,7 @@ class Launch:
         self.dataset = open_dataset(config.data_path)
         check_best_metric(config.best_metric, self.dataset)
         check_data(config, self.dataset)
+        coordinates_of(config.arch, dataset_info(self.dataset))  # raises where the model cannot be made
         self.plan = Plan.of(config, self.dataset.split("train"))
         check_places(self.run)
 

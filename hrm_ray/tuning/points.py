@@ -14,7 +14,9 @@ from hrm_ray.config.validate import abbreviated, as_text, known_keys, nearest, s
 from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.errors import UserError
 from hrm_ray.evaluation.scores import reported
+from hrm_ray.models.registry import coordinates_of
 from hrm_ray.training.plan import Plan, check_data
+from hrm_ray.training.state import dataset_info
 from hrm_ray.tuning.config import SweepConfig
 from hrm_ray.tuning.metrics import AT_THE_END
 from hrm_ray.tuning.space import Point, suggest, words_of
@@ -80,7 +82,12 @@ class Points:
         return config.model_copy(update={"wandb_group": self.config.run_name})
 
     def plan(self, config: TrainConfig) -> Plan:
-        """Its length and when it evaluates. Raises UserError if it cannot be, or has nothing to evaluate."""
+        """Its length and when it evaluates.
+
+        Raises:
+            Refused: the model or the schedules do not fit the data.
+            UserError: there is nothing to evaluate.
+        """
         dataset = self._dataset(config.data_path)
         evaluated = [name for name in (*self.config.metric, self.config.watched) if name.startswith("eval/")]
         if evaluated and "test" not in dataset.splits:
@@ -95,6 +102,7 @@ class Points:
             )
         try:
             check_data(config, dataset)
+            coordinates_of(config.arch, dataset_info(dataset))
             return Plan.of(config, dataset.split("train"))
         except UserError as error:
             raise Refused(str(error)) from None

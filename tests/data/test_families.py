@@ -9,6 +9,32 @@ from hrm_ray.data.tasks.base import get_task, import_family, task_class, trust
 from hrm_ray.errors import UserError
 
 
+def coordinates(name, **options):
+    return get_task(name, **options).coordinates()
+
+
+def test_boxes_of_sudoku_lie_in_the_grid():
+    for size, box_rows, box_cols in ((4, 2, 2), (6, 2, 3), (9, 3, 3)):
+        expected = []
+        for row in range(size):
+            for column in range(size):
+                expected.append([row, column, size // box_cols * (row // box_rows) + column // box_cols])
+        assert coordinates("sudoku", size=size).tolist() == expected
+    assert coordinates("sudoku", size=6)[:12, 2].tolist() == 2 * [0, 0, 0, 1, 1, 1]
+
+
+def test_cells_lie_in_rows_where_that_is_known():
+    grid = coordinates("grid", alphabet="ab", height=3, width=5)
+    assert grid.tolist() == [[row, column] for row in range(3) for column in range(5)]
+    assert coordinates("maze", size=3).tolist() == [[i // 3, i % 3] for i in range(9)]
+    assert coordinates("arc").max(axis=0).tolist() == [29, 29]
+    assert coordinates("tokens", vocab_size=6, seq_len=16)[5].tolist() == [
+        1,
+        1,
+    ]  # a square is taken for a grid
+    assert coordinates("tokens", vocab_size=6, seq_len=10) is None
+
+
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """Writes modules of a package of the user's; returns how."""

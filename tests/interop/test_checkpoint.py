@@ -264,6 +264,7 @@ def test_keys_that_change_the_numbers_are_honoured(tmp_path, dataset, keys, numb
         {"rope_theta": "x"},
         {"rms_norm_eps": -1},
         {"pos_encodings": "sine"},
+        {"pos_encodings": "grid"},
         {"hidden_size": None},
     ],
 )

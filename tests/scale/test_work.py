@@ -79,6 +79,17 @@ def test_every_model_can_be_counted_and_nothing_is_drawn(arch, halting):
     assert counted.training.flops > counted.evaluation.flops > 0
 
 
+def test_positions_in_a_grid_are_counted(tmp_path, monkeypatch):
+    """Vectors of 4 rows, columns and boxes in place of those of 16 cells."""
+    monkeypatch.chdir(tmp_path)
+    words, puzzles = ["arch.hidden_size=32", "arch.num_heads=2", "arch.puzzle_emb_ndim=0"], "data/sudoku-4x4"
+    learned, grid = (
+        work(*words, f"arch.pos_encodings={kind}", puzzles=puzzles_of(puzzles)).model.num_params
+        for kind in ("learned", "grid")
+    )
+    assert learned - grid == (16 - 3 * 4) * 32
+
+
 def test_a_checkpoint_has_the_size_that_was_measured():
     """338 MB with 32 slots (docs/performance.md)."""
     assert work("arch=hrm_v1").checkpoint_bytes(32) == pytest.approx(338e6, rel=0.005)

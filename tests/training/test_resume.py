@@ -112,10 +112,11 @@ LEARNED = {"halting": {"name": "q_learning", "replay_max_age": 6}}
         {"arch": ARCH | EQR, "supervision_steps": 2},
         {"arch": TRM | EQR, "micro_batch_size": 3},
         {"arch": ARCH | EQR, "paths": {"train": 3}},
+        {"arch": ARCH | {"pos_encodings": "grid"}},
     ],
     ids=[
         *("q_learning", "supervision_steps", "trm", "trm_mlp", "transformer", "fixed", "depth"),
-        *("easy", "eqr_hrm", "eqr_trm", "paths"),
+        *("easy", "eqr_hrm", "eqr_trm", "paths", "grid"),
     ],
 )
 def test_every_kind_of_run_continues(config, change):

@@ -91,7 +91,7 @@ FAMILY = [
     {"halting": {"name": "q_learning", "dqn_warmup_ratio": 0.3, "replay_max_age": 6}},
     {"supervision_steps": 3, "arch": {**TRM, "no_ACT_continue": False}},
     {
-        "arch": TRM | {"H_cycles": 2, "loss": {"label_smoothing": 0.2}},
+        "arch": TRM | {"H_cycles": 2, "pos_encodings": "grid", "loss": {"label_smoothing": 0.2}},
         "curriculum": {"depth": [[0.4, 1, 1]], "filled": [0.7, 0.8], "rating": [0.2, 0.7]},
         "supervision_steps": 3,
         "supervised": "last",

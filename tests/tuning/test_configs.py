@@ -213,6 +213,16 @@ def test_points_are_checked_against_the_configuration_before_anything_starts(
         checked(Points(sweep_config({"train": train, "space": space})))
 
 
+def test_a_model_that_does_not_fit_the_puzzles_is_a_point_that_is_refused(tmp_path):
+    toy_dataset(tmp_path / "data", num_train=400, seq_len=10)
+    train = f"experiment=quickstart data={tmp_path / 'data'} lr_warmup_ratio=0.1"
+    config = sweep_config({"train": train, "space": {"arch.pos_encodings": ["learned", "grid"]}})
+    for point, run in checked(Points(config)):
+        is_grid = point["arch.pos_encodings"] == "grid"
+        assert isinstance(run, str) == is_grid
+        assert not is_grid or "nothing says how the 10 cells of these puzzles lie in rows" in run
+
+
 def test_a_metric_that_nobody_reports_is_said_before_anything_starts(tmp_path):
     build(load_recipe("sudoku_4x4", {"num_train": 20, "num_test": 0, "num_aug": 0}), str(tmp_path / "d"))
     train = f"experiment=quickstart data={tmp_path / 'd'} lr_warmup_ratio=0.1"

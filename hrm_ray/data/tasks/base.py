@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hrm_ray.config.validate import nearest
-from hrm_ray.data.drawing import Cell, row_width
+from hrm_ray.data.drawing import Cell, known_width, row_width
 from hrm_ray.data.layout import Cells
 from hrm_ray.errors import UserError, shown
 
@@ -50,8 +50,8 @@ class Task(ABC):
         fillable: whether an answer is its question with cells filled in, so that training may give some of them away.
         cells: how its puzzles are written, for the reader of files; None: as `parse` says, one a line.
         keeps_spaces: whether a space is a cell like others.
-        width: cells in a row where tokens are drawn; None: see `hrm_ray.data.drawing.row_width`.
-        box: rows and columns of the boxes that lines part where a grid is drawn; None: no lines.
+        width: cells in a row; None: see `hrm_ray.data.drawing.known_width`.
+        box: rows and columns of the boxes that a grid is made of; None: there are no boxes.
         separator: what stands between the rows of a puzzle that is written in one line, if anything does.
     """
 
@@ -105,6 +105,22 @@ class Task(ABC):
         width = row_width(self)
         rows = (symbols[start : start + width] for start in range(0, len(symbols), width))
         return "\n".join(" ".join(symbol.rjust(longest) for symbol in row) for row in rows)
+
+    def coordinates(self) -> np.ndarray | None:
+        """Where each cell lies: in which row, which column and, if there are boxes, which box.
+
+        Returns:
+            int64 [seq_len, n], n coordinates of each cell, every one counted from 0; None: nobody knows.
+        """
+        width = known_width(self)
+        if width is None:
+            return None
+        row, col = np.divmod(np.arange(self.seq_len), width)
+        if self.box is None:
+            return np.stack([row, col], axis=1)
+        box_rows, box_cols = self.box
+        boxes_across = -(-width // box_cols)
+        return np.stack([row, col, row // box_rows * boxes_across + col // box_cols], axis=1)
 
     @abstractmethod
     def is_solution(self, inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:

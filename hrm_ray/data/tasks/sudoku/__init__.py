@@ -190,9 +190,9 @@ class Sudoku(WrittenTask):
     def _geometry(self) -> tuple[np.ndarray, np.ndarray]:
         """The cells of every unit, int64[3 * size, size] (rows, columns, boxes), and the three units of every cell,
         int64[size * size, 3]."""
-        row, col = np.divmod(np.arange(self.seq_len), self.size)
-        box = (row // self.box_rows) * (self.size // self.box_cols) + col // self.box_cols
-        unit_of_cell = np.stack([row, self.size + col, 2 * self.size + box], axis=1)
+        coordinates = self.coordinates()
+        assert coordinates is not None  # the grid is a square
+        unit_of_cell = coordinates + self.size * np.arange(3)
         units = range(3 * self.size)
         return np.stack([np.flatnonzero((unit_of_cell == unit).any(axis=1)) for unit in units]), unit_of_cell
 
