@@ -28,9 +28,8 @@ NO_EFFECT = {
     *("vocab_size", "seq_len", "num_puzzle_identifiers"),  # of the data; the tensors have their own sizes
 }
 ALWAYS: dict[str, Any] = {"causal": False, "mlp_t": False, "halt_max_steps_eval": None, "dropout": 0}
-OURS_ALONE: dict[str, Any] = {
-    "pos_encodings": "grid"
-}  # of the shared keys, values that no published model has
+# Values that no published model has, of keys that are shared.
+OURS_ALONE: dict[str, Any] = {"pos_encodings": "grid"}
 FORWARD_DTYPES = {"bfloat16": "bfloat16", "float32": "float32", "float16": "float32"}  # in which we compute
 # Keys that mean the same in the published configuration and in ours.
 SHARED_KEYS = (
