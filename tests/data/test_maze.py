@@ -142,6 +142,27 @@ def test_generated_mazes_have_a_shortest_path_of_the_wanted_length(seed, size, u
         assert task.is_shortest(inputs, labels).all()
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 12))
+def test_the_ways_of_a_perfect_maze_are_a_tree(seed, size):
+    """So one path only leads from start to goal, and the answer is that. No cell could be added to the tree."""
+    task = get_task("maze", size=size)
+    options = {"walls": "perfect", "unique": True, "path": (1, size), "max_tries": 1000}
+    questions, answers = task.generate(seed, 0, 5, **options)
+    np.testing.assert_array_equal(task.generate(seed, 3, 1, **options)[0][0], questions[3])
+    assert task.accepts(questions).all() and task.is_shortest(questions, answers).all()
+    for question, answer in zip(questions, answers, strict=True):
+        is_free = np.pad((question != WALL).reshape(size, size), 1)
+        ways = (is_free[:, 1:] & is_free[:, :-1]).sum() + (is_free[1:] & is_free[:-1]).sum()
+        assert ways == is_free.sum() - 1  # and connected: a tree
+        found = distances(question, size)
+        assert len(found) == is_free.sum()
+        steps = found[int(np.flatnonzero(question == GOAL)[0])]
+        assert 1 <= steps <= size and (answer == PATH).sum() == steps - 1
+        beside = is_free[:-2, 1:-1] + is_free[2:, 1:-1].astype(int) + is_free[1:-1, :-2] + is_free[1:-1, 2:]
+        assert (beside[~is_free[1:-1, 1:-1]] != 1).all()
+
+
 def test_the_copies_of_a_maze_are_its_eight_positions(tmp_path):
     builder = builder_of(MazeRecipe(source=made(tmp_path, (QUESTION, ANSWER)), num_test=0, aug=True))
     questions, answers = SMALL.parse(QUESTION)[None], SMALL.parse(ANSWER)[None]
@@ -152,15 +173,16 @@ def test_the_copies_of_a_maze_are_its_eight_positions(tmp_path):
     assert SMALL.is_shortest(inputs, labels).all()
 
 
-def test_the_generator_of_the_small_recipe(tmp_path):
-    recipe = load_recipe("maze_small", {"num_train": 30, "num_test": 5})
+@pytest.mark.parametrize(("name", "size"), [("maze_small", 8), ("maze_unique", 6)])
+def test_the_generator_of_a_recipe(tmp_path, name, size):
+    recipe = load_recipe(name, {"num_train": 30, "num_test": 5})
     manifest = build(recipe, tmp_path / "data", show_progress=False)
     assert verify(tmp_path / "data") == []
     assert {n: (i.num_groups, i.num_examples) for n, i in manifest.splits.items()} == {
         "train": (30, 240),
         "test": (5, 5),
     }
-    assert manifest.task_options == {"size": 8}
+    assert manifest.task_options == {"size": size}
 
 
 def made(tmp_path, *rows):
@@ -199,6 +221,7 @@ def test_bad_mazes_are_one_line(tmp_path, rows, problem):
             "min_path=5 is above max_path=3",
         ),
         ({"source": "x.csv", "walls": [0.5, 0.2]}, "give [LEAST,GREATEST]"),
+        ({"source": "x.csv", "walls": "prefect"}, "walls"),
         ({**GENERATED, "size": 1}, "size=1"),
         ({"source": "x.csv", "num_clues": 3}, "unknown key 'num_clues'"),
     ],
@@ -233,6 +256,7 @@ def test_drawings_in_a_text_file_are_read(tmp_path):
     "values, problem",
     [
         ({"size": 4, "min_path": 16}, "no 4x4 maze with a path of 16 to 16 steps found in 20000 tries"),
+        ({"size": 4, "min_path": 12, "walls": "perfect"}, "in 20000 tries; lower min_path"),
         ({"size": 2, "num_train": 500}, "found only"),
     ],
 )

@@ -19,7 +19,7 @@ from hrm_ray.tuning.study import grid_of, num_trials_of
 from tests.own_task import Own
 from tests.toy import toy_dataset
 
-SHIPPED = ("architectures", "lr_wd_anneal", "multi_objective", "pbt", "quickstart_lr", "seeds")
+SHIPPED = ("architectures", "lr_wd_anneal", "maze_unique", "multi_objective", "pbt", "quickstart_lr", "seeds")
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,8 @@ def data(tmp_path_factory) -> dict[str, Path]:
     for size in (4, 6):
         toy_dataset(folder / str(size), num_train=12_000, num_test=300, vocab_size=size + 1, seq_len=size**2)
         found[f"data/sudoku-{size}x{size}"] = folder / str(size)
+    found["data/maze-unique"] = folder / "maze"
+    toy_dataset(found["data/maze-unique"], num_train=10_000, num_test=300, seq_len=36)
     return found
 
 

@@ -7,6 +7,7 @@ with the path drawn in; a step goes to one of four neighbours.
 from functools import cached_property
 from math import isqrt
 from types import ModuleType
+from typing import Literal
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from hrm_ray.errors import UserError, shown
 WALL, FREE, START, GOAL, PATH = 1, 2, 3, 4, 5
 SYMBOLS = "# SGo"  # of tokens 1 to 5
 LARGEST = 100
+Walls = tuple[float, float] | Literal["perfect"]  # see `Maze.generate`
 _TEXT = "?#.SGo"
 _CELLS = {
     WALL: Cell(" ", DARK),
@@ -176,7 +178,7 @@ class Maze(WrittenTask):
         first: int,
         count: int,
         *,
-        walls: tuple[float, float],
+        walls: Walls,
         unique: bool,
         path: tuple[int, int],
         max_tries: int,
@@ -184,7 +186,8 @@ class Maze(WrittenTask):
         """Mazes number first..first+count-1 of `seed`.
 
         Args:
-            walls: least and greatest share of cells that are walls.
+            walls: least and greatest share of cells that are walls; or "perfect": the free cells are a tree, so that
+                there is one way only between any two.
             unique: whether there is one shortest path only.
             path: least and greatest number of steps of it.
 
@@ -192,4 +195,8 @@ class Maze(WrittenTask):
             Questions and answers, uint8 [count, seq_len]; a question is all zeros if `max_tries` grids did not yield
             it, and so are all after it.
         """
-        return self._kernels.generate(seed, first, count, self.size, *walls, unique, *path, max_tries)
+        is_perfect = isinstance(walls, str)
+        shares = (0.0, 0.0) if isinstance(walls, str) else walls
+        return self._kernels.generate(
+            seed, first, count, self.size, is_perfect, *shares, unique, *path, max_tries
+        )

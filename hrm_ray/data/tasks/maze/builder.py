@@ -27,8 +27,9 @@ class MazeRecipe(RowRecipe):
     """Rows, and columns, of the maze; null: those of the first maze of the source."""
     aug: bool = False
     """Whether every training maze comes in all eight positions (rotated and mirrored)."""
-    walls: tuple[Share, Share] = (0.2, 0.45)
-    """Share of cells that are walls in a generated maze, from the least to the greatest."""
+    walls: tuple[Share, Share] | Literal["perfect"] = (0.2, 0.45)
+    """Share of cells that are walls in a generated maze, from the least to the greatest; or perfect: the ways are a
+    tree, so that one path only joins start and goal."""
     unique: bool = True
     """Whether a generated maze has one shortest path only."""
     min_path: int | None = Field(default=None, ge=1)
@@ -51,7 +52,7 @@ class MazeRecipe(RowRecipe):
             raise ValueError("'size' is not given; source=generator needs size=NUMBER")
         if self.source == GENERATOR and not self.path[0] <= self.path[1]:
             raise ValueError(f"min_path={self.path[0]} is above max_path={self.path[1]}")
-        if self.walls[0] > self.walls[1]:
+        if not isinstance(self.walls, str) and self.walls[0] > self.walls[1]:
             raise ValueError(f"walls=[{self.walls[0]},{self.walls[1]}]: give [LEAST,GREATEST]")
         return self
 
@@ -82,9 +83,10 @@ class MazeBuilder(RowBuilder, recipe=MazeRecipe):
 
     def none_found(self) -> str:
         recipe = self.recipe
+        mend = "" if recipe.walls == "perfect" else ", change walls, or give unique=false"
         return (
             f"no {recipe.size}x{recipe.size} maze with a path of {recipe.path[0]} to {recipe.path[1]} steps found in "
-            f"{MAX_TRIES} tries; lower min_path, change walls, or give unique=false"
+            f"{MAX_TRIES} tries; lower min_path{mend}"
         )
 
 

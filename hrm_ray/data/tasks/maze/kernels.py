@@ -151,11 +151,61 @@ def is_shortest(questions, answers, size):
 
 
 @njit()
-def generate(seed, first, count, size, min_walls, max_walls, unique, min_path, max_path, max_tries):
+def _scatter(maze, min_walls, max_walls, state):
+    """Draw walls cell by cell with a share that is drawn too; returns how many cells are free."""
+    share = min_walls + (max_walls - min_walls) * below(state, _SHARES) / _SHARES
+    threshold = np.int64(share * _SHARES)
+    num_free = 0
+    for cell in range(maze.size):
+        is_wall = below(state, _SHARES) < threshold
+        maze[cell] = WALL if is_wall else FREE
+        num_free += not is_wall
+    return num_free
+
+
+@njit()
+def _carve(maze, size, state, way):
+    """Draw a perfect maze: its free cells are a tree, and none can be added to it. Returns how many they are.
+
+    Only a cell beside a single free one is freed, so that no circle closes. It goes depth first, since that makes long
+    ways: on from the last cell as long as that is possible, then back. A cell that is left has nothing to free beside
+    it, and never will.
+
+    Args:
+        way: int64 [S], overwritten.
+    """
+    beside, around = np.empty(4, np.int64), np.empty(4, np.int64)
+    maze[:] = WALL
+    way[0] = below(state, maze.size)
+    maze[way[0]] = FREE
+    length = num_free = 1
+    while length > 0:
+        num_open = 0
+        for k in range(_neighbours(way[length - 1], size, beside)):
+            num_ways = 0
+            for j in range(_neighbours(beside[k], size, around)):
+                num_ways += maze[around[j]] == FREE
+            if maze[beside[k]] == WALL and num_ways == 1:
+                beside[num_open] = beside[k]
+                num_open += 1
+        if num_open == 0:
+            length -= 1
+            continue
+        way[length] = beside[below(state, num_open)]
+        maze[way[length]] = FREE
+        length += 1
+        num_free += 1
+    return num_free
+
+
+@njit()
+def generate(
+    seed, first, count, size, is_perfect, min_walls, max_walls, unique, min_path, max_path, max_tries
+):
     """Mazes number first..first+count-1 of `seed`.
 
-    Walls are drawn cell by cell with a share that is drawn too, then a start, then a goal among the cells whose
-    shortest path fits. A grid that has none is thrown away and another is tried, up to `max_tries` times.
+    The grid is drawn first (see `_carve` and `_scatter`), then a start, then a goal among the cells whose shortest path
+    fits. A grid that has none is thrown away and another is tried, up to `max_tries` times.
 
     Returns questions and answers, uint8 [count, S]; a question that could not be made is all zeros, and so are all
     after it.
@@ -169,14 +219,11 @@ def generate(seed, first, count, size, min_walls, max_walls, unique, min_path, m
         is_made = False
         for attempt in range(max_tries):
             state[0] = stream(seed, first + i, attempt)
-            share = min_walls + (max_walls - min_walls) * below(state, _SHARES) / _SHARES
-            threshold = np.int64(share * _SHARES)
             maze = questions[i]
-            num_free = 0
-            for cell in range(cells):
-                is_wall = below(state, _SHARES) < threshold
-                maze[cell] = WALL if is_wall else FREE
-                num_free += not is_wall
+            if is_perfect:
+                num_free = _carve(maze, size, state, queue)
+            else:
+                num_free = _scatter(maze, min_walls, max_walls, state)
             if num_free < 2:
                 continue
             start = _nth(maze, FREE, below(state, num_free))
