@@ -4,9 +4,13 @@ numba itself refuses to compile what is to be kept if no folder can be written, 
 kept is damaged. Here each of these costs the compilation at every start, nothing else.
 """
 
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import numba
@@ -55,3 +59,35 @@ def _say_once() -> None:
             "set NUMBA_CACHE_DIR to a folder that can be written",
             stacklevel=3,
         )
+
+
+def in_threads(works: Iterator[Callable[[], None]], num_threads: int) -> None:
+    """Do all of `works`, which are taken one after the other, by so many threads of which this is one.
+
+    They end together. If one raises, or this thread is interrupted, what has not begun is left out.
+    """
+    taking = Lock()
+
+    def work() -> None:
+        while True:
+            with taking:
+                own = next(works, None)
+            if own is None:
+                return
+            own()
+
+    helpers = [_helpers(num_threads - 1).submit(work) for _ in range(num_threads - 1)]
+    try:
+        work()  # this thread too: it would wake late if it waited for others
+    finally:
+        for helper in helpers:
+            if not helper.cancel():  # one that has not begun is not needed
+                helper.result()
+
+
+@lru_cache(maxsize=1)
+def _helpers(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="machine code")
+
+
+os.register_at_fork(after_in_child=_helpers.cache_clear)  # a child has none of these threads

@@ -10,6 +10,8 @@ Source: Wang et al. 2025 (arXiv:2506.21734) and its public code.
 
 import math
 from collections.abc import Iterable
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -71,6 +73,39 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=eps)
 
 
+@cache
+def _fused() -> ModuleType | None:
+    """`fused_cpu`, where it can be compiled."""
+    try:
+        from hrm_ray.models import fused_cpu  # numba: a second to import
+    except Exception:  # of any kind; torch's operations do the same
+        return None
+    return fused_cpu
+
+
+def _fused_for(x: Tensor) -> ModuleType | None:
+    """`fused_cpu`, where it takes `x`."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return None
+    fused = _fused()
+    return fused if fused and fused.takes(x) else None
+
+
+def add_norm(x: Tensor, y: Tensor, eps: float) -> Tensor:
+    """`rms_norm` of x + y."""
+    if fused := _fused_for(x):
+        return fused.add_rms_norm(x, y, eps)
+    return rms_norm(x + y, eps)
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, of the two halves of the last axis."""
+    if fused := _fused_for(gate_up):
+        return fused.swiglu(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 class Attention(nn.Module):
     """Non-causal multi-head attention; q, k and v come from one matrix. `kernel` is one of `attention.KERNELS`."""
 
@@ -101,8 +136,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(gated(self.gate_up_proj(x)))
 
 
 class Block(nn.Module):
@@ -117,8 +151,8 @@ class Block(nn.Module):
         self.mlp = SwiGLU(hidden_size, expansion)
 
     def forward(self, x_BSD: Tensor, rope: Rope) -> Tensor:
-        x_BSD = rms_norm(x_BSD + self.self_attn(x_BSD, rope), self.norm_eps)
-        return rms_norm(x_BSD + self.mlp(x_BSD), self.norm_eps)
+        x_BSD = add_norm(x_BSD, self.self_attn(x_BSD, rope), self.norm_eps)
+        return add_norm(x_BSD, self.mlp(x_BSD), self.norm_eps)
 
 
 class MixerBlock(nn.Module):
@@ -131,10 +165,10 @@ class MixerBlock(nn.Module):
         self.mlp = SwiGLU(hidden_size, expansion)
 
     def forward(self, x_BSD: Tensor, rope: Rope) -> Tensor:
-        x_BDS = x_BSD.transpose(1, 2)
-        x_BDS = rms_norm(x_BDS + self.mlp_t(x_BDS), self.norm_eps)  # over the tokens, as published
-        x_BSD = x_BDS.transpose(1, 2)
-        return rms_norm(x_BSD + self.mlp(x_BSD), self.norm_eps)
+        x_BDS = x_BSD.transpose(1, 2).contiguous()  # once, for all that reads it
+        x_BDS = add_norm(x_BDS, self.mlp_t(x_BDS), self.norm_eps)  # over the tokens, as published
+        x_BSD = x_BDS.transpose(1, 2).contiguous()
+        return add_norm(x_BSD, self.mlp(x_BSD), self.norm_eps)
 
 
 class ReasoningModule(nn.Module):

@@ -6,17 +6,14 @@ polynomial so that it can.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from threading import Lock
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hrm_ray.machine_code import njit
+from hrm_ray.machine_code import in_threads, njit
 from hrm_ray.optim.adam_atan2 import Hyperparameters, Tensors
 
 # Numbers that one call updates: the same whatever the number of threads, so that every one comes out alike.
@@ -91,24 +88,9 @@ def update(
     # Now, so that nothing has moved if one cannot be read.
     grads = [g.resolve_neg().contiguous() for g in grads]
     # Cut while others compute: together it takes as long as a twentieth of the published model's update.
-    chunks, cut = _chunks(params, grads, exp_avgs, exp_avg_sqs), Lock()
-
-    def work() -> None:
-        while True:
-            with cut:
-                chunk = next(chunks, None)
-            if chunk is None:
-                return
-            _update(*chunk, *numbers)
-
-    num_helpers = torch.get_num_threads() - 1 if sum(p.numel() for p in params) > CHUNK else 0
-    helpers = [_helpers(num_helpers).submit(work) for _ in range(num_helpers)]
-    try:
-        work()  # this thread too: it would wake late if it waited for others
-    finally:  # even if it is interrupted, nothing moves after this
-        for helper in helpers:
-            if not helper.cancel():  # one that has not begun is not needed
-                helper.result()
+    chunks = _chunks(params, grads, exp_avgs, exp_avg_sqs)
+    num_threads = torch.get_num_threads() if sum(p.numel() for p in params) > CHUNK else 1
+    in_threads((partial(_update, *chunk, *numbers) for chunk in chunks), num_threads)
 
 
 def _chunks(*lists: Tensors) -> Iterator[tuple[np.ndarray, ...]]:
@@ -122,10 +104,3 @@ def _chunks(*lists: Tensors) -> Iterator[tuple[np.ndarray, ...]]:
 def _flat(tensor: Tensor) -> np.ndarray:
     return tensor.detach().numpy().reshape(-1)  # no copy, since it is contiguous
 
-
-@lru_cache(maxsize=1)
-def _helpers(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="AdamATan2")
-
-
-os.register_at_fork(after_in_child=_helpers.cache_clear)  # a child has none of these threads
