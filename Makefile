@@ -1,4 +1,4 @@
-# make quickstart   build data, train and solve: a model learns 4x4 Sudoku in minutes
+# make quickstart   build data, train and solve: a model learns Sudoku in minutes
 # make test         the tests            make lint   style and types
 # make test-all     all tests, the long ones too
 # make test-cluster all tests of clusters: jobs, Slurm, nodes that come and go, storage that machines share (half an hour)
@@ -32,14 +32,14 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: $(READY)
-	@$(BIN)/hrm-ray data build recipe=sudoku_4x4 out=data/sudoku-4x4
+	@$(BIN)/hrm-ray data build recipe=sudoku_easy out=data/sudoku-easy
 	@$(BIN)/hrm-ray train experiment=quickstart
 	@echo; echo "On the 500 held-out puzzles:"
-	@$(BIN)/hrm-ray eval runs/quickstart data=data/sudoku-4x4
+	@$(BIN)/hrm-ray eval runs/quickstart data=data/sudoku-easy
 	@echo; echo "Three of them, solved:"; echo
-	@$(BIN)/hrm-ray solve runs/quickstart data=data/sudoku-4x4 count=3
+	@$(BIN)/hrm-ray solve runs/quickstart data=data/sudoku-easy count=3
 	@echo; echo "Try next:"
-	@echo "  $(BIN)/hrm-ray solve runs/quickstart ...1.2....3.4..."
+	@echo "  $(BIN)/hrm-ray solve runs/quickstart 21784...5.....1.2........8...6.152..374....5.1.2793.6.5.9.64..76...7..4...35.861. paths=8 noise=0.5 select=valid"
 	@echo "  $(BIN)/hrm-ray train experiment=quickstart lr=1e-3 run_name=slower"
 	@echo "  $(BIN)/hrm-ray data build recipe=sudoku_6x6 out=data/sudoku-6x6 && $(BIN)/hrm-ray train experiment=sudoku_6x6"
 

@@ -1,7 +1,7 @@
 """Puzzles a second when a trained model is used: with all ACT steps, and when each puzzle stops by its own Q head.
 
-    python -m benchmarks.evaluation checkpoint=runs/quickstart data=data/sudoku-4x4 --json
-    python -m benchmarks.evaluation checkpoint=runs/quickstart data=data/sudoku-4x4 batch=64 votes=9 threads=1
+    python -m benchmarks.evaluation checkpoint=runs/sudoku_4x4 data=data/sudoku-4x4 --json
+    python -m benchmarks.evaluation checkpoint=runs/sudoku_4x4 data=data/sudoku-4x4 batch=64 votes=9 threads=1
 
 In turns in this process; medians. Reading the puzzles is part of it, loading the checkpoint is not. Memory is kept on a
 CPU, as by the commands; not with `keep_memory=false`.

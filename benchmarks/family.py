@@ -47,28 +47,29 @@ CURVES = {("hrm_v1", "act"): "HRM", ("trm", "q_learning"): "TRM"}  # drawn from 
 
 @dataclass(frozen=True)
 class Size:
-    """Puzzles of one size: the recipe of the data set, the experiment, what of it is set otherwise, and the rows of the
+    """Puzzles of one size: the recipe of the data set, what is not as in the experiment `sudoku_4x4`, and the rows of the
     table: architecture, halting, and what is set for them alone."""
 
     recipe: str
-    experiment: str
     overrides: tuple[str, ...]
     rows: dict[tuple[str, str], tuple[str, ...]]
 
 
 SIZES = {
-    # Smaller batches than in the quickstart, and more of them, so that every row gets past its plateau.
+    # Smaller batches than in the experiment, and more of them, so that every row gets past its plateau.
     "4x4": Size(
         "sudoku_4x4",
-        "quickstart",
         ("global_batch_size=64", "lr=2e-3", "epochs=8", "eval_interval=4"),
         # The transformer takes one step: there is nothing to halt.
         {(a, h): () for a, h in product(ARCHS, HALTINGS) if a != "transformer" or h == "act"},
     ),
     "6x6": Size(
         "sudoku_6x6",
-        "sudoku_6x6",
-        (),  # with 64 a batch nothing gets past it
+        # With 64 puzzles a batch nothing gets past its plateau.
+        (
+            *("arch.hidden_size=128", "arch.num_heads=4", "epochs=18", "eval_interval=3"),
+            *("lr=2e-3", "lr_warmup_steps=100"),
+        ),
         {
             ("hrm_v1", "act"): (),
             ("trm", "q_learning"): ("lr=1e-3",),  # HRM's 2e-3 is too high for its deeper gradient
@@ -116,7 +117,7 @@ def command(*words: str) -> float:
 def train(run: Run, folder: Path, overrides: list[str]) -> dict:
     """Train to the end; what came of it, with the CPU time that the command took."""
     size = SIZES[run.size]
-    words = [f"experiment={size.experiment}", f"arch={run.arch}", *ARCHS[run.arch], f"halting={run.halting}"]
+    words = ["experiment=sudoku_4x4", f"arch={run.arch}", *ARCHS[run.arch], f"halting={run.halting}"]
     words += [f"data={folder}/{size.recipe}", f"storage={folder}/runs", f"run_name={run.name}"]
     words += [f"seed={run.seed}", "scaling=local", "tensorboard=false", *size.overrides]
     words += [*size.rows[run.arch, run.halting], *overrides]

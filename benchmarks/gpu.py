@@ -26,7 +26,7 @@ def parts(data: str, out: Path) -> dict[str, tuple[str, ...]]:
     train = (
         "hrm_ray.cli",
         "train",
-        "experiment=quickstart",
+        "experiment=sudoku_4x4",
         "scaling=local",
         f"data={data}",
         f"storage={out}/runs",
@@ -41,7 +41,7 @@ def parts(data: str, out: Path) -> dict[str, tuple[str, ...]]:
         "tests": ("pytest", "-rs", "-p", "no:cacheprovider", *tests),
         "optimizer": ("benchmarks.optimizer", "--json"),
         "step-published": ("benchmarks.step", *PUBLISHED, "--json"),
-        "step-quickstart": ("benchmarks.step", "local_batch_size=256", "--json"),
+        "step-sudoku_4x4": ("benchmarks.step", "local_batch_size=256", "--json"),
         "attention": ("benchmarks.attention", "batch=768", "--json"),
         "train": (*train, "run_name=compiled"),
         "train-eager": (*train, "run_name=eager", "compile=false"),

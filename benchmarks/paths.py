@@ -1,7 +1,7 @@
 """Thinking along 16 paths, against 16 times along one: the time a path, by how puzzles end.
 
-    python -m benchmarks.paths checkpoint=runs/quickstart data=data/sudoku-4x4
-    python -m benchmarks.paths checkpoint=runs/quickstart data=data/sudoku-4x4 puzzles=1 paths=100 --json
+    python -m benchmarks.paths checkpoint=runs/sudoku_4x4 data=data/sudoku-4x4
+    python -m benchmarks.paths checkpoint=runs/sudoku_4x4 data=data/sudoku-4x4 puzzles=1 paths=100 --json
 
 One path and many take turns in this process; medians, and the ratio of a path of many to one path alone, which takes
 all its ACT steps. Reading the puzzles is no part of it.

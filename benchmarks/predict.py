@@ -2,7 +2,7 @@
 
     python -m benchmarks.predict --json
     python -m benchmarks.predict rounds=3 steps=40 out=my_machine.yaml
-    hrm-ray scale experiment=quickstart machine=my_machine.yaml workers=[1,2]
+    hrm-ray scale experiment=sudoku_4x4 machine=my_machine.yaml workers=[1,2]
 
 Measured for the model, in two processes of one thread each: training steps of a quarter and of one and a half batches,
 in one process while the other waits, and in both side by side; AdamATan2 alone; all-reduces of two sizes. From these it

@@ -1,6 +1,6 @@
 """How well and how fast an experiment learns here: builds its data, trains it under Ray, prints what came out.
 
-python -m benchmarks.quickstart --json                        experiment quickstart, 4x4 Sudoku
+python -m benchmarks.quickstart --json                        experiment quickstart
 python -m benchmarks.quickstart sudoku_6x6 seed=1 --json      any experiment with a recipe, any override
 """
 
@@ -15,7 +15,7 @@ from hrm_ray.data.pipeline import build
 from hrm_ray.data.recipe import load_recipe
 from hrm_ray.training import launch
 
-RECIPES = {"quickstart": "sudoku_4x4", "sudoku_6x6": "sudoku_6x6"}
+RECIPES = {"quickstart": "sudoku_easy", "sudoku_4x4": "sudoku_4x4", "sudoku_6x6": "sudoku_6x6"}
 
 
 def measure(experiment: str, overrides: list[str]) -> dict:

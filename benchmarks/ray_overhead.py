@@ -43,7 +43,7 @@ def measure(rounds: int, steps: int) -> dict:
         for i in range(rounds):
             for mode in ("local", "ray") if i % 2 else ("ray", "local"):
                 words = [
-                    "experiment=quickstart",
+                    "experiment=sudoku_4x4",
                     f"data={folder}/data",
                     f"storage={folder}/runs",
                     "log_interval=5",

@@ -25,7 +25,7 @@ from hrm_ray.ray_session import ray_session
 def small_model(folder: str, run_name: str) -> list[str]:
     """Words that train the small HRM on `folder`/data, without evaluations but the last."""
     return [
-        *("experiment=quickstart", "arch.hidden_size=128", "arch.num_heads=4"),
+        *("experiment=sudoku_4x4", "arch.hidden_size=128", "arch.num_heads=4"),
         *(f"data={folder}/data", f"storage={folder}/runs", f"run_name={run_name}"),
         *("log_interval=5", "epochs=100", "eval_interval=null", "tensorboard=false"),
     ]

@@ -33,7 +33,7 @@ KINDS = {
 
 def sweep_of(data: str, folder: str, kind: str, seed: int, trials: int, steps: int) -> SweepConfig:
     train = (
-        f"experiment=quickstart data={data} arch=trm_mlp arch.hidden_size=64 arch.num_heads=2 arch.L_layers=1 "
+        f"experiment=sudoku_4x4 data={data} arch=trm_mlp arch.hidden_size=64 arch.num_heads=2 arch.L_layers=1 "
         f"global_batch_size=32 epochs=1 max_steps={steps} log_interval={steps // 9} eval_interval=null "
         "num_eval_examples=1 tensorboard=false keep_last=1"
     )

@@ -28,7 +28,7 @@ def timed(*words: str) -> tuple[float, float]:
 
 def one_step(folder: str, mode: str, name: str) -> dict[str, float]:
     """Seconds to the begin of training in a new run, and to the end of the command after one step."""
-    words = ["experiment=quickstart", f"data={folder}/data", f"storage={folder}/runs", f"run_name={name}"]
+    words = ["experiment=sudoku_4x4", f"data={folder}/data", f"storage={folder}/runs", f"run_name={name}"]
     words += [f"scaling={mode}", "max_steps=1", "num_eval_examples=1", "tensorboard=false"]
     started, ended = timed("train", *words)
     events = [json.loads(line) for line in (Path(folder) / "runs" / name / "events.jsonl").open()]

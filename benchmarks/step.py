@@ -1,7 +1,8 @@
 """Milliseconds of a whole training step (forward, loss, backward, optimizers), ours against a plain one.
 
-    python -m benchmarks.step --json                                        the small HRM of the quickstart
-    python -m benchmarks.step arch=small --json                             one of width 128, 16 cells
+    python -m benchmarks.step --json                                        the small HRM of sudoku_4x4
+    python -m benchmarks.step arch=quickstart local_batch_size=32 --json    the TRM with an MLP of the quickstart
+    python -m benchmarks.step arch=small --json                             an HRM of width 128, 16 cells
     python -m benchmarks.step arch=sudoku_6x6 --json                        that of the 6x6 experiment
     python -m benchmarks.step arch=hrm_v1 local_batch_size=32 --json        the published 27M model, 81 cells
 
@@ -36,6 +37,7 @@ from benchmarks import front
 from benchmarks.clock import in_turns, medians_ms
 from benchmarks.machine import a_product, peak_tflops
 from hrm_ray import machine, memory
+from hrm_ray.config.arch import ArchConfig
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.halting.base import Control
 from hrm_ray.models import act as act_module
@@ -46,6 +48,7 @@ from hrm_ray.models.compiled import compile_recursion, reason
 from hrm_ray.models.hrm_v1 import HRMConfig
 from hrm_ray.models.recursive import RecursiveModel
 from hrm_ray.models.registry import build_model
+from hrm_ray.models.trm import TRMConfig
 from hrm_ray.optim.adam_atan2 import AdamATan2
 from hrm_ray.optim.sign_sgd import sparse_sign_sgd
 from hrm_ray.scale.work import Model
@@ -55,15 +58,18 @@ from hrm_ray.training.cuda_graph import Recordings, is_the_same
 SMALL = {"hidden_size": 96, "num_heads": 3, "H_layers": 2, "L_layers": 2, "pos_encodings": "learned"}
 SMALL |= {"puzzle_emb_ndim": 0, "halt_max_steps": 8, "loss": {"loss_type": "softmax_cross_entropy"}}
 WIDER = SMALL | {"hidden_size": 128, "num_heads": 4}
-ARCHS = {  # architecture, Sudoku size
-    "quickstart": (HRMConfig(**SMALL), 4),
+MIXER = {"mlp_t": True, "pos_encodings": "none", "H_cycles": 2, "L_cycles": 2, "hidden_size": 128, "num_heads": 4}
+MIXER |= {"expansion": 3} | {key: SMALL[key] for key in ("puzzle_emb_ndim", "halt_max_steps", "loss")}
+ARCHS: dict[str, tuple[ArchConfig, int]] = {  # architecture, Sudoku size
+    "sudoku_4x4": (HRMConfig(**SMALL), 4),
+    "quickstart": (TRMConfig(**MIXER), 9),
     "small": (HRMConfig(**WIDER), 4),
     "sudoku_6x6": (HRMConfig(**WIDER), 6),
     "hrm_v1": (HRMConfig(), 9),
 }
 
 
-own_rms_norm, own_apply_rope = layers.rms_norm, attention_module.apply_rope
+own_rms_norm, own_apply_rope, own_fused = layers.rms_norm, attention_module.apply_rope, layers._fused
 own_cross_entropy = losses.cross_entropy
 
 
@@ -104,7 +110,7 @@ def plain_cross_entropy(
     return torch.where(valid, -picked, 0).float()
 
 
-def make_setup(arch: HRMConfig, size: int, dtype: torch.dtype, attention: str) -> machine.Setup:
+def make_setup(arch: ArchConfig, size: int, dtype: torch.dtype, attention: str) -> machine.Setup:
     """What of the machine a model of Sudoku `size` uses."""
     return machine.resolve(
         forward_dtype=str(dtype).removeprefix("torch."),
@@ -126,7 +132,7 @@ def dataset_info(size: int) -> DatasetInfo:
 
 
 def make_model(
-    plain: bool, arch: HRMConfig, size: int, dtype: torch.dtype, attention: str | None = None
+    plain: bool, arch: ArchConfig, size: int, dtype: torch.dtype, attention: str | None = None
 ) -> tuple[ACT, machine.Setup]:
     """A model of Sudoku `size`, and what of the machine it uses; for `attention` see `make_step`."""
     torch.manual_seed(0)
@@ -144,7 +150,7 @@ def make_model(
 
 
 def make_step(
-    kind: str, arch: HRMConfig, size: int, batch_size: int, dtype: torch.dtype, attention: str | None = None
+    kind: str, arch: ArchConfig, size: int, batch_size: int, dtype: torch.dtype, attention: str | None = None
 ) -> Callable[[], None]:
     """A function that trains one step.
 
@@ -229,7 +235,7 @@ def read_ahead_in_full(inner: RecursiveModel, batch: Batch) -> None:
 
 
 class Swapped:
-    """Inside, the plain norm, rotation and loss stand in for ours."""
+    """Inside, the plain norm, gate, rotation and loss stand in for ours."""
 
     def __init__(self, plain: bool):
         self._plain = plain
@@ -237,10 +243,12 @@ class Swapped:
     def __enter__(self) -> None:
         if self._plain:
             layers.rms_norm, attention_module.apply_rope = plain_rms_norm, plain_apply_rope
+            layers._fused = lambda: None
             losses.cross_entropy = plain_cross_entropy
 
     def __exit__(self, *_: object) -> None:
         layers.rms_norm, attention_module.apply_rope = own_rms_norm, own_apply_rope
+        layers._fused = own_fused
         losses.cross_entropy = own_cross_entropy
 
 

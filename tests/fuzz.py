@@ -249,16 +249,16 @@ class Inputs:
             (
                 ["train"],
                 train,
-                [data, "experiment=quickstart", "arch=trm", "halting=q_learning", "scaling=local"],
+                [data, "experiment=sudoku_4x4", "arch=trm", "halting=q_learning", "scaling=local"],
             ),
             (["train"], train, [data, "experiment=sudoku_extreme_trm", "+run_name=x", "lr=1e-3"]),
             (["train", data], train, []),
             (
                 ["config", "validate"],
                 [*train, "recipe", "out"],
-                [data, "experiment=quickstart", "quickstart_lr"],
+                [data, "experiment=sudoku_4x4", "sudoku_4x4_lr"],
             ),
-            (["config", "show"], train, ["recipe", "sweep", "lr", "experiment=quickstart", "trm"]),
+            (["config", "show"], train, ["recipe", "sweep", "lr", "experiment=sudoku_4x4", "trm"]),
             (
                 ["eval", str(folder / "run"), data],
                 [*use, "depths", "num_examples", "save_outputs", "out"],
@@ -284,8 +284,8 @@ class Inputs:
             (["data", "import-npy", str(folder)], ["out"], ["out=o"]),
             (["import-checkpoint", str(folder)], ["out", "data"], ["out=o"]),
             (["export-checkpoint", str(folder / "run")], ["out"], ["out=o"]),
-            (["tune"], [*sweep, *train], ["quickstart_lr", "seeds", "num_trials=3", "lr=1e-3"]),
-            (["tune", "quickstart_lr"], [*sweep, *train], ["budget.cpu_hours=2", "sampler=random"]),
+            (["tune"], [*sweep, *train], ["sudoku_4x4_lr", "seeds", "num_trials=3", "lr=1e-3"]),
+            (["tune", "sudoku_4x4_lr"], [*sweep, *train], ["budget.cpu_hours=2", "sampler=random"]),
             (["tune", "set", str(folder / "nowhere")], sweep, []),
             (["scale"], [*train, "machine", "workers"], [data, "workers=[1,4]", "machine=l40s", "--json"]),
             (

@@ -101,7 +101,7 @@ def test_step_measures(monkeypatch, capsys):
     assert result["attention"] == ("sdpa" if torch.cuda.is_available() else "matmul")
     words += ["dtype=float32", "plain_dtype=bfloat16"]
     code, out, _ = command(monkeypatch, capsys, "step", *words)
-    assert out.startswith("quickstart, float32: ") and ", plain (bfloat16) " in out
+    assert out.startswith("sudoku_4x4, float32: ") and ", plain (bfloat16) " in out
 
 
 def test_without_products_nothing_is_multiplied():
@@ -210,7 +210,7 @@ def test_a_recorded_step_is_replayed(monkeypatch, kind, expected):
     )  # its kernels are not seen by the recorder
     losses, act_loss = [], step.losses.act_loss
     monkeypatch.setattr(step.losses, "act_loss", lambda *args: losses.append(args) or act_loss(*args))
-    config, size = step.ARCHS["quickstart"]
+    config, size = step.ARCHS["sudoku_4x4"]
     take = step.make_step(kind, config, size, 2, torch.float32)
     losses.clear()
     for _ in range(2):
@@ -255,7 +255,7 @@ def test_what_is_measured_is_told_with_where(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(("kind", "times"), [("eager", 1), ("plain", 2)])
 def test_the_plain_step_reads_ahead_in_full(monkeypatch, kind, times):
     """As the published code does."""
-    config, size = step.ARCHS["quickstart"]
+    config, size = step.ARCHS["sudoku_4x4"]
     take = step.make_step(kind, config, size, 2, torch.float32)
     embedded, embed = [], step.RecursiveModel.embed
     monkeypatch.setattr(step.RecursiveModel, "embed", lambda *args: embedded.append(args) or embed(*args))

@@ -284,7 +284,7 @@ MISTAKES = [
     (["solve", "{run}", "1,2,3"], "3 tokens; 16 are needed"),
     (["solve", "{run}", "data={data}", "index=24"], "holds examples 0..23"),
     (["train", "experiment=quickstrat"], "did you mean 'quickstart'?"),
-    (["train", "experiment=quickstart", "data={missing}"], "no dataset folder"),
+    (["train", "experiment=sudoku_4x4", "data={missing}"], "no dataset folder"),
     (["train", "data={data}", "scaling=local", "storage=/proc/x", *TINY], "/proc/x"),
     (["train", "data={data}", "run_name=a/b"], "run_name=a/b must be a plain folder name"),
     (["train", "data={data}", "run_name="], "run_name= is empty"),
@@ -379,11 +379,11 @@ def test_config_lists_and_shows_everything_that_ships(capsys):
         (["recipe:maze"], "task=maze "),
         (["num_aug"], "recipe:arc:\nnum_aug=1000 "),
         (["sweep"], "budget.cpu_hours=null"),
-        (["quickstart_lr"], "num_trials: 32"),
+        (["sudoku_4x4_lr"], "num_trials: 32"),
         (["machine"], "flops_per_s.value=VALUE"),
         (["h200"], "price_per_hour: {value: "),
         (["quickstart"], "hidden_size: 96"),
-        (["experiment=quickstart", "arch=trm", "lr=0.5"], "arch.puzzle_emb_len=16"),
+        (["experiment=sudoku_4x4", "arch=trm", "lr=0.5"], "arch.puzzle_emb_len=16"),
     ],
 )
 def test_config_shows(words, said, capsys):
@@ -405,13 +405,13 @@ def test_config_shows_the_recipe_of_a_family_without_those_of_others(capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["experiment=quickstart", "lr=1e-3"], None),
-        (["experiment=quickstart", "lrr=1e-3"], "unknown key 'lrr'; did you mean 'lr'?"),
-        (["quickstart_lr", "num_trials=3"], None),
-        (["quickstart_lr", "num_trials=0"], "num_trials=0"),
-        (["quickstart_lr", "space.lrr=[1]"], "space: unknown key 'lrr'; did you mean 'lr'?"),
-        (["quickstart_lr", "zzz=1"], "train: unknown key 'zzz'; 'hrm-ray config show' lists all"),
-        (["quickstart_lr", "+arch=trm", "evaluators=[]"], None),
+        (["experiment=sudoku_4x4", "lr=1e-3"], None),
+        (["experiment=sudoku_4x4", "lrr=1e-3"], "unknown key 'lrr'; did you mean 'lr'?"),
+        (["sudoku_4x4_lr", "num_trials=3"], None),
+        (["sudoku_4x4_lr", "num_trials=0"], "num_trials=0"),
+        (["sudoku_4x4_lr", "space.lrr=[1]"], "space: unknown key 'lrr'; did you mean 'lr'?"),
+        (["sudoku_4x4_lr", "zzz=1"], "train: unknown key 'zzz'; 'hrm-ray config show' lists all"),
+        (["sudoku_4x4_lr", "+arch=trm", "evaluators=[]"], None),
         (["sudoku_4x4"], None),
         (["sudoku_4x4", "num_train=x"], "num_train='x'"),
         (["recipe=sudoku_4x4", "out=o"], None),
@@ -425,7 +425,7 @@ def test_config_shows_the_recipe_of_a_family_without_those_of_others(capsys):
 )
 def test_config_validates(words, said, tmp_path, capsys):
     names = {"sweep": tmp_path / "s.yaml", "recipe": tmp_path / "r.yaml"}
-    names["sweep"].write_text("train: experiment=quickstart\nspace: {lr: [1e-3, 1e-2]}\n")
+    names["sweep"].write_text("train: experiment=sudoku_4x4\nspace: {lr: [1e-3, 1e-2]}\n")
     names["recipe"].write_text("size: 4\nsource: generator\nnum_train: 1\nnum_test: 1\n")
     code = main(["config", "validate", *(word.format(**names) for word in words)])
     printed = capsys.readouterr()

@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
     ("words", "said"),
     [
         ("train data_path=pub epochs=20000 eval_interval=2000 scaling=local max_steps=1", DATASET),
-        ("train experiment=quickstart data=pub/", DATASET),
+        ("train experiment=sudoku_4x4 data=pub/", DATASET),
         ("data info pub", DATASET),
         ("data verify pub", DATASET),
         ("data build recipe=sudoku_9x9 source=pub out=o", DATASET),

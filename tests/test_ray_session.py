@@ -249,7 +249,7 @@ def test_an_interrupt_ends_the_wait_for_a_cluster_at_once(command, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-WORDS = {"train": ["train", "experiment=quickstart"], "tune": ["tune", "quickstart_lr"]}
+WORDS = {"train": ["train", "experiment=sudoku_4x4"], "tune": ["tune", "sudoku_4x4_lr"]}
 
 
 def test_a_head_that_does_not_answer_any_more_is_told_of_at_once(monkeypatch, capfd):

@@ -177,17 +177,17 @@ def register(commands: Any) -> None:
         "build",
         data_build,
         "turn a source of puzzles into Arrow shards",
-        "hrm-ray data build recipe=sudoku_4x4 out=data/sudoku-4x4\n"
+        "hrm-ray data build recipe=sudoku_easy out=data/sudoku-easy\n"
         "hrm-ray data build recipe=sudoku_9x9 source=puzzles.csv out=data/mine subsample_size=500 on_bad=skip\n"
         "hrm-ray data build recipe=sudoku_9x9 source=sapientinc/sudoku-extreme out=data/sudoku-9x9",
     )
     p.add_argument("words", **KEY_VALUE, help="recipe=NAME out=DIR [source=PATH] and any key of the recipe")
     p = add(
-        kinds, "info", data_info, "print counts and schema of a dataset", "hrm-ray data info data/sudoku-4x4"
+        kinds, "info", data_info, "print counts and schema of a dataset", "hrm-ray data info data/sudoku-easy"
     )
     p.add_argument("dir", help="dataset folder or URI")
     p = add(
-        kinds, "verify", data_verify, "check every byte of a dataset", "hrm-ray data verify data/sudoku-4x4"
+        kinds, "verify", data_verify, "check every byte of a dataset", "hrm-ray data verify data/sudoku-easy"
     )
     p.add_argument("dir", help="dataset folder or URI")
     p = add(
@@ -195,9 +195,9 @@ def register(commands: Any) -> None:
         "show",
         data_show,
         "draw one example, or make a page to browse in",
-        "hrm-ray data show data/sudoku-4x4 split=test index=7\n"
-        "hrm-ray data show data/sudoku-4x4 out=page.html\n"
-        "hrm-ray data show data/sudoku-4x4 split=test out=page.html run=runs/quickstart",
+        "hrm-ray data show data/sudoku-easy split=test index=7\n"
+        "hrm-ray data show data/sudoku-easy out=page.html\n"
+        "hrm-ray data show data/sudoku-easy split=test out=page.html run=runs/quickstart",
     )
     p.add_argument("dir", help="dataset folder or URI, or a folder in the published layout")
     p.add_argument(

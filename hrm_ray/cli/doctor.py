@@ -40,7 +40,7 @@ def register(commands: Any) -> None:
         "show what this machine and a cluster have, and what will be used",
         "hrm-ray doctor\n"
         "hrm-ray doctor experiment=quickstart scaling.num_workers=4\n"
-        "hrm-ray doctor --address HOST:6379 quickstart_lr\n"
+        "hrm-ray doctor --address HOST:6379 sudoku_4x4_lr\n"
         "hrm-ray doctor --address http://127.0.0.1:8265 experiment=sudoku_extreme scaling.num_workers=8",
     )
     p.add_argument(

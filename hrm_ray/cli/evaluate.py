@@ -188,12 +188,12 @@ def register(commands: Any) -> None:
         "eval",
         evaluate,
         "measure a checkpoint on a dataset",
-        "hrm-ray eval runs/quickstart data=data/sudoku-4x4\n"
-        "hrm-ray eval runs/quickstart data=data/sudoku-4x4 halt=learned\n"
-        "hrm-ray eval runs/quickstart data=data/sudoku-4x4 halt_max_steps=32 votes=9\n"
-        "hrm-ray eval runs/quickstart data=data/sudoku-4x4 paths=16 noise=0.3 select=q\n"
-        "hrm-ray eval runs/quickstart data=data/sudoku-4x4 noise=0.3 depths=[1,2,4,8,16] paths=[1,4,16] out=plot.png\n"
-        "hrm-ray eval runs/quickstart data=data/sudoku-4x4 save_outputs=[logits,q_halt_logits] out=outputs.npz",
+        "hrm-ray eval runs/quickstart data=data/sudoku-easy\n"
+        "hrm-ray eval runs/quickstart data=data/sudoku-easy halt=learned\n"
+        "hrm-ray eval runs/quickstart data=data/sudoku-easy halt_max_steps=32 votes=9\n"
+        "hrm-ray eval runs/quickstart data=data/sudoku-easy paths=16 noise=0.3 select=q\n"
+        "hrm-ray eval runs/quickstart data=data/sudoku-easy noise=0.3 depths=[1,2,4,8,16] paths=[1,4,16] out=plot.png\n"
+        "hrm-ray eval runs/quickstart data=data/sudoku-easy save_outputs=[logits,q_halt_logits] out=outputs.npz",
     )
     p.add_argument("checkpoint", help="checkpoint folder, or run folder (then its best)")
     p.add_argument(

@@ -98,11 +98,11 @@ def register(commands: Any) -> None:
         "solve",
         solve,
         "solve puzzles with a trained model",
-        "hrm-ray solve runs/quickstart ...1.2....3.4...\n"
+        "hrm-ray solve runs/quickstart 21784...5.....1.2........8...6.152..374....5.1.2793.6.5.9.64..76...7..4...35.861.\n"
         "hrm-ray solve runs/quickstart puzzles.txt --json\n"
         "hrm-ray solve runs/quickstart puzzles.txt halt=learned votes=9\n"
-        "hrm-ray solve runs/quickstart puzzles.txt paths=16 noise=0.3 select=valid\n"
-        "hrm-ray solve runs/quickstart data=data/sudoku-4x4 index=7 count=3",
+        "hrm-ray solve runs/quickstart puzzles.txt paths=8 noise=0.5 select=valid\n"
+        "hrm-ray solve runs/quickstart data=data/sudoku-easy index=7 count=3",
     )
     p.add_argument("checkpoint", help="checkpoint folder, or run folder (then its best)")
     p.add_argument(

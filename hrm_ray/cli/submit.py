@@ -69,7 +69,7 @@ def register(commands: Any) -> None:
         submit,
         "run a command as a job of a Ray cluster",
         "hrm-ray submit --address http://127.0.0.1:8265 -- train experiment=quickstart data=s3://B/data storage=s3://B/runs\n"
-        "hrm-ray submit --detach -- tune quickstart_lr storage=s3://B/sweeps\n"
+        "hrm-ray submit --detach -- tune sudoku_4x4_lr storage=s3://B/sweeps\n"
         "hrm-ray submit --follow raysubmit_abc123\n"
         "hrm-ray submit --stop raysubmit_abc123",
     )

@@ -73,7 +73,7 @@ def register(commands: Any) -> None:
         "train a model under Ray; the same command again resumes",
         "hrm-ray train experiment=quickstart\n"
         "hrm-ray train experiment=quickstart lr=1e-3 run_name=slower\n"
-        "hrm-ray train experiment=quickstart arch=trm halting=q_learning run_name=trm\n"
+        "hrm-ray train experiment=quickstart arch.hidden_size=64 run_name=narrow\n"
         "hrm-ray train experiment=sudoku_extreme data=data/mine scaling.num_workers=2 max_steps=100\n"
         "hrm-ray train experiment=sudoku_extreme scaling.num_workers=[1,8] max_time_s=14400\n"
         "hrm-ray train experiment=quickstart scaling=local run_name=debug",

@@ -30,7 +30,7 @@ def tune(args: argparse.Namespace) -> int:
     run, flags, takes_words = VERBS[args.sweep]
     command = f"hrm-ray tune {args.sweep}"
     if not args.words:
-        raise UserError(f"{command} needs the folder of a sweep, such as runs/quickstart_lr")
+        raise UserError(f"{command} needs the folder of a sweep, such as runs/sudoku_4x4_lr")
     if strange := [flag for flag in FLAGS if getattr(args, flag) and flag not in flags]:
         raise UserError(f"{command} does not know --{strange[0].replace('_', '-')}; leave it out")
     folder, *words = args.words
@@ -131,15 +131,15 @@ def register(commands: Any) -> None:
         "tune",
         tune,
         "run a sweep: many trials of one configuration; the same command again continues",
-        "hrm-ray tune quickstart_lr\n"
-        "hrm-ray tune quickstart_lr --dry-run\n"
-        "hrm-ray tune quickstart_lr storage=DIR run_name=s num_trials=6 max_steps=60\n"
+        "hrm-ray tune sudoku_4x4_lr\n"
+        "hrm-ray tune sudoku_4x4_lr --dry-run\n"
+        "hrm-ray tune sudoku_4x4_lr storage=DIR run_name=s num_trials=6 max_steps=60\n"
         "hrm-ray tune my_sweep.yaml budget.wall_hours=8 max_concurrent=2\n"
-        "hrm-ray tune status runs/quickstart_lr --json\n"
-        "hrm-ray tune set runs/quickstart_lr num_trials=64\n"
-        "hrm-ray tune stop runs/quickstart_lr [TRIAL ...]\n"
-        "hrm-ray tune report runs/quickstart_lr\n"
-        "hrm-ray tune promote runs/quickstart_lr seeds=3",
+        "hrm-ray tune status runs/sudoku_4x4_lr --json\n"
+        "hrm-ray tune set runs/sudoku_4x4_lr num_trials=64\n"
+        "hrm-ray tune stop runs/sudoku_4x4_lr [TRIAL ...]\n"
+        "hrm-ray tune report runs/sudoku_4x4_lr\n"
+        "hrm-ray tune promote runs/sudoku_4x4_lr seeds=3",
     )
     p.add_argument(
         "sweep", metavar="FILE|NAME|status|stop|set|report|promote", help="a YAML, or a name in tune_configs/"

@@ -281,7 +281,7 @@ def load_sweep(name_or_file: str, words: Sequence[str] = ()) -> SweepConfig:
     values = read_yaml_file(file, "sweep")
     if not isinstance(values, dict) or "space" not in values:
         raise UserError(
-            f"{file} is not a sweep: it needs 'train:' and 'space:'; see tune_configs/quickstart_lr.yaml"
+            f"{file} is not a sweep: it needs 'train:' and 'space:'; see tune_configs/sudoku_4x4_lr.yaml"
         )
     return sweep_config(values, words, name=file.stem, where=f"sweep {file.stem}")
 

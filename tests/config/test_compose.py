@@ -15,7 +15,7 @@ def test_every_experiment_composes(experiment):
 
 
 def test_command_line_wins_over_experiment_over_defaults():
-    config = train_config(["experiment=quickstart", "lr=0.5", "arch.H_cycles=7", "scaling=local"])
+    config = train_config(["experiment=sudoku_4x4", "lr=0.5", "arch.H_cycles=7", "scaling=local"])
     assert (config.lr, config.arch.H_cycles, config.arch.hidden_size) == (0.5, 7, 96)
     assert (config.scaling.mode, config.scaling.num_workers) == ("local", 1)
     assert config.beta2 == TrainConfig(data_path="").beta2
@@ -105,12 +105,12 @@ def test_mistakes_are_one_line(words, said):
 
 
 def test_another_architecture_takes_of_the_experiment_what_it_understands():
-    trm = train_config(["experiment=quickstart", "arch=trm", "arch.L_cycles=3"]).arch
+    trm = train_config(["experiment=sudoku_4x4", "arch=trm", "arch.L_cycles=3"]).arch
     assert (trm.name, trm.hidden_size, trm.halt_max_steps, trm.L_layers) == ("trm", 96, 8, 2)
     assert (trm.H_cycles, trm.L_cycles, trm.pos_encodings) == (3, 3, "learned")
-    mlp = train_config(["experiment=quickstart", "arch=trm_mlp"]).arch
+    mlp = train_config(["experiment=sudoku_4x4", "arch=trm_mlp"]).arch
     assert (mlp.name, mlp.mlp_t, mlp.pos_encodings) == ("trm", True, "none")
-    transformer = train_config(["experiment=quickstart", "arch=transformer", "arch.num_layers=4"]).arch
+    transformer = train_config(["experiment=sudoku_4x4", "arch=transformer", "arch.num_layers=4"]).arch
     assert (transformer.halt_max_steps, transformer.num_layers, transformer.hidden_size) == (1, 4, 96)
 
 

@@ -22,9 +22,9 @@ def copy(tmp_path: Path, monkeypatch) -> Path:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("train experiment=quickstart data={data}", "storage=runs "),
-        ("train experiment=quickstart data={data} storage={copy}/r", "storage=/"),
-        ("tune quickstart_lr data={data}", "storage=runs "),
+        ("train experiment=sudoku_4x4 data={data}", "storage=runs "),
+        ("train experiment=sudoku_4x4 data={data} storage={copy}/r", "storage=/"),
+        ("tune sudoku_4x4_lr data={data}", "storage=runs "),
         ("data build recipe=sudoku_4x4 out=d", "out=d "),
         ("data import-npy {data} out=d", "out=d "),
         ("import-checkpoint {data} out=c", "out=c "),

@@ -187,7 +187,7 @@ def test_what_can_never_fit_is_said_at_once(cluster, tmp_path):
 
 def test_doctor_says_what_there_is_and_what_fits(cluster, tmp_path):
     cluster.wait_for_workers(0)
-    code, said = cluster.run("doctor", "experiment=quickstart", "scaling.num_workers=2")
+    code, said = cluster.run("doctor", "experiment=sudoku_4x4", "scaling.num_workers=2")
     assert code == 0, said
     rows = dict(re.findall(r"^(\S.*?) {2,}(.*)$", said, re.MULTILINE))
     assert rows["cluster"] == cluster.env["RAY_ADDRESS"]
@@ -195,7 +195,7 @@ def test_doctor_says_what_there_is_and_what_fits(cluster, tmp_path):
     assert rows["training takes"] == "2 x (1 CPU)"  # not what an empty cluster has
     assert rows["fits"] == "0 workers now, 2 when it has grown: it will wait for room"
     address = cluster.env["RAY_API_SERVER_ADDRESS"]
-    code, said = cluster.run("doctor", "--address", address, "quickstart_lr", "resources.cpus=7")
+    code, said = cluster.run("doctor", "--address", address, "sudoku_4x4_lr", "resources.cpus=7")
     assert code == 2 and "a trial needs 7 CPU, the cluster has no room for that" in said, said
 
 

@@ -43,7 +43,7 @@ from tests.training.test_ray import command
         ),
         (["train", "data=s3://b/d", "storage=runs"], "storage=runs is a path on this machine"),
         (["train", "data=s3://b/d"], "give storage=URI or a folder that all machines"),
-        (["tune", "quickstart_lr"], "give storage=URI"),
+        (["tune", "sudoku_4x4_lr"], "give storage=URI"),
         (["eval", "runs/x", "data=s3://b/d"], "runs/x is a path on this machine"),
         (
             ["data", "build", "recipe=sudoku_9x9", "source=tests", "out=s3://b/d"],
@@ -71,7 +71,7 @@ def test_paths_that_only_this_machine_has(words, said, tmp_path, monkeypatch):
     ],
 )
 def test_paths_that_all_machines_have(words, tmp_path):
-    (tmp_path / "mine.yaml").write_text("train: experiment=quickstart\nstorage: s3://b/sweeps\n")
+    (tmp_path / "mine.yaml").write_text("train: experiment=sudoku_4x4\nstorage: s3://b/sweeps\n")
     check_paths([word.format(tmp=tmp_path) for word in words])
 
 
@@ -298,7 +298,7 @@ def test_a_job_in_a_copy_of_the_folder(tmp_path, head, monkeypatch):  # noqa: F8
     for name in ("mine.yaml", "data/hidden.yaml", ".venv/hidden.yaml"):
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("train: [experiment=quickstart]\nspace: {lr: [1e-3, 1e-4]}\n")
+        file.write_text("train: [experiment=sudoku_4x4]\nspace: {lr: [1e-3, 1e-4]}\n")
     monkeypatch.setattr(Jobs, "is_here", False)
     deadline = time.monotonic() + 60
     while True:

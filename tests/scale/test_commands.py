@@ -66,8 +66,8 @@ def test_both_published_trainings_are_shown(printed):
 
 
 def test_json_says_the_same(printed):
-    text = printed("experiment=quickstart", "machine=cpu", "workers=[1,2]")
-    (found,) = json.loads(printed("experiment=quickstart", "machine=cpu", "workers=[1,2]", "--json"))
+    text = printed("experiment=sudoku_4x4", "machine=cpu", "workers=[1,2]")
+    (found,) = json.loads(printed("experiment=sudoku_4x4", "machine=cpu", "workers=[1,2]", "--json"))
     assert found["name"] == "quickstart" and found["num_params"] == 445_250 and found["num_steps"] == 468
     for title, kind in (("strong scaling", "strong"), ("weak scaling", "weak")):
         for row in found[kind]:
@@ -91,10 +91,10 @@ def test_a_machine_of_ones_own(printed, tmp_path):
     values["interruptions_per_hour"]["value"] = 1000.0
     values["about"] = "mine"
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
-    text = printed("experiment=quickstart", "machine=mine.yaml", "workers=[4]")
+    text = printed("experiment=sudoku_4x4", "machine=mine.yaml", "workers=[4]")
     assert "machine: mine; 8 worker(s) in each" in text
     assert re.search(r"^ +4 .* never +-$", text, flags=re.M)
-    (found,) = json.loads(printed("experiment=quickstart", "machine=mine.yaml", "workers=[4]", "--json"))
+    (found,) = json.loads(printed("experiment=sudoku_4x4", "machine=mine.yaml", "workers=[4]", "--json"))
     assert found["strong"][0]["spot"] is None
 
 

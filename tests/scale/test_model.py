@@ -234,7 +234,7 @@ def test_the_measured_step_of_an_h200_comes_out():
 
 def test_the_measured_step_of_the_quickstart_on_an_h200_waits_for_launches():
     """13.6 ms, compiled (docs/performance.md); recorded as a CUDA graph it takes 2.0."""
-    w = Work.of(train_config(["experiment=quickstart"]), Puzzles("", 6, 16, 1, 12000, 0))
+    w = Work.of(train_config(["experiment=sudoku_4x4"]), Puzzles("", 6, 16, 1, 12000, 0))
     found = step(load_machine("h200"), w, 1, 256)
     assert found.seconds == pytest.approx(13.6e-3, rel=0.03)
     assert found.products < 2.0e-3

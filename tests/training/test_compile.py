@@ -74,7 +74,7 @@ def test_when_models_are_compiled(monkeypatch, wanted, device, run, has_compiler
 )
 def test_the_published_switch_is_honoured(monkeypatch, words, environment, expected):
     monkeypatch.setenv("DISABLE_COMPILE", environment)
-    assert train_config(["experiment=quickstart", *words]).compile == expected
+    assert train_config(["experiment=sudoku_4x4", *words]).compile == expected
 
 
 def test_a_compiled_run_goes_on_bit_for_bit(tmp_path):

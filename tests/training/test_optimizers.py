@@ -83,9 +83,9 @@ def test_muon_moves_matrices_by_orthogonal_steps_and_the_rest_as_adamw_does():
 def test_an_optimizer_is_chosen_by_name():
     assert OPTIMIZERS.names() == ["adam_atan2", "adamw", "muon"]
     assert isinstance(build("adam_atan2", {"bias": nn.Parameter(torch.ones(2))}), AdamATan2)
-    config = train_config(["experiment=quickstart", "optimizer=muon", "optimizer.momentum=0.9"])
+    config = train_config(["experiment=sudoku_4x4", "optimizer=muon", "optimizer.momentum=0.9"])
     assert (config.optimizer.name, config.optimizer.momentum) == ("muon", 0.9)
-    assert train_config(["experiment=quickstart"]).optimizer.name == "adam_atan2"
+    assert train_config(["experiment=sudoku_4x4"]).optimizer.name == "adam_atan2"
     assert config == TrainConfig.model_validate(config.model_dump(mode="json"))
 
 
@@ -104,7 +104,7 @@ def test_an_optimizer_is_chosen_by_name():
 )
 def test_a_mistake_is_one_line(words, problem):
     with pytest.raises(UserError) as caught:
-        train_config(["experiment=quickstart", *words])
+        train_config(["experiment=sudoku_4x4", *words])
     assert problem in str(caught.value)
     with pytest.raises(UserError):
         OPTIMIZERS.find("sgd")
@@ -115,9 +115,9 @@ def test_a_key_that_the_optimizer_does_not_look_at_is_refused(name):
     key = "bias_correction=inside"
     said = rf"^{key.partition('=')[0]} has no effect with optimizer={name}; leave it out, or add optimizer=adam_atan2$"
     with pytest.raises(UserError, match=said):
-        train_config(["experiment=quickstart", f"optimizer={name}", key])
-    assert train_config(["experiment=quickstart", f"optimizer={name}", "beta1=0.8"]).beta1 == 0.8
-    train_config(["experiment=quickstart", key])
+        train_config(["experiment=sudoku_4x4", f"optimizer={name}", key])
+    assert train_config(["experiment=sudoku_4x4", f"optimizer={name}", "beta1=0.8"]).beta1 == 0.8
+    train_config(["experiment=sudoku_4x4", key])
 
 
 def test_a_run_does_not_change_its_optimizer(tmp_path, data):

@@ -263,7 +263,7 @@ def test_a_bucket_that_is_not_there(s3):
 
 def test_the_command_line_says_it_in_one_line(config, capsys):
     data = f"data={config['data_path']}"
-    words = ["experiment=quickstart", "scaling=local", "lr_warmup_steps=0", data, f"storage={CLOSED}"]
+    words = ["experiment=sudoku_4x4", "scaling=local", "lr_warmup_steps=0", data, f"storage={CLOSED}"]
     assert main(["train", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "NETWORK_CONNECTION" in line

@@ -70,9 +70,9 @@ def test_the_life_of_a_sweep(sweep, capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["quickstart"], "unknown sweep 'quickstart'; did you mean 'quickstart_lr'?"),
-        (["quickstart_lr", "num_trials=none"], "num_trials=none: "),
-        (["quickstart_lr", "lrr=1"], "unknown key 'lrr'"),
+        (["quickstart"], "unknown sweep 'quickstart'; did you mean 'sudoku_4x4_lr'?"),
+        (["sudoku_4x4_lr", "num_trials=none"], "num_trials=none: "),
+        (["sudoku_4x4_lr", "lrr=1"], "unknown key 'lrr'"),
         (["status"], "hrm-ray tune status needs the folder of a sweep"),
         (["status", "/nowhere"], "/nowhere is not a sweep (it has no sweep.yaml)"),
         (["stop", "/nowhere", "one"], "'one' is no number of a trial"),
@@ -118,4 +118,4 @@ def test_the_library_trains_and_tunes(tmp_path, ray_cluster):
     with pytest.raises(UserError, match="give words with a name"):
         hrm_ray.tune(config, num_trials=3)
     with pytest.raises(UserError, match="unknown key 'max_step'; did you mean 'max_steps'"):
-        hrm_ray.train("experiment=quickstart", max_step=3)
+        hrm_ray.train("experiment=sudoku_4x4", max_step=3)

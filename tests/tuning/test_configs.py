@@ -19,7 +19,7 @@ from hrm_ray.tuning.study import grid_of, num_trials_of
 from tests.own_task import Own
 from tests.toy import toy_dataset
 
-SHIPPED = ("architectures", "lr_wd_anneal", "maze_unique", "multi_objective", "pbt", "quickstart_lr", "seeds")
+SHIPPED = ("architectures", "lr_wd_anneal", "maze_unique", "multi_objective", "pbt", "seeds", "sudoku_4x4_lr")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def _opened(folder: Path):
 
 def test_the_shortest_sweep_is_a_few_lines(tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text("train: experiment=quickstart\nspace:\n  lr: {log: [1e-4, 1e-2]}\n")
+    file.write_text("train: experiment=sudoku_4x4\nspace:\n  lr: {log: [1e-4, 1e-2]}\n")
     config = load_sweep(str(file))
     assert (config.run_name, config.metric) == ("mine", {"eval/exact_accuracy": "maximize"})
     assert (config.sampler["name"], config.prunes["name"], num_trials_of(config)) == (
@@ -81,14 +81,14 @@ def test_words_change_the_sweep_or_all_its_trials():
         "sampler.seed=3",
         "budget.cpu_hours=2",
     ]
-    config = load_sweep("quickstart_lr", [*words, "space.weight_decay={uniform: [0, 1]}", "epochs=3"])
+    config = load_sweep("sudoku_4x4_lr", [*words, "space.weight_decay={uniform: [0, 1]}", "epochs=3"])
     assert (config.storage, config.run_name, config.num_trials) == ("DIR", "s", 6)
     assert config.sampler == {"name": "tpe", "seed": 3} and config.budget.cpu_hours == 2
     assert config.train[-2:] == ("num_eval_examples=256", "max_steps=60") and "epochs=3" in config.train
     assert "epochs=4" not in config.train  # said again, it holds
     assert list(config.space) == ["lr", "weight_decay"]
-    assert load_sweep("quickstart_lr", ["pruner=median"]).pruner == {"name": "median"}
-    assert load_sweep("quickstart_lr", ["pruner=none"]).pruner is None
+    assert load_sweep("sudoku_4x4_lr", ["pruner=median"]).pruner == {"name": "median"}
+    assert load_sweep("sudoku_4x4_lr", ["pruner=none"]).pruner is None
 
 
 def test_a_grid_has_as_many_trials_as_points():
@@ -98,7 +98,7 @@ def test_a_grid_has_as_many_trials_as_points():
     assert num_trials_of(load_sweep("seeds", ["num_trials=30"])) == 8
 
 
-BASE = {"train": "experiment=quickstart", "space": {"lr": {"log": [1e-4, 1e-2]}}}
+BASE = {"train": "experiment=sudoku_4x4", "space": {"lr": {"log": [1e-4, 1e-2]}}}
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_file_that_is_no_sweep(tmp_path, content, message):
 
 
 def test_a_sweep_that_is_not_there():
-    with pytest.raises(UserError, match="unknown sweep 'quickstart'; did you mean 'quickstart_lr'"):
+    with pytest.raises(UserError, match="unknown sweep 'quickstart'; did you mean 'sudoku_4x4_lr'"):
         load_sweep("quickstart")
     with pytest.raises(UserError, match=r"sweep file no\.yaml does not exist"):
         load_sweep("no.yaml")
@@ -168,35 +168,35 @@ def test_a_sweep_that_is_not_there():
 @pytest.mark.parametrize(
     ("train", "space", "message"),
     [
-        ("experiment=quickstart", {"irr": [1]}, "space: unknown key 'irr'"),
+        ("experiment=sudoku_4x4", {"irr": [1]}, "space: unknown key 'irr'"),
         (
-            "experiment=quickstart",
+            "experiment=sudoku_4x4",
             {"arch.H_cycle": [1]},
             "unknown key 'arch.H_cycle'; did you mean 'arch.H_cycles'",
         ),
-        ("experiment=quickstart weight_decy=1", {"lr": [1]}, "train: unknown key 'weight_decy'"),
-        ("experiment=quickstart lr=1", {"lr": [1]}, "lr is among the words of train: and in the space"),
+        ("experiment=sudoku_4x4 weight_decy=1", {"lr": [1]}, "train: unknown key 'weight_decy'"),
+        ("experiment=sudoku_4x4 lr=1", {"lr": [1]}, "lr is among the words of train: and in the space"),
         (
-            "experiment=quickstart scaling=local",
+            "experiment=sudoku_4x4 scaling=local",
             {"lr": [1]},
             "scaling is set by the sweep; give resources.num_workers",
         ),
-        ("experiment=quickstart run_name=a", {"lr": [1]}, "run_name is set by the sweep"),
-        ("experiment=quickstart", {"storage": ["a", "b"]}, "storage is set by the sweep"),
+        ("experiment=sudoku_4x4 run_name=a", {"lr": [1]}, "run_name is set by the sweep"),
+        ("experiment=sudoku_4x4", {"storage": ["a", "b"]}, "storage is set by the sweep"),
         (
-            "experiment=quickstart",
+            "experiment=sudoku_4x4",
             {"lr": [-1, 0]},
             "every point of the space is refused, the first since: .*lr=-1",
         ),
-        ("experiment=quickstart", {"H": [1]}, "unknown key 'H'"),
+        ("experiment=sudoku_4x4", {"H": [1]}, "unknown key 'H'"),
         ("experiment=quickstar", {"lr": [1]}, "every point .*unknown experiment 'quickstar'"),
         (
-            "experiment=quickstart",
+            "experiment=sudoku_4x4",
             {"q_temperature_anneal_ratio": [0.5]},
             "every point .* has no effect with halting=act; it is of halting=q_learning",
         ),
         (
-            "experiment=quickstart arch.num_heads=5",
+            "experiment=sudoku_4x4 arch.num_heads=5",
             {"arch.hidden_size": [64, 128]},
             "every point .*is not a multiple of arch.num_heads=5",
         ),
@@ -217,7 +217,7 @@ def test_points_are_checked_against_the_configuration_before_anything_starts(
 
 def test_a_model_that_does_not_fit_the_puzzles_is_a_point_that_is_refused(tmp_path):
     toy_dataset(tmp_path / "data", num_train=400, seq_len=10)
-    train = f"experiment=quickstart data={tmp_path / 'data'} lr_warmup_ratio=0.1"
+    train = f"experiment=sudoku_4x4 data={tmp_path / 'data'} lr_warmup_ratio=0.1"
     config = sweep_config({"train": train, "space": {"arch.pos_encodings": ["learned", "grid"]}})
     for point, run in checked(Points(config)):
         is_grid = point["arch.pos_encodings"] == "grid"
@@ -227,7 +227,7 @@ def test_a_model_that_does_not_fit_the_puzzles_is_a_point_that_is_refused(tmp_pa
 
 def test_a_metric_that_nobody_reports_is_said_before_anything_starts(tmp_path):
     build(load_recipe("sudoku_4x4", {"num_train": 20, "num_test": 0, "num_aug": 0}), str(tmp_path / "d"))
-    train = f"experiment=quickstart data={tmp_path / 'd'} lr_warmup_ratio=0.1"
+    train = f"experiment=sudoku_4x4 data={tmp_path / 'd'} lr_warmup_ratio=0.1"
     with pytest.raises(UserError, match=r"eval/exact_accuracy is never reported: .* has no test part"):
         checked(Points(sweep_config({**BASE, "train": train})))
     found = checked(Points(sweep_config({**BASE, "train": train, "metric": "train/lm_loss"})))
@@ -239,7 +239,7 @@ import sys
 from hrm_ray.errors import UserError
 from hrm_ray.tuning.config import sweep_config
 from hrm_ray.tuning.points import Points, checked
-values = {"train": f"experiment=quickstart data={sys.argv[1]} lr_warmup_ratio=0.1", "space": {"lr": [1e-3, 1e-2]}}
+values = {"train": f"experiment=sudoku_4x4 data={sys.argv[1]} lr_warmup_ratio=0.1", "space": {"lr": [1e-3, 1e-2]}}
 for more in ({"metric": "eval/last_wrong"}, {"metric": {"eval/last_right": "auto"}},
              {"pruner": {"name": "median", "metric": "eval/last_wrong"}}, {"metric": "eval/last_wrnog"},
              {"metric": {"eval/last_wrnog": "min"}}, {"metric": "eval/answered"}):
@@ -295,7 +295,7 @@ def test_the_value_of_a_trial_is_that_of_its_best_checkpoint():
 def test_words_of_a_trial_name_everything_that_its_run_depends_on():
     config = sweep_config({**BASE, "resources": {"cpus": 2}})
     assert Points(config).words({"lr": 0.003}) == [
-        "experiment=quickstart",
+        "experiment=sudoku_4x4",
         "lr=0.003",
         "best_metric=eval/exact_accuracy",
         "scaling.num_workers=1",

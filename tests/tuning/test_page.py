@@ -40,7 +40,7 @@ def coarse():
 
 
 def begun(folder, **values) -> SweepStudy:
-    plain = {"train": "experiment=quickstart", "space": SPACE, "pruner": None, **values}
+    plain = {"train": "experiment=sudoku_4x4", "space": SPACE, "pruner": None, **values}
     return SweepStudy(Storage(str(folder)), sweep_config(plain, name="mini"), first_step=10, last_step=90)
 
 

@@ -157,7 +157,7 @@ def test_only_what_a_run_may_change_when_it_goes_on_is_changed(tmp_path):
 )
 def test_what_does_not_suit_a_population_is_refused(values, message):
     sweep = {
-        "train": "experiment=quickstart",
+        "train": "experiment=sudoku_4x4",
         "space": {"lr": {"log": [1e-4, 1e-2]}},
         "population": {"interval": 9},
     }

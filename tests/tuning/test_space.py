@@ -13,7 +13,7 @@ from hrm_ray.tuning.space import as_sampled, in_order, suggest, words_of
 
 
 def space_of(**space):
-    return sweep_config({"train": "experiment=quickstart", "space": space}).space
+    return sweep_config({"train": "experiment=sudoku_4x4", "space": space}).space
 
 
 def points(space, count=20, seed=0):
@@ -48,7 +48,7 @@ def test_a_conditional_key_is_there_only_where_its_condition_holds():
     drawn = points(space, 60)
     for point in drawn:
         assert ("q_temperature_anneal_ratio" in point) == (point["halting"] == "q_learning")
-        train_config(["experiment=quickstart", *words_of(point)])  # else it would be refused
+        train_config(["experiment=sudoku_4x4", *words_of(point)])  # else it would be refused
     assert any("q_temperature_anneal_ratio" in p for p in drawn)
 
 
@@ -61,7 +61,7 @@ def test_a_number_keeps_all_its_digits_through_the_command_line(value):
 
 @pytest.mark.parametrize("value", [1.2345678901234567e-05, 3.3e-08, 0.1 + 0.2, 17.0])
 def test_and_through_hydra(value):
-    assert train_config(["experiment=quickstart", *words_of({"lr": value})]).lr == value
+    assert train_config(["experiment=sudoku_4x4", *words_of({"lr": value})]).lr == value
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_words_of_values(value, text):
 )
 def test_a_mistake_is_one_line(space, message):
     with pytest.raises(UserError, match=message) as info:
-        sweep_config({"train": "experiment=quickstart", "space": space})
+        sweep_config({"train": "experiment=sudoku_4x4", "space": space})
     assert "\n" not in str(info.value)
 
 

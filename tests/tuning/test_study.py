@@ -21,7 +21,7 @@ SPACE = {
 
 
 def config_of(**values):
-    return sweep_config({"train": "experiment=quickstart", "space": SPACE, "num_trials": 12, **values})
+    return sweep_config({"train": "experiment=sudoku_4x4", "space": SPACE, "num_trials": 12, **values})
 
 
 def opened(folder: Path, **values) -> SweepStudy:
@@ -156,7 +156,7 @@ def test_a_grid_visits_every_point_once_across_restarts(tmp_path):
             r"space\.lr = .*0\.1.*, not .*1\.0.*; give the same value to continue it, or --new-name",
         ),
         ({"space": {"lr": SPACE["lr"]}}, r"space\.dqn_warmup_ratio = .*, not nothing"),
-        ({"train": "experiment=sudoku_6x6"}, "train = experiment=quickstart, not experiment=sudoku_6x6"),
+        ({"train": "experiment=sudoku_6x6"}, "train = experiment=sudoku_4x4, not experiment=sudoku_6x6"),
         ({"metric": "train/loss", "pruner": None}, "metric = .*exact.*, not .*loss"),
     ],
 )
