@@ -58,7 +58,14 @@ from hrm_ray.training.cuda_graph import Recordings, is_the_same
 SMALL = {"hidden_size": 96, "num_heads": 3, "H_layers": 2, "L_layers": 2, "pos_encodings": "learned"}
 SMALL |= {"puzzle_emb_ndim": 0, "halt_max_steps": 8, "loss": {"loss_type": "softmax_cross_entropy"}}
 WIDER = SMALL | {"hidden_size": 128, "num_heads": 4}
-MIXER = {"mlp_t": True, "pos_encodings": "none", "H_cycles": 2, "L_cycles": 2, "hidden_size": 128, "num_heads": 4}
+MIXER = {
+    "mlp_t": True,
+    "pos_encodings": "none",
+    "H_cycles": 2,
+    "L_cycles": 2,
+    "hidden_size": 128,
+    "num_heads": 4,
+}
 MIXER |= {"expansion": 3} | {key: SMALL[key] for key in ("puzzle_emb_ndim", "halt_max_steps", "loss")}
 ARCHS: dict[str, tuple[ArchConfig, int]] = {  # architecture, Sudoku size
     "sudoku_4x4": (HRMConfig(**SMALL), 4),

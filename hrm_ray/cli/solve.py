@@ -92,13 +92,18 @@ def _read_puzzle(solver: "Solver", text: str, where: str) -> "Puzzle":
     return Puzzle(question, solver.task.blank_identifier_id)
 
 
+PUZZLE = (
+    "21784...5.....1.2........8...6.152..374....5.1.2793.6.5.9.64..76...7..4...35.861."  # one of its data
+)
+
+
 def register(commands: Any) -> None:
     p = add(
         commands,
         "solve",
         solve,
         "solve puzzles with a trained model",
-        "hrm-ray solve runs/quickstart 21784...5.....1.2........8...6.152..374....5.1.2793.6.5.9.64..76...7..4...35.861.\n"
+        f"hrm-ray solve runs/quickstart {PUZZLE}\n"
         "hrm-ray solve runs/quickstart puzzles.txt --json\n"
         "hrm-ray solve runs/quickstart puzzles.txt halt=learned votes=9\n"
         "hrm-ray solve runs/quickstart puzzles.txt paths=8 noise=0.5 select=valid\n"

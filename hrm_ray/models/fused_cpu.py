@@ -100,7 +100,10 @@ def _swiglu_backward(gate_up, grad, out):
             out[i, width + j] = narrow(g * silu, out)
 
 
-REORDERED: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract", "reassoc"}}  # for vectorised sums
+REORDERED: dict[str, Any] = {
+    "error_model": "numpy",
+    "fastmath": {"contract", "reassoc"},
+}  # for vectorised sums
 
 
 @njit(**REORDERED)

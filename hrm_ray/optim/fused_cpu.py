@@ -103,4 +103,3 @@ def _chunks(*lists: Tensors) -> Iterator[tuple[np.ndarray, ...]]:
 
 def _flat(tensor: Tensor) -> np.ndarray:
     return tensor.detach().numpy().reshape(-1)  # no copy, since it is contiguous
-

@@ -140,7 +140,7 @@ class Model:
         control = model.halting.control(moment)._replace(keys=slot_keys(moment))
         carry = model.initial_carry(batch)
         with _Products() as trained:
-            losses = LossModule(model, arch.loss.loss_type, num_paths)
+            losses = LossModule(model, arch.loss, num_paths)
             losses(along(carry, num_paths) if num_paths > 1 else carry, batch, control, None)[0].backward()
         with torch.no_grad(), _Products() as evaluated:
             model.eval()(carry, batch)

@@ -240,7 +240,9 @@ def larger_cluster(tmp_path):
 def test_a_lost_node_is_replaced(larger_cluster, tmp_path):
     """In the middle of a training, then of a sweep; no step counts twice, no trial as failed."""
     cluster = larger_cluster
-    words, run = training(tmp_path, max_steps=50000, epochs=10000, eval_interval=10**6)  # it cannot end before
+    words, run = training(
+        tmp_path, max_steps=50000, epochs=10000, eval_interval=10**6
+    )  # it cannot end before
     process = cluster.start(*words)
     wait_until(lambda: len(finished(run)) > 0, "a checkpoint", 200)
     cluster.at_work("RayTrainWorker").kill()

@@ -64,22 +64,22 @@ def test_any_number_of_threads_gives_the_same_bits(name, monkeypatch):
 
 def test_what_is_not_contiguous_is_read_rightly():
     x = torch.randn(6, 5, 8)
-    assert torch.equal(
-        fused_cpu.swiglu(x.transpose(0, 1)), fused_cpu.swiglu(x.transpose(0, 1).contiguous())
-    )
+    assert torch.equal(fused_cpu.swiglu(x.transpose(0, 1)), fused_cpu.swiglu(x.transpose(0, 1).contiguous()))
     y = torch.randn(5, 6, 8).transpose(0, 1)
-    assert torch.equal(
-        fused_cpu.add_rms_norm(x, y, EPS), fused_cpu.add_rms_norm(x, y.contiguous(), EPS)
-    )
+    assert torch.equal(fused_cpu.add_rms_norm(x, y, EPS), fused_cpu.add_rms_norm(x, y.contiguous(), EPS))
     grad = torch.ones(1).expand(6, 5, 4)
     assert torch.equal(both(fused_cpu.swiglu, x, grad)[1], both(fused_cpu.swiglu, x, grad.contiguous())[1])
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_extreme_numbers(dtype):
-    gates = torch.tensor([0.0, -0.0, 1e-30, 80, -80, 1e4, -1e4, 1e30, -1e30, torch.inf, torch.nan], dtype=dtype)
+    gates = torch.tensor(
+        [0.0, -0.0, 1e-30, 80, -80, 1e4, -1e4, 1e30, -1e30, torch.inf, torch.nan], dtype=dtype
+    )
     out = fused_cpu.swiglu(torch.stack((gates, torch.full_like(gates, 2)), 1))[:, 0]
-    torch.testing.assert_close(out, plain_swiglu(torch.stack((gates, torch.full_like(gates, 2)), 1))[:, 0], equal_nan=True)
+    torch.testing.assert_close(
+        out, plain_swiglu(torch.stack((gates, torch.full_like(gates, 2)), 1))[:, 0], equal_nan=True
+    )
     x = torch.zeros(3, 4, dtype=dtype)
     x[1, 2], x[2, 0] = torch.nan, 1e15
     own, plain = fused_cpu.add_rms_norm(x, x, EPS), layers.rms_norm(x + x, EPS)
