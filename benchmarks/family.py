@@ -47,8 +47,8 @@ CURVES = {("hrm_v1", "act"): "HRM", ("trm", "q_learning"): "TRM"}  # drawn from 
 
 @dataclass(frozen=True)
 class Size:
-    """Puzzles of one size: the recipe of the data set, what is not as in the experiment `sudoku_4x4`, and the rows of the
-    table: architecture, halting, and what is set for them alone."""
+    """Puzzles of one size: the recipe of the data set, what is not as in the experiment `sudoku_4x4`, and the rows of
+    the table: architecture, halting, and what is set for them alone."""
 
     recipe: str
     overrides: tuple[str, ...]

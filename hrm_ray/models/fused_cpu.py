@@ -149,7 +149,8 @@ FEW = 2**15  # elements for which a second thread is not worth waking
 
 def takes(x: Tensor) -> bool:
     """Whether the functions below can be used for `x`."""
-    is_plain = type(x) in (Tensor, torch.nn.Parameter)  # and not one that only says what would be done
+    # Not where torch is to see or to record every operation, nor for tensors that only say what would be done.
+    is_plain = type(x) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
     return is_plain and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hrm_ray.models import fused_cpu, layers
+from tests.training.recorder import Recorder
 
 EPS = 1e-5
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
@@ -92,6 +93,9 @@ def test_it_is_for_plain_tensors_on_the_cpu():
     assert not fused_cpu.takes(torch.ones(1, device="meta"))
     with torch._subclasses.FakeTensorMode():
         assert not fused_cpu.takes(torch.ones(1))
+    plain = torch.ones(1)
+    with Recorder():
+        assert not fused_cpu.takes(plain)
 
 
 def test_compiled_models_do_not_come_here(monkeypatch):

@@ -70,7 +70,7 @@ def test_the_life_of_a_sweep(sweep, capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["quickstart"], "unknown sweep 'quickstart'; did you mean 'sudoku_4x4_lr'?"),
+        (["sudoku_4x4"], "unknown sweep 'sudoku_4x4'; did you mean 'sudoku_4x4_lr'?"),
         (["sudoku_4x4_lr", "num_trials=none"], "num_trials=none: "),
         (["sudoku_4x4_lr", "lrr=1"], "unknown key 'lrr'"),
         (["status"], "hrm-ray tune status needs the folder of a sweep"),

@@ -159,8 +159,8 @@ def test_a_file_that_is_no_sweep(tmp_path, content, message):
 
 
 def test_a_sweep_that_is_not_there():
-    with pytest.raises(UserError, match="unknown sweep 'quickstart'; did you mean 'sudoku_4x4_lr'"):
-        load_sweep("quickstart")
+    with pytest.raises(UserError, match="unknown sweep 'sudoku_4x4'; did you mean 'sudoku_4x4_lr'"):
+        load_sweep("sudoku_4x4")
     with pytest.raises(UserError, match=r"sweep file no\.yaml does not exist"):
         load_sweep("no.yaml")
 
@@ -201,7 +201,7 @@ def test_a_sweep_that_is_not_there():
             "every point .*is not a multiple of arch.num_heads=5",
         ),
         (
-            "experiment=quickstart curriculum.filled=[0.7,0.5]",
+            "experiment=sudoku_4x4 curriculum.filled=[0.7,0.5]",
             {"lr": [1]},
             "every point .*: an answer of task tokens is not its question with cells filled in",
         ),
