@@ -18,8 +18,8 @@ class Purpose(IntEnum):
     CHOICE = 3
     REPLAY = 4
     VISIT = 5
-    FILLING = 6
-    NOISE = 7
+    NOISE = 6
+    FILLING = 7
 
 
 def words(seed: int, purpose: int, counter: int, count: int) -> np.ndarray:

@@ -72,7 +72,7 @@ def test_order_never_changes():
     assert Sampler(split([[1] * 3] * 6), 7, 6).ids(1).tolist() == [14, 5, 9, 7, 17, 0]
     drawn = min_halt_steps(7, 3, 8, exploration_prob=0.5, halt_max_steps=16)
     assert drawn.tolist() == [10, 8, 5, 12, 13, 14, 0, 0]
-    assert np.packbits(filled_cells(7, 3, 2, 16, 0.5), axis=1).tolist() == [[32, 0], [20, 16]]
+    assert np.packbits(filled_cells(7, 3, 2, 16, 0.5), axis=1).tolist() == [[63, 207], [0, 0]]
 
 
 def test_partial_last_batch():
