@@ -189,7 +189,7 @@ def register(commands: Any) -> None:
         evaluate,
         "measure a checkpoint on a dataset",
         "hrm-ray eval runs/quickstart data=data/sudoku-easy\n"
-        "hrm-ray eval runs/quickstart data=data/sudoku-easy halt=learned\n"
+        "hrm-ray eval runs/quickstart data=data/sudoku-easy halt=learned halt_threshold=0.9\n"
         "hrm-ray eval runs/quickstart data=data/sudoku-easy halt_max_steps=32 votes=9\n"
         "hrm-ray eval runs/quickstart data=data/sudoku-easy paths=16 noise=0.3 select=q\n"
         "hrm-ray eval runs/quickstart data=data/sudoku-easy noise=0.3 depths=[1,2,4,8,16] paths=[1,4,16] out=plot.png\n"
