@@ -382,7 +382,7 @@ def test_config_lists_and_shows_everything_that_ships(capsys):
         (["sudoku_4x4_lr"], "num_trials: 32"),
         (["machine"], "flops_per_s.value=VALUE"),
         (["h200"], "price_per_hour: {value: "),
-        (["quickstart"], "hidden_size: 96"),
+        (["quickstart"], "hidden_size: 128"),
         (["experiment=sudoku_4x4", "arch=trm", "lr=0.5"], "arch.puzzle_emb_len=16"),
     ],
 )

@@ -53,7 +53,7 @@ def plain(name: str, machine: Machine, work: Work, workers: Sequence[int] | None
     return {
         "name": name,
         "arch": work.config.arch.name,
-        "puzzles": asdict(work.puzzles),
+        "puzzles": {key: value for key, value in vars(work.puzzles).items() if key != "task"},
         "num_params": work.model.num_params,
         "flops_per_puzzle": work.model.training.flops,
         "products_per_step": work.model.training.products,

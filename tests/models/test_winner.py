@@ -2,6 +2,7 @@
 
 import torch
 
+from hrm_ray.config.arch import LossConfig
 from hrm_ray.halting.base import Control
 from hrm_ray.models.act import Step
 from hrm_ray.models.losses import act_loss, cross_entropy
@@ -18,7 +19,7 @@ def test_the_path_with_the_lowest_loss_is_learned_from():
     """Step by step, the gradient too; some slots begin at the second step, and each path from a start of its own."""
     keys = {"H_cycles": 2, "L_cycles": 1, "init_std": 1.0, "noise": 0.1, "damping": 0.9}
     act, data, won = built("trm", **keys), batch(), []
-    module = LossModule(act, LOSS, num_paths=3)
+    module = LossModule(act, LossConfig(loss_type=LOSS), num_paths=3)
     carry = along(act.initial_carry(data), 3)
     for step in range(3):
         control = Control(torch.full((8,), 4), keys=key_of(7, step, torch.arange(8)))
@@ -54,7 +55,7 @@ def test_the_path_with_the_lowest_loss_is_learned_from():
 
 def test_a_slot_does_not_depend_on_the_others():
     act, data = built("trm", H_cycles=1, L_cycles=1, init_std=1.0), batch()
-    module, rows = LossModule(act, LOSS, num_paths=4), slice(2, 5)
+    module, rows = LossModule(act, LossConfig(loss_type=LOSS), num_paths=4), slice(2, 5)
     control = Control(torch.full((8,), 4), keys=key_of(0, torch.arange(8)))
     carry = along(act.initial_carry(data), 4)
     _, _, whole, _ = module(carry, data, control, None)

@@ -68,7 +68,7 @@ def test_both_published_trainings_are_shown(printed):
 def test_json_says_the_same(printed):
     text = printed("experiment=sudoku_4x4", "machine=cpu", "workers=[1,2]")
     (found,) = json.loads(printed("experiment=sudoku_4x4", "machine=cpu", "workers=[1,2]", "--json"))
-    assert found["name"] == "quickstart" and found["num_params"] == 445_250 and found["num_steps"] == 468
+    assert found["name"] == "sudoku_4x4" and found["num_params"] == 445_250 and found["num_steps"] == 468
     for title, kind in (("strong scaling", "strong"), ("weak scaling", "weak")):
         for row in found[kind]:
             shown = rows(text, title)[row["workers"]]

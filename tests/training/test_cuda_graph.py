@@ -17,6 +17,7 @@ import torch
 from hrm_ray import machine
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
+from hrm_ray.models import layers
 from hrm_ray.models.losses import METRICS
 from hrm_ray.training import cuda_graph
 from hrm_ray.training.checkpoint import finished
@@ -53,6 +54,7 @@ def device(request, monkeypatch):
     """A GPU, or a CPU that is taken for one where steps are recorded."""
     if request.param == "emulated":
         monkeypatch.setattr(cuda_graph, "capture", recorder.capture)
+        monkeypatch.setattr(layers, "_fused", lambda: None)  # as on a GPU
         resolve = machine.resolve
         monkeypatch.setattr(machine, "resolve", lambda cuda_graphs, **given: resolve(**given))
         return "cpu"
