@@ -3,7 +3,7 @@
     python -m benchmarks.step --json                                        the small HRM of sudoku_4x4
     python -m benchmarks.step arch=quickstart local_batch_size=32 --json    the TRM with an MLP of the quickstart
     python -m benchmarks.step arch=small --json                             an HRM of width 128, 16 cells
-    python -m benchmarks.step arch=sudoku_6x6 --json                        that of the 6x6 experiment
+    python -m benchmarks.step arch=sudoku_6x6 --json                        the same with 36 cells
     python -m benchmarks.step arch=hrm_v1 local_batch_size=32 --json        the published 27M model, 81 cells
 
 The plain step stands in for the published code on the same machine, threads and model: weights cast at
