@@ -118,7 +118,7 @@ def test_two_workers_equal_one(config, change, micro_batch_size):
     for name, tensor in one.tensors("optimizer.safetensors").items():
         other = two.tensors("optimizer.safetensors")[name]
         np.testing.assert_allclose(
-            other, tensor, rtol=1e-2, atol=5e-3 * float(tensor.abs().max()), err_msg=name
+            other, tensor, rtol=1e-2, atol=1e-3 * float(tensor.abs().max()), err_msg=name
         )
     assert one.tensors("model.safetensors")["puzzle_emb.weights"].abs().max() > 0
     for name, value in one.manifest.metrics.items():
