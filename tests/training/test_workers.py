@@ -97,7 +97,8 @@ FAMILY = [
         "supervised": "last",
     },
     {"arch": ARCH | EQR},
-    {"arch": TRM | EQR, "paths": {"train": 2}},
+    # With seed 0 two paths of a puzzle are so nearly alike that the rounding of another batch seems to choose the winner.
+    {"arch": TRM | EQR, "paths": {"train": 2}, "seed": 1},
 ]
 
 
