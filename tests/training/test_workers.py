@@ -97,7 +97,7 @@ FAMILY = [
         "supervised": "last",
     },
     {"arch": ARCH | EQR},
-    # With seed 0 two paths of a puzzle are so nearly alike that the rounding of another batch seems to choose the winner.
+    # With seed 0 two paths seem so nearly alike that the rounding of another batch chooses the winner.
     {"arch": TRM | EQR, "paths": {"train": 2}, "seed": 1},
 ]
 
