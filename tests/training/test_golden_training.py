@@ -91,8 +91,8 @@ def test_twelve_training_steps(case, compile, tmp_path):
 
 def test_twelve_training_steps_where_rounding_grows(tmp_path, monkeypatch):
     """With `mlp_t` rounding grows a hundredfold in three steps: the published float32 numbers are 2e-2 off exact
-    arithmetic after seven. The first three steps are held to the bound of the others, the rest to what our own float32
-    numbers, by our kernels and by torch's operations, differ from our float64 ones."""
+    arithmetic after seven. The first three steps are held to the bound of the others, the rest to what float32
+    numbers by torch's operations, as in the published code, differ from our float64 ones."""
     case = "trm_mlp_t"
     fused, exact = (train(case, tmp_path / str(d), d) for d in (torch.float32, torch.float64))
     monkeypatch.setattr(layers, "_fused", lambda: None)
@@ -101,7 +101,7 @@ def test_twelve_training_steps_where_rounding_grows(tmp_path, monkeypatch):
     losses, by_torch, by_kernels = (np.array([s[0] for s in t.seen]) for t in (exact, rounded, fused))
     for own in (by_torch, by_kernels):
         np.testing.assert_allclose(own[:3], golden["loss"][:3], rtol=1e-4)
-    own_rounding = np.maximum.accumulate(np.abs(np.stack((by_torch, by_kernels)) / losses - 1).max(0))
+    own_rounding = np.maximum.accumulate(np.abs(by_torch / losses - 1))
     np.testing.assert_array_less(np.abs(losses / golden["loss"] - 1), np.maximum(1e-4, 5 * own_rounding))
     for own in (rounded, fused):
         np.testing.assert_array_equal([s[2].numpy() for s in own.seen], golden["halted"])
