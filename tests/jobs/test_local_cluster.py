@@ -259,6 +259,10 @@ def test_a_lost_node_is_replaced(larger_cluster, tmp_path):
     assert process.returncode == 143, said
     steps = [json.loads(line)["global_step"] for line in run.read("metrics.jsonl").splitlines()]
     assert steps == sorted(set(steps))
+    stopped = finished(run)[-1].manifest.global_step
+    code, said = cluster.run(*words, f"max_steps={stopped + 20}")  # the same run, to an end that it can reach
+    assert code == 0, said
+    assert finished(run)[-1].manifest.global_step == stopped + 20
 
     file, folder = file_of(tmp_path / "sweep", num_trials=3, train={**SLOW, "failure.max_failures": 0})
     process = cluster.start("tune", str(file))
