@@ -15,7 +15,6 @@ _GOLDEN, _MIX_1, _MIX_2 = (
     x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )  # as int64
 NUMBERS_A_WORD = 4
-_SHIFT = 7919  # a prime, so that it takes as many windows as there are numbers to come round
 _NUM_QUANTILES = 2**16
 
 
@@ -65,23 +64,3 @@ class Noise:
 def noise_of(std: float, dtype: torch.dtype, device: torch.device) -> Noise:
     """The `Noise` of these, made once."""
     return Noise(std, dtype, device)
-
-
-class Windows:
-    """Noise that costs little, for many uses one after another: each sees the same numbers, moved on.
-
-    A number comes back in another use, at another place; those of one use, and those of one place, are independent.
-
-    Args:
-        drawn_RN: R rows of N numbers.
-    """
-
-    def __init__(self, drawn_RN: Tensor):
-        self._count, self._num_uses = drawn_RN.shape[1], 0
-        self._twice = torch.cat((drawn_RN, drawn_RN), 1)
-
-    def next(self) -> Tensor:
-        """Those of the next use, [R, N]."""
-        start = self._num_uses * _SHIFT % self._count
-        self._num_uses += 1
-        return self._twice[:, start : start + self._count]

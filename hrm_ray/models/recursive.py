@@ -4,10 +4,8 @@ One call is one ACT step. An architecture says in `recur` how the two hidden sta
 out is detached: it is the carry between steps.
 
 From EqR (arXiv:2605.21488; public code locuslab/EqR) are random starts, noise and damping (`StateConfig`). Where this
-departs from it: starts are from a normal distribution, not from one cut off at two deviations; noise is drawn once an
-ACT step for each slot, and each update of either state sees these numbers from another place (`noise.Windows`), where
-EqR draws for each update; in use there is no noise unless it is asked for, where EqR keeps it. Everything is drawn by
-key, so that neither workers nor a restart change it.
+departs from it: starts are from a normal distribution, not from one cut off at two deviations; in use there is no noise
+unless it is asked for, where EqR keeps it. Everything is drawn by key, so that neither workers nor a restart change it.
 
 Shapes: B batch, C puzzle cells, P puzzle tokens, S = P + C tokens, D width, V vocabulary.
 Source: Wang et al. 2025, arXiv:2506.21734, section 2; public code sapientinc/HRM.
@@ -15,6 +13,8 @@ Source: Wang et al. 2025, arXiv:2506.21734, section 2; public code sapientinc/HR
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from itertools import count
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -32,10 +32,10 @@ from hrm_ray.models.layers import (
     TokenEmbedding,
     trunc_normal_,
 )
-from hrm_ray.models.noise import Windows, key_of, noise_of
+from hrm_ray.models.noise import key_of, noise_of
 from hrm_ray.models.rotary import Rope, rope_tables
 
-_START, _UPDATES = 0, 1  # what is drawn under a slot's key
+_START, _FIRST_UPDATE = 0, 1  # what is drawn under a slot's key; the other updates follow
 Q_HEAD_BIAS = -5.0  # "do not halt yet" until the Q head has learned something
 
 
@@ -95,7 +95,7 @@ class RecursiveModel(nn.Module, ABC):
         self.seq_len = seq_len
         self.attention = attention
         self.motion = config.state
-        self._noise: Windows | None = None  # of the step that is being taken
+        self._noise: Iterator[Tensor] | None = None  # of the updates of the step that is being taken
         self.num_puzzle_tokens = config.num_puzzle_tokens
         self.num_tokens = config.num_tokens(seq_len)
 
@@ -205,7 +205,7 @@ class RecursiveModel(nn.Module, ABC):
         new_BSD: Tensor = module(z_BSD, injection_BSD, rope)
         if self.motion.damping < 1:
             new_BSD = torch.lerp(z_BSD, new_BSD, self.motion.damping)
-        return new_BSD if self._noise is None else new_BSD + self._noise.next().view_as(new_BSD)
+        return new_BSD if self._noise is None else new_BSD + next(self._noise).view_as(new_BSD)
 
     def forward(self, state: State, e_BSD: Tensor, keys_B: Tensor | None = None) -> State:
         """One ACT step from `state` on the embedded puzzle, with the weights of the last `cast_weights`.
@@ -219,7 +219,8 @@ class RecursiveModel(nn.Module, ABC):
         rope = (self.rope_cos, self.rope_sin) if self.config.pos_encodings == "rope" else None
         if keys_B is not None and self.motion.noise:
             noise = noise_of(self.motion.noise, self.dtype, keys_B.device)
-            self._noise = Windows(noise.draw(key_of(keys_B, _UPDATES), state.z_H[0].numel()))
+            size = state.z_H[0].numel()
+            self._noise = (noise.draw(key_of(keys_B, update), size) for update in count(_FIRST_UPDATE))
         try:
             return State(*self.recur(state.z_H, state.z_L, e_BSD, rope))
         finally:

@@ -286,14 +286,14 @@ def test_updates_are_damped_and_in_training_noisy(name):
         )
         control = Control(torch.full((8,), 4), keys=KEYS)
         step = act(carry, data, control)
-        # The start is drawn by the key and 0, the noise by the key and 1.
+        # The start is drawn by the key and 0, the noise of the updates by the key and 1, 2, ...
         start = Noise(0.5, torch.float32, KEYS.device).draw(key_of(KEYS, 0), 2 * e[0].numel())
         z_H, z_L = start.view(8, 2, *e.shape[1:]).unbind(1)
         z_H, z_L = (
             torch.where(halted[:, None, None], z, old) for z, old in zip((z_H, z_L), carry.state, strict=True)
         )
-        drawn = Noise(0.2, torch.float32, KEYS.device).draw(key_of(KEYS, 1), e[0].numel())
-        noise = [drawn.roll(-7919 * i, 1).view_as(e) for i in range(9)]
+        draw = Noise(0.2, torch.float32, KEYS.device).draw
+        noise = [draw(key_of(KEYS, update), e[0].numel()).view_as(e) for update in range(1, 10)]
         in_use = act(act.initial_carry(data), data)
         by_hand = recursion(inner, z_H, z_L, e, 0.7, noise)
         quiet = recursion(inner, *inner.initial_state(8), e, 0.7, [0] * 9)

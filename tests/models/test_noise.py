@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from hrm_ray.data import keyed_random
-from hrm_ray.models.noise import Noise, Windows, key_of, keys_of_rows, mix
+from hrm_ray.models.noise import Noise, key_of, keys_of_rows, mix
 
 CPU = torch.device("cpu")
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -55,19 +55,6 @@ def test_keys_of_rows_tell_them_apart():
     keys = keys_of_rows(rows)
     assert len(set(keys.tolist())) == len(rows)
     assert torch.equal(keys_of_rows(rows[5:9].long()), keys[5:9])
-
-
-@settings(deadline=None)
-@given(st.integers(1, 400), st.integers(1, 3))
-def test_windows_show_every_number_at_every_place(count, num_rows):
-    """As many uses as there are numbers: each sees all of them, and each place sees all of them."""
-    drawn = torch.arange(num_rows * count).view(num_rows, count)
-    windows = Windows(drawn)
-    uses = torch.stack([windows.next() for _ in range(count)])
-    assert torch.equal(uses[0], drawn)
-    for seen in (uses, uses.permute(2, 1, 0)):
-        assert torch.equal(seen.sort(2).values, drawn.expand_as(seen))
-    assert torch.equal(windows.next(), drawn)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
