@@ -20,6 +20,8 @@ class Purpose(IntEnum):
     VISIT = 5
     NOISE = 6
     FILLING = 7
+    UPDATE_NOISE = 8
+    WEIGHT_NOISE = 9
 
 
 def words(seed: int, purpose: int, counter: int, count: int) -> np.ndarray:

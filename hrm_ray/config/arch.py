@@ -54,6 +54,8 @@ class ArchConfig(Settings):
     """Keys that all architectures share."""
 
     classes: ClassVar[dict[str, type["ArchConfig"]]] = {}
+    has_q_head: ClassVar[bool] = True  # whether it learns when to halt
+    skips_questions: ClassVar[bool] = False  # whether it leaves out the outputs of cells that never have a label
 
     name: str
     """The architecture; arch=NAME chooses it with its own settings."""
@@ -97,6 +99,11 @@ class ArchConfig(Settings):
     def state(self) -> StateConfig:
         """How its states start and move; the defaults, if it has no such keys."""
         return self if isinstance(self, StateConfig) else StateConfig()
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether anything in it is random in training."""
+        return self.state.is_drawn
 
     @property
     def full_depth(self) -> tuple[int, int] | None:

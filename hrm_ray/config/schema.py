@@ -167,6 +167,8 @@ class TrainConfig(Settings):
     """Evaluate an exponential moving average of the weights."""
     ema_rate: float = Field(default=0.999, gt=0, lt=1)
     """Decay of that average at a step."""
+    weight_noise: NonNegativeFloat = 0.0
+    """Standard deviation of the noise that all weights but puzzle embeddings have in each training step."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of every random decision."""
 

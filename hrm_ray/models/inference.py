@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -47,9 +48,14 @@ class Answer(NamedTuple):
     steps: Tensor
 
     @classmethod
-    def of(cls, prediction: Prediction, steps_B: Tensor, *, with_logits: bool = True) -> "Answer":
+    def of(
+        cls, prediction: Prediction, steps_B: Tensor, num_cells: int, *, with_logits: bool = True
+    ) -> "Answer":
+        """The answer of a step; of cells that are never asked for, zeros."""
         logits = prediction.logits if with_logits else prediction.logits[..., :0]
         tokens = prediction.logits.argmax(-1)
+        if num_before := num_cells - tokens.shape[1]:
+            logits, tokens = F.pad(logits, (0, 0, num_before, 0)), F.pad(tokens, (num_before, 0))
         return cls(tokens, logits, prediction.q_halt, prediction.q_continue, steps_B.long())
 
 
@@ -291,7 +297,8 @@ class Thinker:
             drawn = noise.draw(key_of(key, carry.steps + 1), before.z_L[0].numel())
             carry = carry._replace(state=before._replace(z_L=before.z_L + drawn.view_as(before.z_L)))
         step = self.model(carry, carry.batch)
-        answer = Answer.of(step.prediction, step.carry.steps, with_logits=self.with_logits)
+        num_cells = carry.batch.inputs.shape[1]
+        answer = Answer.of(step.prediction, step.carry.steps, num_cells, with_logits=self.with_logits)
         if self.copies:
             answer = self.copies.undone(answer, number % self.use.votes)
         halted = self.model.halting.is_done(step.prediction, self.use.halt_threshold)
@@ -308,6 +315,7 @@ class Thinker:
 
 def check(model: ACT, use: Inference) -> None:
     """Raise UserError if `model` cannot be used so."""
+    q_head = model.inner.q_head
     of_the_state = [f"{key}={value:g}" for key in ("noise", "init_std") if (value := getattr(use, key))]
     of_the_state += ["select=residual"] if use.select == "residual" else []
     if of_the_state and not model.inner.keeps_state:
@@ -315,7 +323,7 @@ def check(model: ACT, use: Inference) -> None:
             f"{of_the_state[0]}: arch={model.inner.config.name} keeps no state from step to step, so its paths are all "
             "alike; leave it out, and use votes="
         )
-    if use.select in ("q", "first_halt") and not model.inner.q_head.weight.any():
+    if use.select in ("q", "first_halt") and (q_head is None or not q_head.weight.any()):
         raise UserError(
             f"select={use.select}: the Q head of this model was never trained (its weights are 0); use select=vote"
         )

@@ -47,14 +47,15 @@ def cross_entropy(
     """Cross entropy of every cell, 0 where the label is -100.
 
     Args:
-        logits: [..., V] float32.
-        labels: [...] int64.
+        logits: [..., A, V] float32, of the last A of C cells.
+        labels: [..., C] int64.
         loss_type: over stablemax or over softmax.
         label_smoothing: share of the target that lies evenly on all V tokens, also on those that no label is.
 
     Returns:
-        [...] float32.
+        [..., A] float32.
     """
+    labels = labels[..., -logits.shape[-2] :]
     if loss_type == "stablemax_cross_entropy":
         logits = log_stablemax_scores(logits)
     flat = F.cross_entropy(
@@ -69,15 +70,23 @@ def cross_entropy(
 
 @torch.no_grad()
 def count_right(tokens_BC: Tensor, labels_BC: Tensor) -> tuple[Tensor, Tensor]:
-    """How many labelled cells of each puzzle are right, and how many there are; int64 [B] each."""
+    """How many labelled cells of each puzzle are right, and how many there are; int64 [B] each.
+
+    Args:
+        tokens_BC: may be those of the last cells only, where no other has a label.
+    """
+    labels_BC = labels_BC[:, -tokens_BC.shape[1] :]
     labelled = labels_BC != IGNORE
     return ((tokens_BC == labels_BC) & labelled).sum(-1), labelled.sum(-1)
 
 
 def act_loss(
-    step: Step, loss_type: LossType, label_smoothing: float = 0.0
+    step: Step, loss_type: LossType, label_smoothing: float = 0.0, *, has_q_head: bool = True
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Loss of one ACT step, its metrics, and what of it is right.
+
+    Args:
+        has_q_head: whether there are losses of Q values.
 
     Returns:
         the loss (scalar, summed over slots), the metrics (float32 vector in the order of `METRICS`, summed;
@@ -96,7 +105,9 @@ def act_loss(
     q_halt_losses = is_puzzle * F.binary_cross_entropy_with_logits(
         prediction.q_halt, exact.float(), reduction="none"
     )
-    loss = lm_losses.sum() + 0.5 * q_halt_losses.sum()
+    loss = lm_losses.sum()
+    if has_q_head:
+        loss = loss + 0.5 * q_halt_losses.sum()
     q_continue_loss = torch.zeros_like(loss)
     if step.target_q_continue is not None:
         q_continue_losses = F.binary_cross_entropy_with_logits(

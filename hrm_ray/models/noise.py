@@ -39,6 +39,19 @@ def keys_of_rows(rows_BC: Tensor) -> Tensor:
     return mix(mix(rows_BC.long() + mix(places)).sum(1))
 
 
+def _uniform(keys_R: Tensor, count: int) -> Tensor:
+    """`count` integers from 0 to 65,535 of the stream of each key (int64 [R]); int32 [R, count]."""
+    num_words = -(-count // NUMBERS_A_WORD)
+    counters = torch.arange(1, num_words + 1, device=keys_R.device) * _GOLDEN
+    sixteen_bits = mix(keys_R[:, None] + counters).view(torch.int16)[:, :count]
+    return sixteen_bits.int().add_(_NUM_QUANTILES // 2)
+
+
+def below(share: float, keys_R: Tensor, count: int) -> Tensor:
+    """`count` times of each key's stream (int64 [R]), whether something with probability `share` happens; bool."""
+    return _uniform(keys_R, count) < round(share * _NUM_QUANTILES)
+
+
 class Noise:
     """Numbers from a normal distribution around 0.
 
@@ -53,10 +66,7 @@ class Noise:
 
     def draw(self, keys_R: Tensor, count: int) -> Tensor:
         """`count` numbers of the stream of each key (int64 [R]); [R, count]."""
-        num_words = -(-count // NUMBERS_A_WORD)
-        counters = torch.arange(1, num_words + 1, device=keys_R.device) * _GOLDEN
-        sixteenths = mix(keys_R[:, None] + counters).view(torch.int16)[:, :count]
-        index = sixteenths.int().add_(_NUM_QUANTILES // 2)
+        index = _uniform(keys_R, count)
         return self._quantiles.index_select(0, index.flatten()).view(index.shape)
 
 

@@ -47,7 +47,10 @@ class State(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What one ACT step says: logits [B, C, V] and Q values [B], all float32."""
+    """What one ACT step says: logits [B, C, V] and Q values [B], all float32.
+
+    There may be logits for the last cells only, where no other has a label. Without a Q head its values are 0.
+    """
 
     logits: Tensor
     q_halt: Tensor
@@ -66,6 +69,7 @@ class RecursiveModel(nn.Module, ABC):
         seq_len: C, cells of a puzzle.
         num_puzzle_identifiers: rows of the puzzle embedding.
         coordinates: where the cells lie, integers [C, n]; needed for positions in a grid only.
+        answer_cells: A, all labels are in the last A cells; None: they may be anywhere.
         dtype: of activations and products; float32 or bfloat16. Parameters stay float32.
         attention: one of `attention.KERNELS`, which can run on the model's device.
     """
@@ -85,6 +89,7 @@ class RecursiveModel(nn.Module, ABC):
         seq_len: int,
         num_puzzle_identifiers: int,
         coordinates: np.ndarray | None = None,
+        answer_cells: int | None = None,
         dtype: torch.dtype = torch.float32,
         attention: str = "sdpa",
     ):
@@ -93,6 +98,7 @@ class RecursiveModel(nn.Module, ABC):
         self.config = config
         self.dtype = dtype
         self.seq_len = seq_len
+        self.num_answers = answer_cells or seq_len
         self.attention = attention
         self.motion = config.state
         self._noise: Iterator[Tensor] | None = None  # of the updates of the step that is being taken
@@ -101,13 +107,14 @@ class RecursiveModel(nn.Module, ABC):
 
         self.embed_tokens = TokenEmbedding(vocab_size, D)
         self.lm_head = Linear(D, vocab_size)
-        self.q_head = Linear(D, 2, bias=True)
-        nn.init.zeros_(self.q_head.weight)
-        assert self.q_head.bias is not None
-        nn.init.constant_(self.q_head.bias, Q_HEAD_BIAS)
+        self.q_head: Linear | None = Linear(D, 2, bias=True) if config.has_q_head else None
+        if self.q_head is not None:
+            nn.init.zeros_(self.q_head.weight)
+            assert self.q_head.bias is not None
+            nn.init.constant_(self.q_head.bias, Q_HEAD_BIAS)
         if config.puzzle_emb_ndim:
             self.puzzle_emb = PuzzleEmbedding(num_puzzle_identifiers, config.puzzle_emb_ndim)
-        self.embed_pos: TokenEmbedding | GridEmbedding
+        self.embed_pos: nn.Module
         if config.pos_encodings == "learned":
             self.embed_pos = TokenEmbedding(self.num_tokens, D)
         elif config.pos_encodings == "grid":
@@ -233,6 +240,9 @@ class RecursiveModel(nn.Module, ABC):
         return Prediction(logits, q_halt, q_continue)
 
     def q_values(self, z_H: Tensor) -> tuple[Tensor, Tensor]:
-        """q_halt and q_continue [B], read from the first token in the precision of the weights."""
+        """q_halt and q_continue [B], read from the first token in the precision of the weights; 0 without a Q head."""
+        if self.q_head is None:
+            unknown_B = z_H.new_zeros(len(z_H), dtype=torch.float32)
+            return unknown_B, unknown_B
         q_B2 = F.linear(z_H[:, 0].to(self.q_head.weight.dtype), self.q_head.weight, self.q_head.bias)
         return q_B2[:, 0], q_B2[:, 1]

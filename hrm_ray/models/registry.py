@@ -24,6 +24,8 @@ class DataShape(Protocol):
     def num_puzzle_identifiers(self) -> int: ...
     def coordinates(self) -> np.ndarray | None:
         """Where the cells lie; see `hrm_ray.data.tasks.base.Task.coordinates`."""
+    def answer_cells(self) -> int | None:
+        """The last so many cells have all labels; see `hrm_ray.data.tasks.base.Task.answer_cells`."""
 
 
 def coordinates_of(arch: ArchConfig, data: DataShape) -> np.ndarray | None:
@@ -64,6 +66,7 @@ def build_model(arch: ArchConfig, data: DataShape, setup: Setup, halting: Haltin
             seq_len=data.seq_len,
             num_puzzle_identifiers=data.num_puzzle_identifiers,
             coordinates=coordinates_of(arch, data),
+            answer_cells=data.answer_cells() if arch.skips_questions else None,
             dtype=setup.dtype,
             attention=setup.attention,
         )

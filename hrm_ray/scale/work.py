@@ -57,6 +57,10 @@ class Puzzles:
         """Where the cells lie, see `Task.coordinates`."""
         return self.task.coordinates() if self.task else None
 
+    def answer_cells(self) -> int | None:
+        """The last so many cells have all labels."""
+        return self.task.answer_cells if self.task else None
+
 
 def puzzles_of(data_path: str) -> Puzzles:
     """Of the data set at `data_path`; if it is not there, of the recipe of its name (data/sudoku-9x9: sudoku_9x9).

@@ -82,6 +82,10 @@ class DatasetInfo(Settings):
         """Where the cells lie, see `Task.coordinates`. Raises UserError: the task is not there."""
         return get_task(self.task, **self.task_options).coordinates()
 
+    def answer_cells(self) -> int | None:
+        """The last so many cells have all labels, see `Task.answer_cells`. Raises UserError: the task is not there."""
+        return get_task(self.task, **self.task_options).answer_cells
+
 
 class Manifest(Settings):
     """What `manifest.json` says; `config` is the run's whole configuration."""

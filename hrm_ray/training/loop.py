@@ -139,6 +139,7 @@ class TrainingLoop:
             self.setup.device,
             slots_per_step=config.global_batch_size * config.supervision_steps,
             max_loss=config.max_loss,
+            has_q_head=config.arch.has_q_head,
             sums=sums,
             num_steps=num_steps,
         )

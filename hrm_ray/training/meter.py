@@ -34,6 +34,7 @@ class Meter:
         device: of the losses.
         slots_per_step: of all workers.
         max_loss: mean loss of a slot above which a step counts as not finite.
+        has_q_head: whether there is anything to say about Q values.
         sums, num_steps: what an earlier attempt summed and did not report.
     """
 
@@ -43,10 +44,12 @@ class Meter:
         *,
         slots_per_step: int,
         max_loss: float,
+        has_q_head: bool = True,
         sums: Tensor | None = None,
         num_steps: int = 0,
     ):
         self._device, self._slots_per_step, self._max_loss = device, slots_per_step, max_loss
+        self._has_q_head = has_q_head
         self._depth = 0  # of `excluded`
         self._reset()
         if sums is not None:
@@ -92,14 +95,14 @@ class Meter:
         record = {}
         if self.num_steps:  # none, if all were left out after a rollback
             slots = self.num_steps * self._slots_per_step
-            for name in ("lm_loss", "q_halt_loss", "q_continue_loss"):
-                record[f"train/{name}"] = sums[name] / slots
-            record["train/loss"] = record["train/lm_loss"] + 0.5 * (
-                record["train/q_halt_loss"] + record["train/q_continue_loss"]
-            )
+            weights = {"lm_loss": 1.0, "q_halt_loss": 0.5, "q_continue_loss": 0.5}
+            means = {name: sums[name] / slots for name in weights if self._has_q_head or "q_" not in name}
+            record |= {f"train/{name}": mean for name, mean in means.items()}
+            record["train/loss"] = sum(weights[name] * mean for name, mean in means.items())
         if halted:
             for name in ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps"):
-                record[f"train/{name}"] = sums[name] / halted
+                if self._has_q_head or "q_" not in name:
+                    record[f"train/{name}"] = sums[name] / halted
         record["time/step_s"] = (time.perf_counter() - self._started) / max(1, self._num_timed)
         record["time/data_wait_s"] = self._data_wait_s / max(1, self._num_timed)
         if self._checkpoint_s is not None:

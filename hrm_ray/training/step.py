@@ -42,6 +42,7 @@ from hrm_ray.optim.sign_sgd import sparse_sign_sgd
 from hrm_ray.training.cuda_graph import Recordings, is_the_same
 from hrm_ray.training.plan import Plan
 from hrm_ray.training.state import TrainState
+from hrm_ray.training.weight_noise import noisy_weights
 from hrm_ray.world import World
 
 ReplayLoss = Callable[[Linear], Tensor]
@@ -53,6 +54,7 @@ class LossModule(nn.Module):
     def __init__(self, model: ACT, loss: LossConfig, num_paths: int = 1):
         super().__init__()
         self.model, self.loss, self.num_paths = model, loss, num_paths
+        self.has_q_head = model.inner.config.has_q_head
 
     def forward(
         self, carry: Carry, batch: Batch, control: Control, replay_loss: ReplayLoss | None
@@ -62,7 +64,9 @@ class LossModule(nn.Module):
         if self.num_paths > 1:
             carry, control, z_L = winners(self.model, carry, batch, control, self.loss.loss_type)
         step = self.model(carry, batch, control)
-        loss, metrics, right = act_loss(step, self.loss.loss_type, self.loss.label_smoothing)
+        loss, metrics, right = act_loss(
+            step, self.loss.loss_type, self.loss.label_smoothing, has_q_head=self.has_q_head
+        )
         if replay_loss is not None:
             replayed = replay_loss(self.model.inner.q_head)
             loss = loss + 0.5 * replayed
@@ -159,7 +163,8 @@ class Stepper:
         parts: list[Learned] = []
         data_wait_s = 0.0
         for supervision_step in range(last - config.supervision_steps + 1, last + 1):
-            data_wait_s += self._supervise(step, supervision_step, parts)
+            with noisy_weights(state.model, config.weight_noise, config.seed, supervision_step):
+                data_wait_s += self._supervise(step, supervision_step, parts)
         self._move(step, parts)
         return Outcome(
             torch.stack([part.loss for part in parts]).sum(),
@@ -348,7 +353,7 @@ class Stepper:
         """What decides about halting and depth, and the keys of what is drawn for the states."""
         moment = self._moment(step, supervision_step)
         control = self.state.model.halting.control(moment)
-        keys = slot_keys(moment) if self.config.arch.state.is_drawn else None
+        keys = slot_keys(moment) if self.config.arch.is_drawn else None
         return control._replace(depth=self.plan.depth(step), keys=keys)
 
     def _moment(self, step: int, supervision_step: int) -> Moment:
