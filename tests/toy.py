@@ -77,6 +77,7 @@ TRM = {
     "L_cycles": 2,
     "puzzle_emb_len": 2,
 }
+DECODER = {"name": "decoder", "hidden_size": 32, "num_heads": 2, "dropout": 0.1}
 EQR = {"init_std": 1.0, "noise": 0.1, "damping": 0.9}  # with noise that is seen
 
 

@@ -11,6 +11,7 @@ from hrm_ray.errors import UserError
 from hrm_ray.optim.adam_atan2 import AdamATan2
 from hrm_ray.training import launch
 from hrm_ray.training.checkpoint import finished
+from hrm_ray.training.weight_noise import noisy_weights
 from tests.toy import toy_config, toy_dataset
 from tests.training.test_workers import run
 
@@ -29,9 +30,15 @@ def trained(config):
     }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS.names())
-def test_a_run_continues_bit_for_bit(tmp_path, data, name):
-    values = {"optimizer": {"name": name}, "max_steps": 8}
+NOISY = {"decay": "to_start", "update_noise": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"), [*((name, {}) for name in OPTIMIZERS.names()), ("adamw", NOISY | {"weight_noise": 0.01})]
+)
+def test_a_run_continues_bit_for_bit(tmp_path, data, name, keys):
+    keys = dict(keys)
+    values = {"max_steps": 8, "weight_noise": keys.pop("weight_noise", 0.0), "optimizer": {"name": name, **keys}}
     step, whole = trained(toy_config(data, tmp_path / "whole", **values))
     first, _ = trained(toy_config(data, tmp_path / "parts", **values | {"max_steps": 5}))
     assert first == 5
@@ -42,9 +49,12 @@ def test_a_run_continues_bit_for_bit(tmp_path, data, name):
         assert all(torch.equal(tensor, parts[file][key]) for key, tensor in tensors.items()), file
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])  # that of the published code is tested elsewhere
-def test_two_workers_do_what_one_does(tmp_path, data, name):
-    config = toy_config(data, tmp_path / "one", optimizer={"name": name}, max_steps=6)
+# That of the published code is tested elsewhere.
+@pytest.mark.parametrize(("name", "keys"), [("adamw", {}), ("adamw", NOISY), ("muon", {})])
+def test_two_workers_do_what_one_does(tmp_path, data, name, keys):
+    noise = 0.01 if keys else 0.0
+    values = {"optimizer": {"name": name, **keys}, "weight_noise": noise}
+    config = toy_config(data, tmp_path / "one", max_steps=6, **values)
     one, two = run(1, config), run(2, config | {"storage": str(tmp_path / "two")})
     # Not to the last bit: sums have another order, which Muon's iterations in bfloat16 enlarge.
     rtol = {"adamw": 1e-4, "muon": 1e-2}[name]
@@ -55,6 +65,52 @@ def test_two_workers_do_what_one_does(tmp_path, data, name):
 def build(name, parameters, **values):
     config = TrainConfig(data_path="", optimizer={"name": name, **values}, weight_decay=0.1)
     return config.optimizer.build(parameters, config, "auto")
+
+
+def moved(name, steps, **values):
+    """A vector by a constant gradient of 1, its way step by step; lr 0.5, weight_decay 0.1."""
+    vector = nn.Parameter(torch.linspace(-2, 2, 4096))
+    optimizer = build(name, {"bias": vector}, **values)
+    way = [vector.detach().clone()]
+    for _ in range(steps):
+        vector.grad = torch.ones(4096)
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = 0.5, 0.1
+        optimizer.step()
+        way.append(vector.detach().clone())
+    return way
+
+
+def test_weights_decay_to_zero_or_to_their_start():
+    # A constant gradient moves Adam by lr a step.
+    start, one, two = moved("adamw", 2)
+    torch.testing.assert_close(one, start * 0.95 - 0.5)
+    torch.testing.assert_close(two, one * 0.95 - 0.5)
+    start, one, two = moved("adamw", 2, decay="to_start")
+    torch.testing.assert_close(one, start - 0.5)
+    torch.testing.assert_close(two, one + 0.05 * (start - one) - 0.5)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_updates_have_noise_of_their_size(name):
+    noisy, quiet = moved(name, 2, update_noise=0.2), moved(name, 2)
+    noise = (noisy[1] - quiet[1]) / 0.5
+    assert noise.mean().item() == pytest.approx(0, abs=0.02) and noise.std().item() == pytest.approx(0.2, abs=0.01)
+    second = noisy[2] - quiet[2] - (noisy[1] - quiet[1])
+    assert torch.corrcoef(torch.stack([noise, second]))[0, 1].abs() < 0.1  # others at the next step
+    assert all(torch.equal(*pair) for pair in zip(noisy, moved(name, 2, update_noise=0.2), strict=True))
+
+
+def test_weights_have_noise_during_a_step_alone():
+    model = nn.Linear(64, 64)
+    before = [p.detach().clone() for p in model.parameters()]
+    with noisy_weights(model, 0.1, seed=0, supervision_step=3):
+        noise = model.weight.detach() - before[0]
+        model(torch.ones(1, 64)).sum().backward()
+    assert noise.std().item() == pytest.approx(0.1, abs=0.005)
+    assert all(torch.equal(p.detach(), own) for p, own in zip(model.parameters(), before, strict=True))
+    with noisy_weights(model, 0.1, seed=0, supervision_step=4):
+        assert not torch.allclose(model.weight.detach() - before[0], noise, atol=0.01)
 
 
 def test_muon_moves_matrices_by_orthogonal_steps_and_the_rest_as_adamw_does():
@@ -81,7 +137,7 @@ def test_muon_moves_matrices_by_orthogonal_steps_and_the_rest_as_adamw_does():
 
 
 def test_an_optimizer_is_chosen_by_name():
-    assert OPTIMIZERS.names() == ["adam_atan2", "adamw", "muon"]
+    assert OPTIMIZERS.names() == ["adam", "adam_atan2", "adamw", "muon"]
     assert isinstance(build("adam_atan2", {"bias": nn.Parameter(torch.ones(2))}), AdamATan2)
     config = train_config(["experiment=sudoku_4x4", "optimizer=muon", "optimizer.momentum=0.9"])
     assert (config.optimizer.name, config.optimizer.momentum) == ("muon", 0.9)
@@ -92,7 +148,9 @@ def test_an_optimizer_is_chosen_by_name():
 @pytest.mark.parametrize(
     "words, problem",
     [
-        (["optimizer=adam"], "unknown optimizer 'adam'; did you mean 'adamw'"),
+        (["optimizer=adamv"], "unknown optimizer 'adamv'; did you mean 'adam'"),
+        (["optimizer=adam", "optimizer.decay=to_zero"], "optimizer.decay='to_zero': input should be 'l2'"),
+        (["optimizer=adamw", "optimizer.decay=l2"], "optimizer.decay='l2': input should be 'to_zero' or 'to_start'"),
         (
             ["optimizer.momentum=0.9"],
             "has no effect with optimizer=adam_atan2; it is of optimizer=muon",

@@ -22,7 +22,7 @@ from hrm_ray.training.hooks import Hooks
 from hrm_ray.training.launch import Launch, _changes
 from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.world import World
-from tests.toy import ARCH, EQR, TRM, toy_config, toy_dataset
+from tests.toy import ARCH, DECODER, EQR, TRM, toy_config, toy_dataset
 
 
 def run(config: dict, hooks: Hooks | None = None) -> TrainingLoop:
@@ -113,10 +113,11 @@ LEARNED = {"halting": {"name": "q_learning", "replay_max_age": 6}}
         {"arch": TRM | EQR, "micro_batch_size": 3},
         {"arch": ARCH | EQR, "paths": {"train": 3}},
         {"arch": ARCH | {"pos_encodings": "grid"}},
+        {"arch": DECODER, "weight_noise": 0.01},
     ],
     ids=[
         *("q_learning", "supervision_steps", "trm", "trm_mlp", "transformer", "fixed", "depth"),
-        *("easy", "eqr_hrm", "eqr_trm", "paths", "grid"),
+        *("easy", "eqr_hrm", "eqr_trm", "paths", "grid", "decoder"),
     ],
 )
 def test_every_kind_of_run_continues(config, change):
