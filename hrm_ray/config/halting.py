@@ -24,6 +24,7 @@ class HaltingConfig(Settings):
     """What the ways' own keys derive from. Durations are ratios of the run's steps."""
 
     kept: ClassVar[tuple[str, ...]] = ()  # keys whose values a continued run must have too
+    needs_q_head: ClassVar[bool] = False  # whether it cannot be for a model without one
     older: ClassVar[dict[str, str]] = {}  # keys of older code, and those that took their place
 
     name: str

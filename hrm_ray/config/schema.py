@@ -254,6 +254,14 @@ class TrainConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _has_what_halting_needs(self) -> "TrainConfig":
+        if self.halting.needs_q_head and not self.arch.has_q_head:
+            raise ValueError(
+                f"halting={self.halting.name} teaches a Q head, and arch={self.arch.name} has none; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _paths_differ(self) -> "TrainConfig":
         if self.paths.train == 1 or self.arch.state.is_drawn:
             return self

@@ -98,7 +98,9 @@ def evaluate(
     for score in scores:
         metrics |= world.merge_objects(score.state(), score.metrics)
     if not model.inner.config.has_q_head:
-        metrics = {name: value for name, value in metrics.items() if "q_halt" not in name and "learned" not in name}
+        metrics = {
+            name: value for name, value in metrics.items() if "q_halt" not in name and "learned" not in name
+        }
     return metrics, {name: np.concatenate(parts) for name, parts in collected.items()}
 
 

@@ -95,11 +95,11 @@ class Halting:
         """Which slots halt by their own Q head: those it is for with a probability above `threshold`; bool [B]."""
         return self.halt_logit(prediction) > math.log(threshold / (1 - threshold))
 
-    def learner(self, q_head: Linear, num_slots: int) -> Learner | None:
+    def learner(self, q_head: Linear | None, num_slots: int) -> Learner | None:
         """What a worker with `num_slots` keeps and learns from in training, besides the present step.
 
         Args:
-            q_head: of the model at the start.
+            q_head: of the model at the start; None: it has none.
         """
         return None
 

@@ -47,6 +47,7 @@ ANNEALED: tuple[tuple[str, str, Shape], ...] = (
 class QLearningConfig(HaltingConfig):
     """The keys of Q-learning."""
 
+    needs_q_head = True
     kept: ClassVar[tuple[str, ...]] = ("replay_max_age",)
     older: ClassVar[dict[str, str]] = {
         "expansion_anneal_steps": "expansion_anneal_ratio",
@@ -198,7 +199,8 @@ class QLearningHalting(Halting):
         """Of halting if both were drawn by the softmax of their values."""
         return prediction.q_halt - prediction.q_continue
 
-    def learner(self, q_head: Linear, num_slots: int) -> "QLearner":
+    def learner(self, q_head: Linear | None, num_slots: int) -> "QLearner":
+        assert q_head is not None
         return QLearner(q_head, num_slots, self.config)
 
 

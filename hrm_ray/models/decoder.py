@@ -1,12 +1,12 @@
 """A causal transformer as in "Grokking" (Power et al. 2022, arXiv:2201.02177; public code openai/grok).
 
-It reads an equation from left to right in one pass, and has neither recursion nor a Q head. Where the task says that all
-answers are in the last few cells, the last block computes these alone, and reads the others only as keys and values:
-the results are the same, and much of the work is left out.
+It reads an equation from left to right in one pass, and has neither recursion nor a Q head. Where the task says that
+all answers are in the last few cells, the last block computes these alone, and reads the others only as keys and
+values: the results are the same, and much of the work is left out.
 
 As published: sinusoidal positions, a norm after each residual sum, ReLU, no biases but those of the norms, torch's own
-initialisation, and dropout of the feed-forward layer as an option. Other work on grokking takes norms before each layer,
-none at all, or learned positions (Nanda et al. 2023, arXiv:2301.05217).
+initialisation, and dropout of the feed-forward layer as an option. Other work on grokking takes norms before each
+layer, none at all, or learned positions (Nanda et al. 2023, arXiv:2301.05217).
 
 Shapes: B batch, S tokens, A of them with an answer (the last ones), D width, N heads.
 """
@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from hrm_ray.config.arch import ArchConfig
-from hrm_ray.models.layers import Linear, ReasoningModule
+from hrm_ray.models.layers import Linear, ReasoningModule, TokenEmbedding
 from hrm_ray.models.noise import below, key_of
 from hrm_ray.models.recursive import RecursiveModel, State
 from hrm_ray.models.rotary import Rope
@@ -78,7 +78,9 @@ class LayerNorm(nn.LayerNorm):
     """torch's, in the type of what it gets."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return F.layer_norm(
+            x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
+        )
 
 
 def as_torch(layer: Linear) -> Linear:
@@ -127,7 +129,7 @@ class CausalBlock(nn.Module):
 
 
 class Sinusoids(nn.Module):
-    """Fixed positions: sines and cosines of wave lengths from 2 pi to 10,000 times that, made in float64 as published."""
+    """Fixed positions: sines and cosines of wave lengths from 2 pi to 10,000 times that, computed in float64."""
 
     def __init__(self, num_tokens: int, hidden_size: int):
         super().__init__()
@@ -167,10 +169,10 @@ class Decoder(RecursiveModel, config=DecoderConfig):
     def build(self, config: DecoderConfig) -> None:
         nn.init.normal_(self.embed_tokens.embedding_weight)
         as_torch(self.lm_head)
-        if config.pos_encodings == "sinusoidal":
-            self.embed_pos = Sinusoids(self.num_tokens, config.hidden_size)
-        else:
+        if isinstance(self.embed_pos, TokenEmbedding):
             nn.init.normal_(self.embed_pos.embedding_weight)
+        else:
+            self.embed_pos = Sinusoids(self.num_tokens, config.hidden_size)
         self.blocks = CausalStack(CausalBlock(config) for _ in range(config.num_layers))
         self.end_norm = norm_of(config) if config.norm == "pre" else nn.Identity()
         self._kept: list[Tensor] | None = None  # of the pass that is being made, see `dropout`
@@ -181,6 +183,7 @@ class Decoder(RecursiveModel, config=DecoderConfig):
         return State(zero.expand(shape), zero.expand(batch_size, 1, 1))
 
     def embed(self, inputs_BC: Tensor, puzzle_identifiers_B: Tensor) -> Tensor:
+        assert self.embed_pos is not None
         return (F.embedding(inputs_BC, self.embed_tokens.embedding_weight) + self.embed_pos()).to(self.dtype)
 
     def forward(self, state: State, e_BSD: Tensor, keys_B: Tensor | None = None) -> State:

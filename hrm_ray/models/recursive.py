@@ -114,7 +114,7 @@ class RecursiveModel(nn.Module, ABC):
             nn.init.constant_(self.q_head.bias, Q_HEAD_BIAS)
         if config.puzzle_emb_ndim:
             self.puzzle_emb = PuzzleEmbedding(num_puzzle_identifiers, config.puzzle_emb_ndim)
-        self.embed_pos: nn.Module
+        self.embed_pos: nn.Module | None = None
         if config.pos_encodings == "learned":
             self.embed_pos = TokenEmbedding(self.num_tokens, D)
         elif config.pos_encodings == "grid":
@@ -202,6 +202,7 @@ class RecursiveModel(nn.Module, ABC):
             rows = F.pad(rows, (0, self.num_puzzle_tokens * D - rows.shape[-1]))
             e_BSD = torch.cat((rows.view(-1, self.num_puzzle_tokens, D), e_BSD), dim=1)
         if self.config.pos_encodings in ("learned", "grid"):
+            assert self.embed_pos is not None
             e_BSD = math.sqrt(0.5) * (e_BSD + self.embed_pos())
         return (math.sqrt(D) * e_BSD).to(self.dtype)
 

@@ -24,6 +24,7 @@ class DataShape(Protocol):
     def num_puzzle_identifiers(self) -> int: ...
     def coordinates(self) -> np.ndarray | None:
         """Where the cells lie; see `hrm_ray.data.tasks.base.Task.coordinates`."""
+
     def answer_cells(self) -> int | None:
         """The last so many cells have all labels; see `hrm_ray.data.tasks.base.Task.answer_cells`."""
 

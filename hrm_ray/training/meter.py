@@ -92,7 +92,7 @@ class Meter:
         self.check(world)
         sums = dict(zip(METRICS, world.sum(self.sums).tolist(), strict=True))
         halted = sums.pop("count")
-        record = {}
+        record: dict[str, float] = {}
         if self.num_steps:  # none, if all were left out after a rollback
             slots = self.num_steps * self._slots_per_step
             weights = {"lm_loss": 1.0, "q_halt_loss": 0.5, "q_continue_loss": 0.5}

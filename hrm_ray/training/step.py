@@ -68,6 +68,7 @@ class LossModule(nn.Module):
             step, self.loss.loss_type, self.loss.label_smoothing, has_q_head=self.has_q_head
         )
         if replay_loss is not None:
+            assert self.model.inner.q_head is not None
             replayed = replay_loss(self.model.inner.q_head)
             loss = loss + 0.5 * replayed
             metrics[METRICS.index("q_continue_loss")] += replayed.detach()
@@ -337,6 +338,7 @@ class Stepper:
                 backend=config.optimizer_backend,
             )
         if state.learner is not None:
+            assert state.model.inner.q_head is not None
             state.learner.follow(state.model.inner.q_head)
         state.update_averages(config.ema_rate)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hrm_ray.draws import Purpose
 from hrm_ray.models.noise import key_of, noise_of
@@ -24,7 +24,7 @@ def noisy_weights(model: nn.Module, std: float, seed: int, supervision_step: int
     if not std:
         yield
         return
-    parameters = list(model.parameters())
+    parameters: list[Tensor] = list(model.parameters())
     own = [p.detach().clone() for p in parameters]
     with torch.no_grad():
         for index, p in enumerate(parameters):

@@ -24,7 +24,7 @@ from hrm_ray.training.driver import run_folder
 from hrm_ray.training.hooks import Hooks
 from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.world import World
-from tests.toy import EQR, TRM, toy_config, toy_dataset
+from tests.toy import DECODER, EQR, TRM, toy_config, toy_dataset
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LONG = {"num_params": 27_000_000, "num_tokens": 20e6 * 81}
@@ -123,6 +123,7 @@ def batch_of(size: int) -> Batch:
     "change",
     [
         {"micro_batch_size": 3, "forward_dtype": "bfloat16"},  # of eight slots: 3, 3, 2
+        {"arch": DECODER},
         {
             "arch": TRM | {"H_cycles": 1},  # so that no part of a supervised step is without gradient
             "halting": {"name": "q_learning", "dqn_warmup_ratio": 0.2},
@@ -135,7 +136,7 @@ def batch_of(size: int) -> Batch:
             "halting": {"name": "q_learning", "dqn_warmup_ratio": 0.2},
         },
     ],
-    ids=["hrm", "trm", "paths"],
+    ids=["hrm", "decoder", "trm", "paths"],
 )
 def test_steps_and_evaluations_run_what_was_compiled(tmp_path, change):
     """Else they would run eagerly in silence: here, what has no program is an error."""

@@ -28,7 +28,7 @@ from hrm_ray.training.loop import TrainingLoop
 from hrm_ray.training.meter import LossDiverged, Meter
 from hrm_ray.training.step import Outcome, Stepper
 from hrm_ray.world import World
-from tests.toy import EQR, TRM, toy_config, toy_dataset
+from tests.toy import DECODER, EQR, TRM, toy_config, toy_dataset
 from tests.training import recorder
 
 cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -45,6 +45,7 @@ CHANGES = {
         "supervised": "last",
         "micro_batch_size": 5,
     },
+    "decoder": {"arch": DECODER, "weight_noise": 0.01},
     "eqr": {"arch": TRM | EQR, "paths": {"train": 2}, "micro_batch_size": 5},
 }
 

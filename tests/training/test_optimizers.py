@@ -34,11 +34,16 @@ NOISY = {"decay": "to_start", "update_noise": 0.1}
 
 
 @pytest.mark.parametrize(
-    ("name", "keys"), [*((name, {}) for name in OPTIMIZERS.names()), ("adamw", NOISY | {"weight_noise": 0.01})]
+    ("name", "keys"),
+    [*((name, {}) for name in OPTIMIZERS.names()), ("adamw", NOISY | {"weight_noise": 0.01})],
 )
 def test_a_run_continues_bit_for_bit(tmp_path, data, name, keys):
     keys = dict(keys)
-    values = {"max_steps": 8, "weight_noise": keys.pop("weight_noise", 0.0), "optimizer": {"name": name, **keys}}
+    values = {
+        "max_steps": 8,
+        "weight_noise": keys.pop("weight_noise", 0.0),
+        "optimizer": {"name": name, **keys},
+    }
     step, whole = trained(toy_config(data, tmp_path / "whole", **values))
     first, _ = trained(toy_config(data, tmp_path / "parts", **values | {"max_steps": 5}))
     assert first == 5
@@ -95,7 +100,9 @@ def test_weights_decay_to_zero_or_to_their_start():
 def test_updates_have_noise_of_their_size(name):
     noisy, quiet = moved(name, 2, update_noise=0.2), moved(name, 2)
     noise = (noisy[1] - quiet[1]) / 0.5
-    assert noise.mean().item() == pytest.approx(0, abs=0.02) and noise.std().item() == pytest.approx(0.2, abs=0.01)
+    assert noise.mean().item() == pytest.approx(0, abs=0.02) and noise.std().item() == pytest.approx(
+        0.2, abs=0.01
+    )
     second = noisy[2] - quiet[2] - (noisy[1] - quiet[1])
     assert torch.corrcoef(torch.stack([noise, second]))[0, 1].abs() < 0.1  # others at the next step
     assert all(torch.equal(*pair) for pair in zip(noisy, moved(name, 2, update_noise=0.2), strict=True))
@@ -150,7 +157,10 @@ def test_an_optimizer_is_chosen_by_name():
     [
         (["optimizer=adamv"], "unknown optimizer 'adamv'; did you mean 'adam'"),
         (["optimizer=adam", "optimizer.decay=to_zero"], "optimizer.decay='to_zero': input should be 'l2'"),
-        (["optimizer=adamw", "optimizer.decay=l2"], "optimizer.decay='l2': input should be 'to_zero' or 'to_start'"),
+        (
+            ["optimizer=adamw", "optimizer.decay=l2"],
+            "optimizer.decay='l2': input should be 'to_zero' or 'to_start'",
+        ),
         (
             ["optimizer.momentum=0.9"],
             "has no effect with optimizer=adam_atan2; it is of optimizer=muon",
