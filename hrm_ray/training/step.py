@@ -190,7 +190,9 @@ class Stepper:
             return loss
 
         sizes = {slots.stop - slots.start: None for slots in self._micro_batches(batch)}
+        # Recursions have passes without gradient in every step; the others, for evaluations alone.
         without_gradient = self.config.supervision_steps > self.config.num_supervised_steps
+        without_gradient = without_gradient or not state.model.inner.keeps_state
         compile_recursion(state.model, loss_of, list(sizes), without_gradient=without_gradient)
 
     def record(self) -> None:
