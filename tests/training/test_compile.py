@@ -123,7 +123,7 @@ def batch_of(size: int) -> Batch:
     "change",
     [
         {"micro_batch_size": 3, "forward_dtype": "bfloat16"},  # of eight slots: 3, 3, 2
-        {"arch": DECODER},
+        {"arch": DECODER | {"dropout": 0.0}},
         {
             "arch": TRM | {"H_cycles": 1},  # so that no part of a supervised step is without gradient
             "halting": {"name": "q_learning", "dqn_warmup_ratio": 0.2},
