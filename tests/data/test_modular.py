@@ -263,7 +263,7 @@ def test_too_few_equations_are_warned_of():
     (counts, warning) = PLUS.about({"train": 47, "test": 9362})
     assert counts == "9,409 equations: 47 to train on (0.5 %), 9,362 to validate"
     assert warning.startswith(
-        "47 equations are so few that a model can only memorise them and stays at chance (1.0%)"
+        "warning: 47 equations are so few that a model can only memorise them and stays at chance (1.0%)"
     )
     assert len(PLUS.about({"train": 941, "test": 8468})) == 1
     assert PLUS.about({"train": 9409}) == ["9,409 equations: 9,409 to train on (100 %), 0 to validate"]

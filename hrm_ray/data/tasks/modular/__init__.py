@@ -180,7 +180,7 @@ class Modular(Task):
         ]
         if share < _FEW:
             lines.append(
-                f"{num_train:,} equations are so few that a model can only memorise them and stays at chance "
+                f"warning: {num_train:,} equations are so few that a model can only memorise them and stays at chance "
                 f"({self.chance:.1%}) on the others; give a larger train_fraction, such as 0.5 for half of them"
             )
         return lines
