@@ -20,6 +20,7 @@ CORE = (
     "hrm_ray.data.tasks.arc.builder",
     "hrm_ray.data.tasks.grid.builder",
     "hrm_ray.data.tasks.maze.builder",
+    "hrm_ray.data.tasks.modular.builder",
     "hrm_ray.data.tasks.sudoku",
     "hrm_ray.data.tasks.sudoku.builder",
     "hrm_ray.doctor",

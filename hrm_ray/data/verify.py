@@ -54,8 +54,8 @@ def wrong_tokens(task: Task, inputs: np.ndarray, labels: np.ndarray, first_row: 
             row = int(np.flatnonzero((tokens >= task.vocab_size).any(axis=1))[0])
             most = f"token {tokens[row].max()}, outside the vocabulary of {task.vocab_size}"
             yield f"row {first_row + row}: {column} has {most}"
-    if task.checkable and not (solved := task.is_solution(inputs, labels)).all():
-        yield f"row {first_row + int(np.flatnonzero(~solved)[0])}: the answer does not solve its question"
+    if task.checkable and not (fits := task.labels_fit(inputs, labels)).all():
+        yield f"row {first_row + int(np.flatnonzero(~fits)[0])}: the answer does not solve its question"
 
 
 def _verify_split(

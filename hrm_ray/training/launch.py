@@ -69,8 +69,10 @@ class Launch:
             f"run {self.run} {start}: {plan.last_step} steps of {_batches(config)} puzzles from "
             f"{config.data_path}, {_where(config)}{_changes(point, config)}"
         )
+        splits = self.dataset.manifest.splits
+        about = self.dataset.task.about({name: info.num_examples for name, info in splits.items()})
         warnings = [f"warning: {text}" for text in plan.warnings()]
-        return "\n".join([first, f"schedule: {'; '.join(plan.describe())}", *warnings])
+        return "\n".join([first, *about, f"schedule: {'; '.join(plan.describe())}", *warnings])
 
     def train(self, *, show_progress: bool = True) -> tuple[dict[str, Any], int | None]:
         """Run it.

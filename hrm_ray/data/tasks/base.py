@@ -9,6 +9,7 @@ the same module or, where the module is a package, in its `builder`.
 import os
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
@@ -48,6 +49,8 @@ class Task(ABC):
         is_recognised: whether arrays surely are of this family where `of_arrays` says so; if not, a user must name it.
         checkable: whether `is_solution` can tell right from wrong.
         fillable: whether an answer is its question with cells filled in, so that training may give some of them away.
+        answer_cells: all labels are in the last so many cells; None: they may be anywhere.
+        chance: exact accuracy of one who guesses; None: nobody knows.
         cells: how its puzzles are written, for the reader of files; None: as `parse` says, one a line.
         keeps_spaces: whether a space is a cell like others.
         width: cells in a row; None: see `hrm_ray.data.drawing.known_width`.
@@ -68,6 +71,8 @@ class Task(ABC):
     is_recognised: ClassVar[bool] = True
     checkable: bool = True
     fillable: bool = False
+    answer_cells: int | None = None
+    chance: float | None = None
     cells: Cells | None = None
     keeps_spaces: bool = False
     width: int | None = None
@@ -130,6 +135,17 @@ class Task(ABC):
 
         Threads of a build may call it at the same time.
         """
+
+    def labels_fit(self, inputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Whether each row of labels (uint8 [n, seq_len]) may stand beside its question in a data set; bool[n].
+
+        Asked if the task is `checkable`. Here a label must solve its question.
+        """
+        return self.is_solution(inputs, labels)
+
+    def about(self, num_examples: Mapping[str, int]) -> list[str]:
+        """What to tell people, in lines, before a model is trained on so many examples of each split; here nothing."""
+        return []
 
     def parse_all(self, texts: pa.Array, *, are_answers: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Many puzzles at once, as `parse` reads them.
