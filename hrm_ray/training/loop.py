@@ -33,7 +33,7 @@ from hrm_ray.training.checkpoint import (
 from hrm_ray.training.hooks import Hooks
 from hrm_ray.training.logging import RECORDS, check_places
 from hrm_ray.training.meter import LossDiverged, Meter
-from hrm_ray.training.plan import Plan, stops_early
+from hrm_ray.training.plan import Plan, why_ends_early
 from hrm_ray.training.preparation import Preparation
 from hrm_ray.training.resume import check_fits, weights_source
 from hrm_ray.training.rollback import check_allowed, steps_left_out
@@ -53,6 +53,7 @@ class Votes:
     written: bool  # every worker has written its part of the pending checkpoint
 
 
+EARLY = ("early_stopping", "stop_at")  # ends before the last step that are as planned as it
 SMALLER = "use a smaller model, a smaller global_batch_size or more workers"  # where memory is lacking
 
 
@@ -143,6 +144,7 @@ class TrainingLoop:
             num_steps=num_steps,
         )
         self.stepper = Stepper(config, self.plan, self.dataset, self.world, self.state)
+        self._saved_step = self.state.global_step if checkpoint else 0  # of the newest checkpoint
         before = checkpoint.manifest.generation if checkpoint else 0
         self._saver.generation = max(self._lock.generation, before)
         self._saved_at = time.monotonic()
@@ -279,8 +281,8 @@ class TrainingLoop:
         return step > 0 and bool(test) and self.plan.evaluates(step) and self._evaluated_step != step
 
     def _evaluate_if_due(self) -> None:
-        """Evaluate and note the metrics in the checkpoint of this step, which was saved first: an evaluation may be
-        long, and a request during it must not cost training time."""
+        """Evaluate and note the metrics in the checkpoint of this step, if there is one. That was saved first: an
+        evaluation may be long, and a request during it must not cost training time."""
         if self._stop_reason is not None or not self._evaluation_is_due:
             return
         started = time.perf_counter()
@@ -298,13 +300,17 @@ class TrainingLoop:
                     interrupt=self._interrupts_evaluation,
                 )
         except Interrupted:
+            self._save_the_end()
             return
         self.state.train_s += time.perf_counter() - started
         self._evaluated_step = self.state.global_step
         named = {f"eval/{name}": value for name, value in metrics.items()}
         self._account.report(named)
+        self._stop_early_if_due()
+        if self._stop_reason is not None:
+            self._save_the_end()
         self._finish_saving()
-        if self.world.is_first:
+        if self.world.is_first and self._saved_step == self.state.global_step:
             self._account.flush()  # before the checkpoint says that this evaluation is done
             folder = self.run / FOLDER / step_name(self.state.global_step)
             manifest = Checkpoint(folder).manifest
@@ -312,7 +318,6 @@ class TrainingLoop:
             write_manifest(folder, manifest.model_copy(update=update))
             self._saver.prune(self.state.global_step)
         self._show("train")
-        self._stop_early_if_due()
 
     def _interrupts_evaluation(self) -> bool:
         votes = self._vote()
@@ -325,9 +330,9 @@ class TrainingLoop:
         self._show("eval")
 
     def _stop_early_if_due(self) -> None:
-        stops = stops_early(self._account.evaluations(), self.config.early_stopping)
-        if self.world.from_first(stops) and self.state.global_step < self.plan.last_step:
-            self._stop_reason = "early_stopping"
+        reason = self.world.from_first(why_ends_early(self._account.evaluations(), self.config))
+        if reason is not None and self.state.global_step < self.plan.last_step:
+            self._stop_reason = reason
 
     def _check_state(self) -> None:
         """Whether the workers have the same weights, and these and the optimizer's moments are finite. Collective.
@@ -361,7 +366,12 @@ class TrainingLoop:
                 unreported_steps=self._meter.num_steps,
             )
             self._saver.start(snapshot)
-        self._saved_at = time.monotonic()
+        self._saved_step, self._saved_at = self.state.global_step, time.monotonic()
+
+    def _save_the_end(self) -> None:
+        """See to it that there is a checkpoint of the step at hand, with which the run ends. Collective."""
+        if self._saved_step != self.state.global_step:
+            self._save()
 
     def _finish_saving(self) -> None:
         """Make the pending checkpoint valid, if there is one. Collective."""
@@ -412,7 +422,7 @@ class TrainingLoop:
             "final": self._account.last,
             "best": chosen.manifest.metrics if chosen else {},
             "global_step": self.state.global_step,
-            "finished": at_end or self._stop_reason == "early_stopping",
+            "finished": at_end or self._stop_reason in EARLY,
             "stop_reason": None if at_end else self._stop_reason,
             "num_rollbacks": self.state.num_rollbacks,
             "train_s": round(self.state.train_s, 3),
