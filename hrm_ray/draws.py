@@ -20,6 +20,7 @@ class Purpose(IntEnum):
     VISIT = 5
     NOISE = 6
     FILLING = 7
+    SAMPLE = 8
 
 
 def words(seed: int, purpose: int, counter: int, count: int) -> np.ndarray:

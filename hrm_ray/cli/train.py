@@ -68,6 +68,8 @@ def _train(args: argparse.Namespace) -> int:
     exact = final.get("eval/exact_accuracy")
     print(f"{run_at_hand.run}: step {summary['global_step']}, {summary['train_s']:.0f} s of training", end="")
     print(f", exact accuracy {exact:.1%}" if exact is not None else "")
+    for text in summary.get("conclusions", ()):
+        print(text)
     return 0
 
 

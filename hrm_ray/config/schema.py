@@ -119,7 +119,17 @@ class TrainConfig(Settings):
     """Let evaluations become rarer as a run goes on: after step s the next is at s * (1 + eval_spacing), but not before
     s + eval_interval_steps (1 if it is null). Then they alone are no reason for a checkpoint. null: evenly spaced."""
     num_eval_examples: PositiveInt | None = None
-    """Evaluate only the first so many test examples; null: all."""
+    """Evaluate only the first so many examples; null: all."""
+    eval_train: bool = False
+    """Evaluate the training puzzles too, as eval_train/..."""
+    log_norms: bool = False
+    """Report the l2 norms of the weights, by part, with each evaluation."""
+    gop_eigenvalues: int = Field(default=0, ge=0, le=1000)
+    """Report so many of the largest eigenvalues of the outer product of the gradients of some training puzzles."""
+    gop_examples: int = Field(default=64, gt=0, le=10**6)
+    """Of how many puzzles; their gradients take as many times the memory of the weights."""
+    gop_interval: PositiveInt = 10
+    """Evaluations from one such report to the next."""
     max_steps: PositiveInt | None = None
     """End after so many optimizer steps; schedules still follow epochs."""
     max_time_s: Seconds | None = None

@@ -220,6 +220,12 @@ class Plan:
             return True
         return self.config.eval_spacing is None and self.evaluates(step)
 
+    def takes_eigenvalues(self, step: int) -> bool:
+        """Whether the evaluation after `step` looks at the gradients too."""
+        config = self.config
+        is_due = step == self.last_step or self.num_evaluations(step) % config.gop_interval == 0
+        return config.gop_eigenvalues > 0 and is_due
+
     def reports(self, step: int) -> bool:
         """Whether training metrics are reported after `step`."""
         return step % self.config.log_interval == 0 or self.evaluates(step)
