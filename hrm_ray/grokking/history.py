@@ -108,16 +108,17 @@ class Source:
     @classmethod
     def of_summary(cls, summary: Mapping[str, Any]) -> "Source":
         """What a `grokking_summary` of ours says."""
-        known = {name: summary[name] for name in cls.__dataclass_fields__ if _is_number(summary.get(name))}
+        known = {name: summary[name] for name in cls.__dataclass_fields__ if is_number(summary.get(name))}
         return cls(**known)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def as_column(values: Sequence[Any]) -> np.ndarray:
     """float64 [n], NaN for null. Raises ValueError: a value is no number."""
-    if not all(value is None or _is_number(value) for value in values):
+    if not all(value is None or is_number(value) for value in values):
         raise ValueError("not all are numbers")
     return np.array([math.nan if value is None else value for value in values], float)

@@ -18,9 +18,10 @@ import numpy as np
 import yaml
 
 from hrm_ray.config.schema import TrainConfig
+from hrm_ray.config.validate import MANY
 from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.errors import UserError, first_line
-from hrm_ray.grokking.history import CURVES, FILE, SUMMARY, History, Source, as_column
+from hrm_ray.grokking.history import CURVES, FILE, SUMMARY, History, Source, as_column, is_number
 
 METRICS_CSV = "metrics.csv"
 _REPORTS, _CONFIG = "metrics.jsonl", "config.yaml"  # of a run of ours, see `hrm_ray.training.logging`
@@ -106,7 +107,7 @@ def _read(file: Path, percent: bool | None) -> tuple[History, Source]:
             return history, _counted(history)
         history, source = _from_json(content)
         return _as_fractions(history, file, percent, is_percent=False), source
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError, csv.Error) as error:
         raise UserError(f"{file} is no history of a run: {first_line(error)}") from None
 
 
@@ -114,7 +115,7 @@ def _reports(content: str) -> Iterator[Mapping[str, float]]:
     for line in content.split("\n"):
         with suppress(ValueError):  # the last may be cut short
             report = json.loads(line)
-            if isinstance(report, dict) and "global_step" in report:
+            if isinstance(report, dict) and "global_step" in report and all(map(is_number, report.values())):
                 yield report
 
 
@@ -173,9 +174,10 @@ def _from_csv(content: str) -> History:
 
 def _history(steps: np.ndarray, epochs: np.ndarray, lists: Mapping[str, np.ndarray], clock: str) -> History:
     unknown = np.full(len(steps), math.nan)
-    if np.isnan(steps).any() or (np.diff(steps) < 0).any():
-        raise ValueError(f"its {clock}s do not rise")
-    return History(steps, epochs, {**dict.fromkeys(CURVES, unknown), **lists}, clock)
+    if not (np.abs(steps) <= MANY).all() or (np.diff(steps) < 0).any():
+        raise ValueError(f"its {clock}s do not rise, or are no numbers of {clock}s")
+    known = {name: np.where(np.isfinite(values), values, math.nan) for name, values in lists.items()}
+    return History(steps, epochs, {**dict.fromkeys(CURVES, unknown), **known}, clock)
 
 
 def _as_fractions(history: History, file: Path, percent: bool | None, *, is_percent: bool) -> History:

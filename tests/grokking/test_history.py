@@ -92,6 +92,8 @@ def test_a_history_of_others(tmp_path):
         ({"test_acc": [0.5, "x", 0.5]}, "is no history of a run: not all are numbers"),
         ({"test_acc": None}, "it has no list test_acc"),
         ({"epoch": [3, 2, 1]}, "its epochs do not rise"),
+        ({"epoch": [3, 4, 10**40]}, "or are no numbers of epochs"),
+        ({"epoch": [3, 4, 10**400]}, "is no history of a run: int too large"),
     ],
 )
 def test_what_is_wrong_with_a_history(tmp_path, values, said):
