@@ -34,7 +34,7 @@ class _Curve(NamedTuple):
     @property
     def jump(self) -> float | None:
         """Where its accuracy passes 99 %."""
-        row = self.run.history.first(f"{self.split}_acc", LEVELS[0])
+        row = self.run.history.first(f"{self.split}_acc", LEVELS[0] / 100)
         return None if row is None else float(self.run.history.steps[row])
 
     @property

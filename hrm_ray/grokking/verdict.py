@@ -14,7 +14,7 @@ from hrm_ray.grokking.history import History, Source
 
 Outcome = Literal["grokked", "at once", "memorised only", "did not learn"]
 
-LEVELS = (0.99, 0.9)
+LEVELS = (99, 90)  # percent; a run is judged by the first that its validation passes
 DELAY = 1.5  # of validation behind training, as a ratio of steps, from which on it has a name
 ROWS_BETWEEN = 3  # evaluations between the two jumps, below which the delay is one of measuring
 RISING = 0.01  # gain of validation over the last tenth of a run that is more than noise
@@ -55,26 +55,32 @@ class Verdict:
 
 def judge(history: History, source: Source) -> Verdict:
     """What came of a run with this history."""
-    rows = {
-        f"{split}_{level * 100:.0f}": history.first(f"{split}_acc", level)
-        for split in ("train", "test")
-        for level in LEVELS
-    }
-    steps = {name: None if row is None else int(history.steps[row]) for name, row in rows.items()}
+    train, test = _jumps(history, "train_acc"), _jumps(history, "test_acc")
     best = _best(history["test_acc"])
-    level = next(
-        (f"{level * 100:.0f}" for level in LEVELS if rows[f"test_{level * 100:.0f}"] is not None), None
-    )
+    level = next((level for level in LEVELS if level in test), None)
     gap: int | None = None
     if level is None:
-        outcome, text = _not_generalised(history, source, steps, best)
+        outcome, text = _not_generalised(history, source, train, best)
     else:
-        train, test = steps[f"train_{level}"], steps[f"test_{level}"]
-        assert test is not None
-        gap = None if train is None else test - train
-        outcome = "grokked" if _is_late(rows, steps, level) else "at once"
-        text = _generalised(history, outcome, level, train, test, best)
+        outcome, text = _generalised(history, train.get(level), test[level], level, best)
+        if level in train:
+            gap = _step(history, test[level]) - _step(history, train[level])
+    steps = {
+        f"{split}_{level}": _step(history, rows[level]) if level in rows else None
+        for split, rows in (("train", train), ("test", test))
+        for level in LEVELS
+    }
     return Verdict(outcome, text, steps, gap, best, source)
+
+
+def _jumps(history: History, name: str) -> dict[int, int]:
+    """The first row of each of `LEVELS` that the accuracy `name` passes."""
+    rows = {level: history.first(name, level / 100) for level in LEVELS}
+    return {level: row for level, row in rows.items() if row is not None}
+
+
+def _step(history: History, row: int) -> int:
+    return int(history.steps[row])
 
 
 def _best(values: np.ndarray) -> float | None:
@@ -82,39 +88,32 @@ def _best(values: np.ndarray) -> float | None:
     return float(known.max()) if len(known) else None
 
 
-def _is_late(rows: dict[str, int | None], steps: dict[str, int | None], level: str) -> bool:
-    train, test = rows[f"train_{level}"], rows[f"test_{level}"]
-    first, second = steps[f"train_{level}"], steps[f"test_{level}"]
-    if train is None or test is None or first is None or second is None:
-        return False
-    return test - train >= ROWS_BETWEEN and second >= DELAY * first
-
-
 def _generalised(
-    history: History, outcome: Outcome, level: str, train: int | None, test: int, best: float | None
-) -> str:
-    clock = history.clock
-    more = "" if level == "99" else f"; 99 % was not reached (best {_percent(best)})"
-    if outcome == "grokked":
-        assert train is not None
-        return (
-            f"grokked at {clock} {test:,}: validation passed {level} % there, {test - train:,} {clock}s after training "
-            f"({clock} {train:,}){more}"
-        )
-    behind = f"training at {clock} {train:,}" if train is not None else f"training never passed {level} %"
-    return f"generalised at once, no delay: validation passed {level} % at {clock} {test:,}, {behind}{more}"
+    history: History, train: int | None, test: int, level: int, best: float | None
+) -> tuple[Outcome, str]:
+    """Args: the rows of the jumps past `level`, and the best accuracy of validation."""
+    clock, there = history.clock, _step(history, test)
+    more = "" if level == LEVELS[0] else f"; {LEVELS[0]} % was not reached (best {_percent(best)})"
+    at_once = f"generalised at once, no delay: validation passed {level} % at {clock} {there:,}, training"
+    if train is None:
+        return "at once", f"{at_once} never{more}"
+    before = _step(history, train)
+    if test - train < ROWS_BETWEEN or there < DELAY * before:
+        return "at once", f"{at_once} at {clock} {before:,}{more}"
+    return "grokked", (
+        f"grokked at {clock} {there:,}: validation passed {level} % there, {there - before:,} {clock}s after training "
+        f"({clock} {before:,}), when it was at {_percent(history['test_acc'][train])}{more}"
+    )
 
 
 def _not_generalised(
-    history: History, source: Source, steps: dict[str, int | None], best: float | None
+    history: History, source: Source, train: dict[int, int], best: float | None
 ) -> tuple[Outcome, str]:
     if not len(history):
         return "did not learn", "nothing was evaluated, so there is no verdict"
-    last, clock = int(history.steps[-1]), history.clock
-    passed = next(
-        (f"{level * 100:.0f}" for level in LEVELS if steps[f"train_{level * 100:.0f}"] is not None), None
-    )
-    if passed is None:
+    last, clock = _step(history, -1), history.clock
+    level = next((level for level in LEVELS if level in train), None)
+    if level is None:
         trained = _best(history["train_acc"])
         text = f"did not learn: by {clock} {last:,} training reached {_percent(trained)}, validation {_percent(best)}"
         return "did not learn", text + _because(_why_not_learned(history))
@@ -124,8 +123,8 @@ def _not_generalised(
         chance = "" if source.chance is None else f", chance {_percent(source.chance)}"
         stayed = f"came to {_percent(best)} only{chance}"
     text = (
-        f"memorised only: training passed {passed} % at {clock} {steps[f'train_{passed}']:,}, validation {stayed} up "
-        f"to {clock} {last:,}"
+        f"memorised only: training passed {level} % at {clock} {_step(history, train[level]):,}, validation {stayed} "
+        f"up to {clock} {last:,}"
     )
     return "memorised only", text + _because(_why_not_generalised(history, source, last))
 
@@ -154,7 +153,6 @@ def _why_not_learned(history: History) -> list[str]:
 
 def _why_not_generalised(history: History, source: Source, last: int) -> list[str]:
     reasons = []
-    share = None
     if source.num_train and source.num_test:
         total = source.num_train + source.num_test
         share = source.num_train / total
@@ -197,6 +195,6 @@ def _is_rising(history: History, name: str) -> bool:
 
 def _percent(share: float | None) -> str:
     """Two digits of what is small, one of the rest."""
-    if share is None:
+    if share is None or math.isnan(share):
         return "an unknown share"
     return f"{share * 100:.2f} %" if share < 0.1 else f"{share * 100:.1f} %"

@@ -36,15 +36,13 @@ def test_a_late_jump_is_grokking():
     assert verdict.outcome == "grokked" and verdict.gap == 1840
     assert verdict.steps == {"train_99": 600, "train_90": 600, "test_99": 2440, "test_90": 2440}
     assert verdict.text == (
-        "grokked at step 2,440: validation passed 99 % there, 1,840 steps after training (step 600)"
+        "grokked at step 2,440: validation passed 99 % there, 1,840 steps after training (step 600), "
+        "when it was at 47.0 %"
     )
     assert verdict.summary() == {
         "outcome": "grokked",
         "verdict": verdict.text,
-        "train_99_step": 600,
-        "train_90_step": 600,
-        "test_99_step": 2440,
-        "test_90_step": 2440,
+        **{"train_99_step": 600, "train_90_step": 600, "test_99_step": 2440, "test_90_step": 2440},
         "gap_steps": 1840,
         "best_test_acc": 1.0,
         "chance": 1 / 97,
