@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     FILLING = 7
     UPDATE_NOISE = 8
     WEIGHT_NOISE = 9
+    SAMPLE = 10
 
 
 def words(seed: int, purpose: int, counter: int, count: int) -> np.ndarray:

@@ -9,6 +9,7 @@ with the fewest words that still fail.
 import argparse
 import contextlib
 import io
+import json
 import random
 import shutil
 import signal
@@ -294,6 +295,11 @@ class Inputs:
                 ["submission=s.json", "--json"],
             ),
             (["vote", str(folder / "votes/outputs.npz")], ["data", "submission"], []),
+            (
+                ["plot", "grokking", str(folder / "history")],
+                ["out", "percent", "chance"],
+                ["out=x.svg", "percent=true", str(folder / "history/metrics.csv")],
+            ),
             (["doctor", "x"], ["lr"], []),
             ([], ["lr"], ["train", "eval", "data", "tune"]),
         ]
@@ -365,6 +371,9 @@ class Inputs:
         return bytes(content)
 
 
+HISTORIES = ("training_history.json", "metrics.csv")
+
+
 def make_files(folder: Path) -> None:
     """A data set, a run of a few steps, and saved outputs with what they are compared to, to be named and damaged."""
     from hrm_ray.training import launch
@@ -380,6 +389,13 @@ def make_files(folder: Path) -> None:
     }
     config = toy_config(folder / "data", folder, run_name="run", arch=arch, max_steps=1, lr_warmup_steps=0)
     launch.train(TrainConfig(**config), show_progress=False)
+    history = folder / "history"
+    history.mkdir()
+    shutil.copy(folder / "data" / MANIFEST, history)  # what damages folders looks for one
+    lists = {name: [0.1, 0.5, 1.0] for name in ("train_loss", "train_acc", "test_loss", "test_acc")}
+    as_json, as_csv = (history / name for name in HISTORIES)
+    as_json.write_text(json.dumps({"epoch": [1, 2, 3], **lists}))
+    as_csv.write_text("step,epoch,train_accuracy,val_accuracy\n1,1,50,2\n2,2,100,54\n")
     votes = folder / "votes"
     votes.mkdir()
     shutil.copy(folder / "data" / MANIFEST, votes)
@@ -427,6 +443,7 @@ def no_work(folder: Path) -> Iterator[None]:
             "hrm_ray.interop.dataset.import_npy": begin,
             "hrm_ray.evaluation.votes.Votes.add": begin,
             "hrm_ray.scale.work.Model.of": lambda *args: counted,
+            "hrm_ray.grokking.figure.draw": begin,
             "hrm_ray.doctor.report": begin,
         }.items():
             stack.enter_context(mock.patch(name, replacement))
@@ -491,11 +508,12 @@ def fuzz(seed: int, count: int, say: Callable[[str], object] = print) -> tuple[C
         make_files(folder)
         inputs = Inputs(seed, folder)
         checkpoint = next((folder / "run" / "checkpoints").iterdir())
-        votes = folder / "votes"
+        votes, history = folder / "votes", folder / "history"
         on_folders = [  # a folder, and command lines that read it
             (folder / "data", [["data", kind, str(folder / "data")] for kind in ("info", "verify", "show")]),
             (checkpoint, [["eval", str(folder / "run"), f"data={folder / 'data'}"]]),
             (votes, [["vote", str(votes / "outputs.npz"), f"data={votes}"]]),
+            (history, [["plot", "grokking", str(history / name)] for name in HISTORIES]),
         ]
         with no_work(folder), contextlib.chdir(folder):
             for number in range(count):

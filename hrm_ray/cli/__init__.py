@@ -15,6 +15,7 @@ from hrm_ray.cli import (
     doctor,
     evaluate,
     interop,
+    plot,
     scale,
     solve,
     streams,
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for room in (data, train, tune, submit, evaluate, vote, solve, interop, scale, config, doctor):
+    for room in (data, train, tune, submit, evaluate, vote, solve, interop, plot, scale, config, doctor):
         room.register(commands)
     return parser
 

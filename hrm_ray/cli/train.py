@@ -58,10 +58,18 @@ def _train(args: argparse.Namespace) -> int:
             "early_stopping=null or a larger number continues it",
             file=sys.stderr,
         )
+    if summary["stop_reason"] == "stop_at":
+        print(
+            f"{config.best_metric} is at least stop_at={config.stop_at:g} at step {summary['global_step']}: the run "
+            "ends; stop_at=null continues it",
+            file=sys.stderr,
+        )
     final = summary["best"] or summary["final"]
     exact = final.get("eval/exact_accuracy")
     print(f"{run_at_hand.run}: step {summary['global_step']}, {summary['train_s']:.0f} s of training", end="")
     print(f", exact accuracy {exact:.1%}" if exact is not None else "")
+    for text in summary.get("conclusions", ()):
+        print(text)
     return 0
 
 

@@ -115,14 +115,29 @@ class TrainConfig(Settings):
     """Epochs between evaluations; null: only at the end."""
     eval_interval_steps: PositiveInt | None = None
     """Optimizer steps between evaluations, in place of eval_interval."""
+    eval_spacing: float | None = Field(default=None, ge=0.001, le=10)
+    """Let evaluations become rarer as a run goes on: after step s the next is at s * (1 + eval_spacing), but not before
+    s + eval_interval_steps (1 if it is null). Then they alone are no reason for a checkpoint. null: evenly spaced."""
     num_eval_examples: PositiveInt | None = None
-    """Evaluate only the first so many test examples; null: all."""
+    """Evaluate only the first so many examples; null: all."""
+    eval_train: bool = False
+    """Evaluate the training puzzles too, as eval_train/..."""
+    log_norms: bool = False
+    """Report the l2 norms of the weights, by part, with each evaluation."""
+    gop_eigenvalues: int = Field(default=0, ge=0, le=1000)
+    """Report so many of the largest eigenvalues of the outer product of the gradients of some training puzzles."""
+    gop_examples: int = Field(default=64, gt=0, le=10**6)
+    """Of how many puzzles; their gradients take as many times the memory of the weights."""
+    gop_interval: PositiveInt = 10
+    """Evaluations from one such report to the next."""
     max_steps: PositiveInt | None = None
     """End after so many optimizer steps; schedules still follow epochs."""
     max_time_s: Seconds | None = None
     """End this command after so many seconds, with a checkpoint; null: no limit."""
     early_stopping: PositiveInt | None = None
     """End after so many evaluations without a better best_metric; null: never."""
+    stop_at: PositiveFloat | None = None
+    """End when an evaluation's best_metric is at least this; null: never."""
     micro_batch_size: PositiveInt | None = None
     """Puzzles that a worker computes at once; null: all of its share."""
     supervision_steps: int = Field(default=1, gt=0, le=10**6)
@@ -215,7 +230,7 @@ class TrainConfig(Settings):
     log_interval: PositiveInt = 10
     """Optimizer steps between reports of training metrics."""
     checkpoint_interval: PositiveInt | None = None
-    """Optimizer steps between checkpoints; null: at every evaluation and at the end."""
+    """Optimizer steps between checkpoints; null: at every evaluation and at the end, with eval_spacing at the end."""
     checkpoint_interval_s: Seconds | None = 300
     """Seconds after which a checkpoint is written anyway; null: never."""
     keep_last: PositiveInt = 2

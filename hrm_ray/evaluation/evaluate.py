@@ -65,10 +65,9 @@ def evaluate(
     examples, manifest = dataset.split(split), dataset.manifest
     num_examples = min(num_examples or examples.num_examples, examples.num_examples)
     device = next(model.parameters()).device
-    thinker = thinker_of(
-        model, dataset.task, inference, rows_at_once=batch_size, with_logits="logits" in save_outputs
-    )
     scores = [score(dataset, inference, device) for score in scores_of(dataset.task.name)]
+    with_logits = "logits" in save_outputs or any(score.needs_logits for score in scores)
+    thinker = thinker_of(model, dataset.task, inference, rows_at_once=batch_size, with_logits=with_logits)
     for score in scores:
         score.is_whole = num_examples == examples.num_examples
     collected: dict[str, list[np.ndarray]] = {name: [] for name in save_outputs}

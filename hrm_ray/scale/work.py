@@ -176,7 +176,7 @@ class Work:
             puzzles,
             Model.of(config.arch, puzzles, config.halting, config.paths.train),
             plan.last_step,
-            _num_evaluations(plan) if puzzles.num_test else 0,
+            plan.num_evaluations(plan.last_step - 1) + 1 if puzzles.num_test else 0,
         )
 
     def num_steps(self, batch_size: int) -> int:
@@ -210,11 +210,3 @@ class Work:
         hidden = (1 + self.config.paths.train) * arch.num_tokens(self.puzzles.seq_len) * arch.hidden_size
         copies = 3 + self.config.ema
         return FLOAT32 * (copies * self.model.num_params + hidden * local_batch_size)
-
-
-def _num_evaluations(plan: Plan) -> int:
-    """As many as `Plan.evaluates` says, without asking it for every step."""
-    before, config = plan.last_step - 1, plan.config
-    if config.eval_interval_steps is not None:
-        return before // config.eval_interval_steps + 1
-    return int(plan.epoch(before) // config.eval_interval) + 1 if config.eval_interval else 1

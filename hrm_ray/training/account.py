@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from hrm_ray.config.schema import TrainConfig
+from hrm_ray.data.shards import Dataset
+from hrm_ray.evaluation.scores import scores_of
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.hooks import Hooks, Progress
 from hrm_ray.training.logging import Records, note_event
@@ -84,6 +86,17 @@ class Account:
         """Make what was written last, before a checkpoint says that it is there."""
         if self._records:
             self._records.flush()
+
+    def conclude(self, dataset: Dataset) -> list[str]:
+        """Write the files of what the reports so far come to (see `Score.concludes`); returns it in words."""
+        if self._records is None:
+            return []
+        reports = self._records.reports()
+        scores = scores_of(dataset.task.name)
+        found = [c for score in scores if (c := score.concludes(self._config, dataset, reports))]
+        for name, content in (file for conclusion in found for file in conclusion.files.items()):
+            self._records.conclude(name, content)
+        return [conclusion.text for conclusion in found]
 
     def summarise(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""

@@ -75,8 +75,11 @@ class Records:
 
     def evaluations(self, metric: str) -> list[float]:
         """The values of `metric` in all evaluations so far."""
-        reports = (json.loads(line) for line in self._lines)
-        return [report[metric] for report in reports if metric in report]
+        return [report[metric] for report in self.reports() if metric in report]
+
+    def reports(self) -> list[dict[str, Any]]:
+        """All reports so far."""
+        return [json.loads(line) for line in self._lines]
 
     def write(self, record: dict[str, Any]) -> None:
         """Add one report; `global_step` is among its keys."""
@@ -105,6 +108,11 @@ class Records:
         self._run.write(SUMMARY_FILE, (json.dumps(summary, indent=2) + "\n").encode())
         if self._wandb:
             self._wandb.summary.update(summary)
+
+    def conclude(self, name: str, content: bytes) -> None:
+        """Write a JSON file of what the reports come to."""
+        self._keep(is_dumped, name, "has changes that are not kept in the new one")
+        self._run.write(name, content)
 
     def close(self) -> None:
         """Let go of what is open, also when the run has failed."""

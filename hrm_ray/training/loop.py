@@ -7,15 +7,20 @@ import gc
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from hrm_ray import machine, memory
+from hrm_ray.batch import make_batch
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.errors import RunFailed, UserError
 from hrm_ray.evaluation.evaluate import Interrupted, evaluate
+from hrm_ray.evaluation.norms import norms
+from hrm_ray.evaluation.outer_product import eigenvalues, sample
+from hrm_ray.models.act import Batch
 from hrm_ray.models.compiled import STANCE
 from hrm_ray.storage.lock import Lock
 from hrm_ray.storage.storage import Storage, is_full
@@ -33,7 +38,7 @@ from hrm_ray.training.checkpoint import (
 from hrm_ray.training.hooks import Hooks
 from hrm_ray.training.logging import RECORDS, check_places
 from hrm_ray.training.meter import LossDiverged, Meter
-from hrm_ray.training.plan import Plan, stops_early
+from hrm_ray.training.plan import Plan, why_ends_early
 from hrm_ray.training.preparation import Preparation
 from hrm_ray.training.resume import check_fits, weights_source
 from hrm_ray.training.rollback import check_allowed, steps_left_out
@@ -53,6 +58,9 @@ class Votes:
     written: bool  # every worker has written its part of the pending checkpoint
 
 
+EVALUATED = {"eval": "test", "eval_train": "train"}  # splits, by what their metrics are called
+OF_TRAINING = {"accuracy", "exact_accuracy", "loss"}  # what is told of the second
+EARLY = ("early_stopping", "stop_at")  # ends before the last step that are as planned as it
 SMALLER = "use a smaller model, a smaller global_batch_size or more workers"  # where memory is lacking
 
 
@@ -144,6 +152,7 @@ class TrainingLoop:
             num_steps=num_steps,
         )
         self.stepper = Stepper(config, self.plan, self.dataset, self.world, self.state)
+        self._saved_step = self.state.global_step if checkpoint else 0  # of the newest checkpoint
         before = checkpoint.manifest.generation if checkpoint else 0
         self._saver.generation = max(self._lock.generation, before)
         self._saved_at = time.monotonic()
@@ -280,32 +289,25 @@ class TrainingLoop:
         return step > 0 and bool(test) and self.plan.evaluates(step) and self._evaluated_step != step
 
     def _evaluate_if_due(self) -> None:
-        """Evaluate and note the metrics in the checkpoint of this step, which was saved first: an evaluation may be
-        long, and a request during it must not cost training time."""
+        """Evaluate and note the metrics in the checkpoint of this step, if there is one. That was saved first: an
+        evaluation may be long, and a request during it must not cost training time."""
         if self._stop_reason is not None or not self._evaluation_is_due:
             return
         started = time.perf_counter()
-        config = self.config
-        at_once = max(1, config.global_batch_size // self.world.size)
         try:
             with self._meter.excluded(), self.state.averaged_weights():
-                metrics, _ = evaluate(
-                    self.state.model,
-                    self.dataset,
-                    batch_size=min(at_once, config.micro_batch_size or at_once),
-                    num_examples=config.num_eval_examples,
-                    world=self.world,
-                    on_batch=self._show_evaluation,
-                    interrupt=self._interrupts_evaluation,
-                )
+                named = self._evaluated()
         except Interrupted:
+            self._save_the_end()
             return
         self.state.train_s += time.perf_counter() - started
         self._evaluated_step = self.state.global_step
-        named = {f"eval/{name}": value for name, value in metrics.items()}
         self._account.report(named)
+        self._stop_early_if_due()
+        if self._stop_reason is not None:
+            self._save_the_end()
         self._finish_saving()
-        if self.world.is_first:
+        if self.world.is_first and self._saved_step == self.state.global_step:
             self._account.flush()  # before the checkpoint says that this evaluation is done
             folder = self.run / FOLDER / step_name(self.state.global_step)
             manifest = Checkpoint(folder).manifest
@@ -313,7 +315,40 @@ class TrainingLoop:
             write_manifest(folder, manifest.model_copy(update=update))
             self._saver.prune(self.state.global_step)
         self._show("train")
-        self._stop_early_if_due()
+
+    def _evaluated(self) -> dict[str, float]:
+        """What is known of the model at hand, by the names of metrics. Collective; raises `Interrupted`."""
+        config = self.config
+        at_once = max(1, config.global_batch_size // self.world.size)
+        named = {}
+        for prefix, split in EVALUATED.items():
+            if split == "train" and not config.eval_train:
+                continue
+            metrics, _ = evaluate(
+                self.state.model,
+                self.dataset,
+                split=split,
+                batch_size=min(at_once, config.micro_batch_size or at_once),
+                num_examples=config.num_eval_examples,
+                world=self.world,
+                on_batch=self._show_evaluation,
+                interrupt=self._interrupts_evaluation,
+            )
+            told = [name for name in metrics if split == "test" or name in OF_TRAINING]
+            named |= {f"{prefix}/{name}": metrics[name] for name in told}
+        if config.log_norms:
+            named |= {f"norm/{part}": value for part, value in norms(self.state.model).items()}
+        if self.plan.takes_eigenvalues(self.state.global_step):
+            found = eigenvalues(self.state.model, self._sample, config.gop_eigenvalues)
+            named |= {f"gop/{name}": value for name, value in found.items()}
+        return named
+
+    @cached_property
+    def _sample(self) -> Batch:
+        """The training puzzles of which gradients are looked at."""
+        examples = self.dataset.split("train")
+        ids = sample(examples.num_examples, self.config.gop_examples, self.config.seed)
+        return make_batch(examples, ids, self.dataset.manifest.ignore_label_id).to(self.setup.device)
 
     def _interrupts_evaluation(self) -> bool:
         votes = self._vote()
@@ -326,9 +361,9 @@ class TrainingLoop:
         self._show("eval")
 
     def _stop_early_if_due(self) -> None:
-        stops = stops_early(self._account.evaluations(), self.config.early_stopping)
-        if self.world.from_first(stops) and self.state.global_step < self.plan.last_step:
-            self._stop_reason = "early_stopping"
+        reason = self.world.from_first(why_ends_early(self._account.evaluations(), self.config))
+        if reason is not None and self.state.global_step < self.plan.last_step:
+            self._stop_reason = reason
 
     def _check_state(self) -> None:
         """Whether the workers have the same weights, and these and the optimizer's moments are finite. Collective.
@@ -362,7 +397,12 @@ class TrainingLoop:
                 unreported_steps=self._meter.num_steps,
             )
             self._saver.start(snapshot)
-        self._saved_at = time.monotonic()
+        self._saved_step, self._saved_at = self.state.global_step, time.monotonic()
+
+    def _save_the_end(self) -> None:
+        """See to it that there is a checkpoint of the step at hand, with which the run ends. Collective."""
+        if self._saved_step != self.state.global_step:
+            self._save()
 
     def _finish_saving(self) -> None:
         """Make the pending checkpoint valid, if there is one. Collective."""
@@ -413,8 +453,9 @@ class TrainingLoop:
             "final": self._account.last,
             "best": chosen.manifest.metrics if chosen else {},
             "global_step": self.state.global_step,
-            "finished": at_end or self._stop_reason == "early_stopping",
+            "finished": at_end or self._stop_reason in EARLY,
             "stop_reason": None if at_end else self._stop_reason,
+            "conclusions": self._account.conclude(self.dataset),
             "num_rollbacks": self.state.num_rollbacks,
             "train_s": round(self.state.train_s, 3),
             "num_params": sum(p.numel() for p in self.state.model.parameters()),

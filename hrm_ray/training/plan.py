@@ -1,6 +1,7 @@
 """The arithmetic of a run: how long it is and what happens after which step. Pure functions of the clock."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -190,18 +191,40 @@ class Plan:
 
     def evaluates(self, step: int) -> bool:
         """Whether an evaluation follows `step`: at the end of every `eval_interval` epochs, or every
-        `eval_interval_steps` steps, and at the end."""
-        if step == self.last_step:
-            return True
-        if self.config.eval_interval_steps is not None:
-            return step % self.config.eval_interval_steps == 0
-        interval = self.config.eval_interval
-        return interval is not None and self.epoch(step) // interval > self.epoch(step - 1) // interval
+        `eval_interval_steps` steps, or as `eval_spacing` says, and at the end."""
+        return step == self.last_step or self.num_evaluations(step) > self.num_evaluations(step - 1)
+
+    def num_evaluations(self, step: int) -> int:
+        """Evaluations after the steps up to `step`, without the one that is due at the end only."""
+        config = self.config
+        if config.eval_spacing is not None:
+            return bisect_right(self._spaced, step)
+        if config.eval_interval_steps is not None:
+            return step // config.eval_interval_steps
+        return int(self.epoch(step) // config.eval_interval) if config.eval_interval else 0
+
+    @cached_property
+    def _spaced(self) -> list[int]:
+        """The steps of evaluations under `eval_spacing`, as openai/grok spaces those of epochs."""
+        ratio, interval = 1 + (self.config.eval_spacing or 0), self.config.eval_interval_steps or 1
+        steps, step = [], interval
+        while step <= self.last_step:
+            steps.append(step)
+            step = max(step + interval, int(step * ratio))
+        return steps
 
     def saves(self, step: int) -> bool:
-        """Whether a checkpoint follows `step`."""
+        """Whether a checkpoint follows `step`; not for each of many evaluations that are close to each other."""
         interval = self.config.checkpoint_interval
-        return self.evaluates(step) or (interval is not None and step % interval == 0)
+        if step == self.last_step or (interval is not None and step % interval == 0):
+            return True
+        return self.config.eval_spacing is None and self.evaluates(step)
+
+    def takes_eigenvalues(self, step: int) -> bool:
+        """Whether the evaluation after `step` looks at the gradients too."""
+        config = self.config
+        is_due = step == self.last_step or self.num_evaluations(step) % config.gop_interval == 0
+        return config.gop_eigenvalues > 0 and is_due
 
     def reports(self, step: int) -> bool:
         """Whether training metrics are reported after `step`."""
@@ -228,8 +251,15 @@ def check_data(config: TrainConfig, dataset: Dataset) -> None:
             )
 
 
-def stops_early(evaluations: Sequence[float], patience: int | None) -> bool:
-    """Whether the last `patience` evaluations (higher is better) brought nothing better than those before."""
+def why_ends_early(evaluations: Sequence[float], config: TrainConfig) -> str | None:
+    """The key of `config` by which a run ends before its last step; None: it goes on.
+
+    Args:
+        evaluations: the values of its best_metric so far, of which higher ones are better.
+    """
+    if config.stop_at is not None and max(evaluations, default=-math.inf) >= config.stop_at:
+        return "stop_at"
+    patience = config.early_stopping
     if patience is None or len(evaluations) <= patience:
-        return False
-    return max(evaluations[-patience:]) <= max(evaluations[:-patience])
+        return None
+    return "early_stopping" if max(evaluations[-patience:]) <= max(evaluations[:-patience]) else None

@@ -28,6 +28,9 @@ CAPTIONS = {  # how to read a plot, by the beginning of its name
     "parallel_coordinate": "Each line is a complete trial, through its value and its keys; darker lines are better.",
     "pareto_front": "Each dot is a complete trial; than those on the Pareto front no other trial is better in one "
     "metric and as good in the rest.",
+    "fraction": "How many optimizer steps it took until an evaluation reached stop_at, over the share of the equations "
+    "in training: lines are medians over the seeds, small dots single seeds. Where some did not get there, it says how "
+    "many; hollow ones above the dashed line are shares of which so many did not that there is no median.",
     "seeds": "Each dot is the value of one seed; the line is their mean, the band its 95 % confidence interval "
     "(Student's t).",
 }

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hrm_ray.config.validate import as_text
 from hrm_ray.errors import first_line
+from hrm_ray.tuning.fractions import Reached, over_fraction
 from hrm_ray.tuning.space import Range, as_category
 from hrm_ray.tuning.statistics import confidence
 from hrm_ray.tuning.study import ReadStudy
@@ -31,6 +32,8 @@ NUM_FOR_IMPORTANCES = 8  # complete trials; of fewer, the best tenth is one or t
 FAR_APART = 50  # values whose ratio is larger stand on a logarithmic axis
 INK, GRID = "#222222", "#dddddd"
 BEST, RUNG = "#111111", "#aaaaaa"
+LINES = ("#2f78b7", "#e08a1e", "#2a9d5c", "#9b4fa5", "#c9302c", "#7f6a4f", "#1f9aa8", "#555555")
+MARKERS = "osD^vP*X"
 STATES: dict[TrialState, tuple[str, str, Any]] = {  # how a learning curve looks, by the state of its trial
     TrialState.COMPLETE: ("complete", "#2f78b7", "-"),
     TrialState.PRUNED: ("pruned", "#e08a1e", "-"),
@@ -88,6 +91,8 @@ def _wanted(study: ReadStudy) -> Iterator[tuple[str, Callable[[], Figure]]]:
     complete = [t for t in study.trials(TrialState.COMPLETE) if all(map(math.isfinite, t.values))]
     params = sorted({key for trial in complete for key in trial.params})
     several = len(metrics) > 1
+    if lines := over_fraction(study):
+        yield "fraction", lambda: _fraction(lines)
     if study.is_over_seeds:
         if len(complete) > 1:
             yield "seeds", lambda: _seeds(study, complete)
@@ -503,4 +508,50 @@ def _seeds(study: ReadStudy, complete: list[FrozenTrial]) -> Figure:
         axes.grid(False, axis="x")
         _legend_above(axes)
     _dress(figure)
+    return figure
+
+
+def _fraction(lines: Mapping[str, Mapping[float, Reached]]) -> Figure:
+    """Median steps over the share of equations in training, one line an operator; see `over_fraction`."""
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
+
+    figure, axes = pyplot.subplots(layout="constrained")
+    most = max(max(found.steps, default=0) for line in lines.values() for found in line.values())
+    missed = 2.0 * most  # where those stand that have no median
+    for number, (op, line) in enumerate(lines.items()):
+        style = {"color": LINES[number % len(LINES)], "marker": MARKERS[number % len(MARKERS)]}
+        shift = 0.003 * (
+            number - (len(lines) - 1) / 2
+        )  # so that those of several operators can be told apart
+        for share, found in line.items():
+            x = share + shift
+            axes.plot([x] * len(found.steps), found.steps, **style, linestyle="", markersize=3.5, alpha=0.4)
+            if found.median is None:
+                axes.plot(x, missed, **style, markersize=7, fillstyle="none")
+            if found.num_missed:
+                where = (x, found.median or missed)
+                text = f"{found.num_missed} of {found.num_seeds} not"
+                offset = (6, 4 + 10 * (number if found.median is None else 0))
+                axes.annotate(
+                    text, where, offset, textcoords="offset points", fontsize=8, color=style["color"]
+                )
+        known = [(share + shift, found.median) for share, found in line.items() if found.median is not None]
+        axes.plot(
+            [x for x, _ in known], [y for _, y in known], **style, markersize=7, linewidth=1.6, label=op
+        )
+    axes.set_yscale("log")
+    if any(found.median is None for line in lines.values() for found in line.values()):
+        axes.axhline(missed / 1.35, color=RUNG, linewidth=0.8, linestyle="--")
+        axes.set_ylim(top=missed * 2.2)
+        axes.text(0.01, missed / 1.3, "no median", transform=axes.get_yaxis_transform(), fontsize=8)
+    _tick_log(axes.yaxis)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda steps, _: f"{steps:,.0f}" if steps <= most else ""))
+    _dress(figure)
+    _grid(axes)
+    axes.set_xticks(sorted({share for line in lines.values() for share in line}))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+    axes.set(xlabel="share of the equations in training", ylabel="optimizer steps, median")
+    axes.margins(x=0.12)
+    _legend_above(axes)
     return figure

@@ -20,6 +20,7 @@ SHORTENING = (
     "max_steps",
     "max_time_s",
     "early_stopping",
+    "stop_at",
     "num_eval_examples",
 )  # what "full length" leaves out
 

@@ -43,7 +43,7 @@ STEPS = "steps"  # at which a trial reports its metric first, and last
 # Of a trial: what became of it.
 REASON = "reason"
 WORDS = "words"  # of `hrm-ray train`, by which it runs
-OUTCOME = "outcome"  # global_step, train_s, num_params, ...
+OUTCOME = "outcome"  # global_step, train_s, num_params, stop_reason
 
 NUM_REHEARSED = 12  # Optuna draws the first 10 at random
 NUM_TRIALS = 20  # unless the sweep says

@@ -213,7 +213,7 @@ class SweepBook(Book):
     def end(self, live: Live, outcome: dict[str, Any]) -> None:
         number, study = live.number, self.study
         summary = outcome.get("summary") or {}
-        took = {key: summary.get(key) for key in ("global_step", "train_s", "num_params")}
+        took = {key: summary.get(key) for key in ("global_step", "train_s", "num_params", "stop_reason")}
         study.note(number, OUTCOME, took if summary else {"global_step": live.step})
         if outcome["kind"] == "pruned":
             study.prune(number, outcome["reason"])

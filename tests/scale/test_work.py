@@ -121,6 +121,7 @@ def test_rows_of_the_puzzle_embedding():
         ["epochs=100", "eval_interval=7"],
         ["epochs=100", "eval_interval=null"],
         ["epochs=100", "eval_interval_steps=9"],
+        ["epochs=100", "eval_interval_steps=9", "eval_spacing=0.1"],
         ["epochs=100", "eval_interval=10", "max_steps=37"],
         ["epochs=100", "eval_interval=10", "supervision_steps=2"],
         ["epochs=1", "eval_interval=1", "global_batch_size=1000"],

@@ -1,7 +1,10 @@
 """When each schedule ends, and what is said of it."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from hrm_ray.config.schema import TrainConfig
@@ -157,3 +160,19 @@ def test_supervision_steps_make_the_run_shorter():
     )
     p = Plan.of(config, EXAMPLES)
     assert (p.total_steps, p.steps_per_epoch, p.epoch(250)) == (250, 25, 10)
+
+
+def test_evaluations_become_rarer():
+    """As openai/grok spaces those of epochs: from a run of its loggers' arithmetic."""
+    golden = json.loads(Path("tests/golden/grok/schedule.json").read_text())
+    for name, spacing in (("train_epochs_logged", 0.01), ("val_epochs_evaluated", 0.02)):
+        published = [epoch for epoch in golden[name] if epoch > 0]
+        p = plan(10_000, eval_spacing=spacing, max_steps=published[-1])
+        assert [step for step in range(1, p.last_step + 1) if p.evaluates(step)] == published
+    p = plan(100_000, eval_spacing=0.01, eval_interval_steps=10)
+    steps = [step for step in range(1, 100_001) if p.evaluates(step)]
+    assert steps[:100] == list(range(10, 1001, 10)) and steps[100] == 1010 and steps[-1] == 100_000
+    before, gaps = np.array(steps[:-2]), np.diff(steps[:-1])
+    assert (gaps >= 10).all() and (gaps <= np.maximum(10, 0.01 * before)).all() and len(steps) < 600
+    assert [p.num_evaluations(step) for step in (9, 10, 19, 1010)] == [0, 1, 1, 101]
+    assert [step for step in steps if p.saves(step)] == [100_000]

@@ -20,7 +20,7 @@ from hrm_ray.training.agreement import WorkersDisagree, bit_sum, odd_ones_out
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.training.hooks import Hooks
 from hrm_ray.training.loop import TrainingLoop
-from hrm_ray.training.plan import stops_early
+from hrm_ray.training.plan import why_ends_early
 from hrm_ray.world import World
 from tests.toy import ARCH, toy_config, toy_dataset
 from tests.training.processes import start
@@ -191,7 +191,37 @@ def test_early_stopping_ends_the_run_and_more_patience_continues_it(config):
     ],
 )
 def test_patience(values, patience, stops):
-    assert stops_early(values, patience) == stops
+    config = TrainConfig(data_path="", early_stopping=patience)
+    assert why_ends_early(values, config) == ("early_stopping" if stops else None)
+
+
+def test_a_value_that_is_reached_ends_the_run_with_a_checkpoint(config):
+    """Also between the checkpoints, of which there is none at every evaluation."""
+    config |= {"eval_interval_steps": 3, "eval_spacing": 0.5, "checkpoint_interval": 8, "lr": 1e-12}
+    whole = run({**config, "run_name": "whole"})
+    assert [r["global_step"] for r in records(whole) if "eval/accuracy" in r] == [3, 6, 9, 13, 19, 20]
+    assert [(c.step, bool(c.manifest.metrics)) for c in finished(whole.run)] == [(16, False), (20, True)]
+    value = next(r["eval/accuracy"] for r in records(whole) if "eval/accuracy" in r) / 2
+    config |= {"best_metric": "eval/accuracy"}
+    made = run({**config, "stop_at": value})
+    summary = json.loads((made.run.local_path / "summary.json").read_text())
+    assert summary["finished"] and summary["stop_reason"] == "stop_at" and summary["global_step"] == 3
+    (checkpoint,) = finished(made.run)
+    assert checkpoint.step == 3 and checkpoint.manifest.metrics["eval/accuracy"] >= value
+    assert run({**config, "stop_at": value}).state.global_step == 3  # the same command has nothing to do
+    again = run({**config, "stop_at": 1.1})
+    assert again.state.global_step == 20
+    assert finished(again.run)[-1].manifest.files == finished(whole.run)[-1].manifest.files
+
+
+def test_rare_evaluations_go_on_as_they_were_after_a_stop(config):
+    config |= {"eval_interval_steps": 2, "eval_spacing": 0.3}
+    whole = run({**config, "run_name": "whole"})
+    asked = iter([None] * 8 + ["now"])  # in the evaluation after step 4, of which there is no checkpoint
+    assert run(config, stop=lambda: next(asked, None)).state.global_step == 4
+    again = run(config)
+    told, expected = ([r for r in records(made) if "eval/accuracy" in r] for made in (again, whole))
+    assert told == expected and len(told) == 8
 
 
 def test_time_that_is_up_stops_with_a_checkpoint(config, capsys):

@@ -3,17 +3,20 @@
 import math
 import random
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import matplotlib
 import optuna.visualization.matplotlib as visual
 import pytest
 from matplotlib import pyplot
 
+from hrm_ray.errors import UserError
 from hrm_ray.storage.storage import Storage
 from hrm_ray.tuning import report
 from hrm_ray.tuning.config import sweep_config
 from hrm_ray.tuning.console import ending
 from hrm_ray.tuning.estimate import Spent
+from hrm_ray.tuning.fractions import Reached, over_fraction
 from hrm_ray.tuning.page import page
 from hrm_ray.tuning.plots import Plots, plots, short_names
 from hrm_ray.tuning.study import SweepStudy
@@ -129,6 +132,55 @@ def test_plots_of_one_metric(single):
     assert set(pngs) == {"history", "importances", "parallel_coordinate", "slice", "rungs"}
     assert all(png.startswith(PNG) for png in pngs.values())
     assert pngs.failed == {}
+
+
+def test_steps_over_the_share_of_the_equations(tmp_path, monkeypatch):
+    """Of a sweep over data sets of equations: medians over seeds, and how many did not get there."""
+
+    def opened(path):
+        if path == "gone":
+            raise UserError("there is no data set gone")
+        op, fraction = path.split()
+        return SimpleNamespace(manifest=SimpleNamespace(recipe={"op": op, "train_fraction": float(fraction)}))
+
+    monkeypatch.setattr("hrm_ray.tuning.fractions.open_dataset", opened)
+    took = {
+        "- 0.5": [300, 100, 250],
+        "- 0.3": [900, None, 800],
+        "- 0.2": [None, 950, None],
+        "/ 0.5": [400],
+        "gone": [1],
+    }
+    space = {"data_path": list(took), "seed": [0, 1, 2]}
+    study = begun(tmp_path, num_trials=40, space=space, sampler={"name": "grid"})
+    assert over_fraction(study) == {}
+    for _ in range(15):
+        number, point = study.next_trial()
+        steps = dict(enumerate(took[point["data_path"]])).get(point["seed"], "fails")
+        if steps == "fails":
+            study.fail(number, "lost")
+            continue
+        reason = None if steps is None else "stop_at"
+        study.note(number, "outcome", {"global_step": steps or 1000, "stop_reason": reason})
+        study.complete(number, [0.5 if steps is None else 0.99])
+    found = over_fraction(study)
+    assert found == {
+        "-": {0.2: Reached([950], 2), 0.3: Reached([800, 900], 1), 0.5: Reached([100, 250, 300], 0)},
+        "/": {0.5: Reached([400], 0)},
+    }
+    assert [group.median for group in found["-"].values()] == [None, 900, 250]
+    pngs = plots(study)
+    assert pngs["fraction"].startswith(PNG) and pngs.failed == {}
+    assert "medians over the seeds" in page_of(study, pngs)
+
+
+def test_without_equations_there_is_no_such_plot(single, tmp_path, monkeypatch):
+    assert over_fraction(single[0]) == {}
+    study = begun(tmp_path, num_trials=2, space={"data": ["a", "b"]})
+    opened = SimpleNamespace(manifest=SimpleNamespace(recipe={}))
+    monkeypatch.setattr("hrm_ray.tuning.fractions.open_dataset", lambda path: opened)
+    fill(study, 2)
+    assert over_fraction(study) == {}
 
 
 def test_plots_of_several_metrics(several):

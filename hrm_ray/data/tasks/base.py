@@ -56,7 +56,6 @@ class Task(ABC):
         width: cells in a row; None: see `hrm_ray.data.drawing.known_width`.
         box: rows and columns of the boxes that a grid is made of; None: there are no boxes.
         separator: what stands between the rows of a puzzle that is written in one line, if anything does.
-        answer_cells: all labels are in the last so many cells; None: they may be anywhere.
     """
 
     classes: ClassVar[dict[str, type["Task"]]] = {}
@@ -78,7 +77,6 @@ class Task(ABC):
     width: int | None = None
     box: tuple[int, int] | None = None
     separator: str | None = None
-    answer_cells: int | None = None
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):

@@ -10,11 +10,12 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
 from hrm_ray.config.inference import Inference
+from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import nearest
 from hrm_ray.data.shards import Dataset
 from hrm_ray.data.tasks.base import import_family
@@ -25,11 +26,19 @@ from hrm_ray.models.inference import Answers
 Direction = Literal["maximize", "minimize"]
 
 
+class Conclusion(NamedTuple):
+    """What the reports of a whole run come to: in one sentence, and as files to lie beside its summary."""
+
+    text: str
+    files: Mapping[str, bytes]
+
+
 class Score(ABC):
     """Scores the answers of one evaluation on one worker.
 
     Attributes:
         names: the metrics that it may report, and which way each is better. What is not known is left out of a report.
+        needs_logits: whether the answers that it scores have logits.
         is_whole: whether all examples of the split are evaluated, not some only.
     """
 
@@ -40,6 +49,7 @@ class Score(ABC):
     def __init_subclass__(cls, task: str | None = None) -> None:
         Score.classes.append((task, cls))
 
+    needs_logits: ClassVar[bool] = False
     is_whole: bool = True
 
     def __init__(self, dataset: Dataset, inference: Inference, device: torch.device):
@@ -71,6 +81,18 @@ class Score(ABC):
 
         Called on the first worker. The states arrive as they are asked for, each once.
         """
+
+    @classmethod
+    def concludes(
+        cls, config: TrainConfig, dataset: Dataset, reports: Sequence[Mapping[str, float]]
+    ) -> Conclusion | None:
+        """What all reports of a run come to, beside its metrics; here nothing.
+
+        Args:
+            config, dataset: the run.
+            reports: as in metrics.jsonl.
+        """
+        return None
 
 
 @cache

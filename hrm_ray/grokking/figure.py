@@ -1,0 +1,148 @@
+"""The figure of grokking: accuracy and loss of runs over their steps, on a linear and on a logarithmic axis.
+
+Of one run, training and validation have a colour each, as in Power et al.; of several, each run has its own, and
+training is dashed. Vertical lines are the steps at which an accuracy passes 99 %, a dotted horizontal one is chance
+level.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from itertools import cycle
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hrm_ray.grokking.read import Run
+from hrm_ray.grokking.verdict import LEVELS
+
+FORMATS = ("png", "svg", "pdf")
+TRAIN, TEST = "#c9302c", "#2a9d5c"
+COLOURS = ("#2f78b7", "#e08a1e", "#2a9d5c", "#9b4fa5", "#c9302c", "#7f6a4f", "#1f9aa8", "#555555")
+INK, GRID = "#222222", "#dddddd"
+DPI = 130
+STYLE = {"font.family": "sans-serif", "font.size": 10.0, "text.parse_math": False, "svg.fonttype": "none"}
+
+
+class _Curve(NamedTuple):
+    """One split of one run, and how it is drawn."""
+
+    run: Run
+    split: str
+    colour: str
+    line: str
+
+    @property
+    def jump(self) -> float | None:
+        """Where its accuracy passes 99 %."""
+        row = self.run.history.first(f"{self.split}_acc", LEVELS[0] / 100)
+        return None if row is None else float(self.run.history.steps[row])
+
+    @property
+    def label(self) -> str:
+        what = {"train": "training", "test": "validation"}[self.split]
+        jump = "never" if self.jump is None else f"at {self.run.history.clock} {self.jump:,.0f}"
+        return f"{self.run.name}, {what}: 99 % {jump}"
+
+
+def draw(runs: Sequence[Run], kind: str) -> bytes:
+    """The figure as a file.
+
+    Args:
+        runs: at least one.
+        kind: one of `FORMATS`.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 6.4), layout="constrained", facecolor="white")
+        axes = figure.subplots(2, 2, sharex="col", sharey="row")
+        curves = list(_curves(runs))
+        for row, what in enumerate(("acc", "loss")):
+            for panel, scale in zip(axes[row], ("linear", "log"), strict=True):
+                _draw(panel, curves, what, is_log=scale == "log")
+        _label(axes, runs)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=9, labelcolor=INK
+        )
+        file = io.BytesIO()
+        figure.savefig(file, format=kind, dpi=DPI)
+        return file.getvalue()
+
+
+def _curves(runs: Sequence[Run]) -> Iterator[_Curve]:
+    if len(runs) == 1:
+        yield _Curve(runs[0], "train", TRAIN, "-")
+        yield _Curve(runs[0], "test", TEST, "-")
+        return
+    for run, colour in zip(runs, cycle(COLOURS), strict=False):
+        yield _Curve(run, "train", colour, "--")
+        yield _Curve(run, "test", colour, "-")
+
+
+def _draw(panel: Any, curves: Sequence[_Curve], what: str, *, is_log: bool) -> None:
+    """One panel; on a logarithmic axis there is no step 0."""
+    for curve in curves:
+        history = curve.run.history
+        values = history[f"{curve.split}_{what}"]
+        shown = ~np.isnan(values) & (history.steps >= is_log)
+        if what == "loss":
+            shown &= values > 0
+        style = {"color": curve.colour, "linestyle": curve.line, "linewidth": 1.5}
+        marker = "o" if shown.sum() == 1 else None  # which a line would not show
+        panel.plot(history.steps[shown], values[shown], label=curve.label, marker=marker, **style)
+        if curve.jump is not None and curve.jump >= is_log:
+            panel.axvline(curve.jump, color=curve.colour, linestyle=curve.line, linewidth=0.8, alpha=0.7)
+    if what == "acc":
+        for chance in {curve.run.source.chance for curve in curves} - {None}:
+            panel.axhline(chance, color=INK, linestyle=":", linewidth=1)
+        panel.set_ylim(-0.03, 1.03)
+    else:
+        panel.set_yscale("log")
+        _plain(panel.yaxis)
+    if is_log:
+        panel.set_xscale("log")
+    else:
+        panel.set_xlim(left=0)
+    _plain(panel.xaxis)
+    panel.set_axisbelow(True)
+    panel.grid(True, color=GRID, linewidth=0.8)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.tick_params(labelsize=9, colors=INK)
+
+
+def _plain(axis: Any) -> None:
+    """Ticks at plain numbers."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _label(axes: Any, runs: Sequence[Run]) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    clocks = {run.history.clock for run in runs}
+    clock = (
+        {"step": "optimizer steps", "epoch": "epochs"}[clocks.pop()]
+        if len(clocks) == 1
+        else "steps or epochs"
+    )
+    axes[1][0].set_xlabel(clock)
+    axes[1][1].set_xlabel(f"{clock}, logarithmic")
+    axes[0][0].set_ylabel("accuracy")
+    axes[1][0].set_ylabel("loss")
+    axes[0][0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    chances = {run.source.chance for run in runs} - {None}
+    if len(chances) == 1:
+        axes[0][0].annotate(
+            f"chance {next(iter(chances)):.2%}",
+            (1, next(iter(chances))),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color=INK,
+        )
