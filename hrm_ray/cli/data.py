@@ -179,7 +179,8 @@ def register(commands: Any) -> None:
         "turn a source of puzzles into Arrow shards",
         "hrm-ray data build recipe=sudoku_easy out=data/sudoku-easy\n"
         "hrm-ray data build recipe=sudoku_9x9 source=puzzles.csv out=data/mine subsample_size=500 on_bad=skip\n"
-        "hrm-ray data build recipe=sudoku_9x9 source=sapientinc/sudoku-extreme out=data/sudoku-9x9",
+        "hrm-ray data build recipe=sudoku_9x9 source=sapientinc/sudoku-extreme out=data/sudoku-9x9\n"
+        "hrm-ray data build recipe=modular op=- p=97 train_fraction=0.5 out=data/minus",
     )
     p.add_argument("words", **KEY_VALUE, help="recipe=NAME out=DIR [source=PATH] and any key of the recipe")
     p = add(

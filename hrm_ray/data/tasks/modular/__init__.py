@@ -77,7 +77,7 @@ class Modular(Task):
         self.op_token, self.first_value = self.symbols.index(sign), self.symbols.index(values[0])
         self.token_of = {symbol: self.first_value + i for i, symbol in enumerate(values)}
         self.vocab_size = len(self.symbols)
-        self.answer_cells = 1 + predict_end
+        self.answer_cells = 2 if predict_end else 1
         self.seq_len = self.width = SIGN + self.answer_cells
         self.equations = (self.first_value + self.operator.equations(self.p)).astype(np.uint8)
         self.chance = 1 / len(np.unique(self.equations[:, 2]))
@@ -194,14 +194,15 @@ def modulus(op: Operator, p: int | None) -> int | None:
         return None
     if p is None:
         return PUBLISHED_P
+    primes = [n for n in range(2, LARGEST_P + 1) if is_prime(n)]
     if not 2 <= p <= LARGEST_P:
-        primes = f"the largest prime is {max(filter(is_prime, range(LARGEST_P + 1)))}"
-        raise UserError(f"p={p}: choose 2 to {LARGEST_P}, for a vocabulary has 256 tokens; {primes}")
-    if op.inverts and not is_prime(p):
-        primes = [n for n in range(2, LARGEST_P + 1) if is_prime(n)]
-        below, above = [n for n in primes if n < p][-1:], [n for n in primes if n > p][:1]
         raise UserError(
-            f"p={p} is no prime, and op={op.name} divides; choose p={' or p='.join(map(str, below + above))}"
+            f"p={p}: choose 2 to {LARGEST_P}, for a vocabulary has 256 tokens; the largest prime is {primes[-1]}"
+        )
+    if op.inverts and p not in primes:
+        nearby = [n for n in primes if n < p][-1:] + [n for n in primes if n > p][:1]
+        raise UserError(
+            f"p={p} is no prime, and op={op.name} divides; choose p={' or p='.join(map(str, nearby))}"
         )
     return p
 

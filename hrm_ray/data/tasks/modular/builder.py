@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from hrm_ray.data.builder import Builder, Examples, Part, Workers
 from hrm_ray.data.keyed_random import row_keys
-from hrm_ray.data.recipe import GENERATOR, Recipe
+from hrm_ray.data.recipe import Recipe
 from hrm_ray.data.tasks.modular import Modular, modulus
 from hrm_ray.data.tasks.modular.operators import operator
 
@@ -21,7 +21,7 @@ class ModularRecipe(Recipe):
 
     task: Literal["modular"] = "modular"
     """Puzzle family."""
-    source: Literal["generator"] = GENERATOR
+    source: Literal["generator"] = "generator"
     """Equations are made, not read."""
     op: str = "+"
     """The operator: + - * / x^2+y x^3+y x^2+y^2 x^2+xy+y^2 x^2+xy+y^2+x x^3+xy x^3+xy^2+y, by parity +* +- /-, on
@@ -54,7 +54,7 @@ class ModularRecipe(Recipe):
     @classmethod
     def _percent_is_a_fraction(cls, values: dict[str, Any]) -> dict[str, Any]:
         percent = values.get("train_data_pct")
-        if type(percent) not in (int, float) or not 1 <= percent <= 100:
+        if isinstance(percent, bool) or not isinstance(percent, int | float) or not 1 <= percent <= 100:
             return values  # what is not None is refused below
         if "train_fraction" in values:
             raise ValueError("'train_data_pct' and 'train_fraction' say the same; leave one of them out")
