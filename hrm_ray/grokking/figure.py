@@ -20,7 +20,12 @@ TRAIN, TEST = "#c9302c", "#2a9d5c"
 COLOURS = ("#2f78b7", "#e08a1e", "#2a9d5c", "#9b4fa5", "#c9302c", "#7f6a4f", "#1f9aa8", "#555555")
 INK, GRID = "#222222", "#dddddd"
 DPI = 130
-STYLE = {"font.family": "sans-serif", "font.size": 10.0, "text.parse_math": False, "svg.fonttype": "none"}
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 10.0,
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+}
 
 
 class _Curve(NamedTuple):

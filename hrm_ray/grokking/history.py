@@ -15,7 +15,7 @@ import numpy as np
 
 FILE = "training_history.json"
 SUMMARY = "grokking_summary"
-# Columns of the file, and by which metrics a report of ours tells them, the first one that is there.
+# Columns of the file, and by which metrics our reports tell them, the first one that is there.
 _COLUMNS = {
     "train_loss": ("eval_train/loss", "train/lm_loss"),
     "train_acc": ("eval_train/exact_accuracy", "train/exact_accuracy"),
@@ -107,7 +107,7 @@ class Source:
 
     @classmethod
     def of_summary(cls, summary: Mapping[str, Any]) -> "Source":
-        """What a `grokking_summary` of ours says."""
+        """What our `grokking_summary` says."""
         known = {name: summary[name] for name in cls.__dataclass_fields__ if is_number(summary.get(name))}
         return cls(**known)
 

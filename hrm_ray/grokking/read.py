@@ -24,7 +24,7 @@ from hrm_ray.errors import UserError, first_line
 from hrm_ray.grokking.history import CURVES, FILE, SUMMARY, History, Source, as_column, is_number
 
 METRICS_CSV = "metrics.csv"
-_REPORTS, _CONFIG = "metrics.jsonl", "config.yaml"  # of a run of ours, see `hrm_ray.training.logging`
+_REPORTS, _CONFIG = "metrics.jsonl", "config.yaml"  # of our runs, see `hrm_ray.training.logging`
 _LOGS = ("logs", "csv_logs")  # folders in which others keep them
 _PUBLISHED = {
     9409: 1 / 97,
@@ -52,7 +52,7 @@ def read_run(path: str, *, percent: bool | None = None, chance: float | None = N
     """Read the history of a run.
 
     Args:
-        path: a run folder of ours, one of others with one of the files in it, or such a file.
+        path: our run folder, one of others with one of the files in it, or such a file.
         percent: whether its accuracies are in percent; None: as they say themselves.
         chance: accuracy of a guess, where it is not known.
 
@@ -70,7 +70,7 @@ def read_run(path: str, *, percent: bool | None = None, chance: float | None = N
 
 
 def source_of(dataset: Dataset, config: TrainConfig) -> Source:
-    """What is known of a run of ours."""
+    """What is known of one of our runs."""
     splits = {name: dataset.splits[name].num_examples for name in ("train", "test") if name in dataset.splits}
     return Source(
         chance=getattr(dataset.task, "chance", None),
@@ -120,7 +120,7 @@ def _reports(content: str) -> Iterator[Mapping[str, float]]:
 
 
 def _source_beside(file: Path) -> Source:
-    """Of a run of ours; nothing is known of its equations where its data set is no longer there."""
+    """Of one of our runs; nothing is known of its equations where its data set is no longer there."""
     with suppress(OSError, ValueError, yaml.YAMLError, UserError):
         config = TrainConfig.model_validate(yaml.safe_load((file.parent / _CONFIG).read_text()))
         return source_of(open_dataset(config.data_path), config)

@@ -320,7 +320,7 @@ class TrainingLoop:
         """What is known of the model at hand, by the names of metrics. Collective; raises `Interrupted`."""
         config = self.config
         at_once = max(1, config.global_batch_size // self.world.size)
-        named = {}
+        named: dict[str, float] = {}
         for prefix, split in EVALUATED.items():
             if split == "train" and not config.eval_train:
                 continue

@@ -520,7 +520,10 @@ def _fraction(lines: Mapping[str, Mapping[float, Reached]]) -> Figure:
     most = max(max(found.steps, default=0) for line in lines.values() for found in line.values())
     missed = 2.0 * most  # where those stand that have no median
     for number, (op, line) in enumerate(lines.items()):
-        style = {"color": LINES[number % len(LINES)], "marker": MARKERS[number % len(MARKERS)]}
+        style: dict[str, Any] = {
+            "color": LINES[number % len(LINES)],
+            "marker": MARKERS[number % len(MARKERS)],
+        }
         shift = 0.003 * (
             number - (len(lines) - 1) / 2
         )  # so that those of several operators can be told apart

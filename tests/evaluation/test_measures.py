@@ -98,7 +98,7 @@ def test_a_run_tells_all_of_it_and_concludes(dataset, tmp_path, monkeypatch):
     every = [*scores._all(), ("tokens", Loss)]
     monkeypatch.setattr(scores, "_all", lambda: every)
     more = {"eval_train": True, "log_norms": True, "gop_eigenvalues": 2, "gop_examples": 3, "gop_interval": 2}
-    values = toy_config(dataset.path, tmp_path / "runs", eval_interval_steps=4, **more)
+    values = toy_config(dataset.path, tmp_path / "runs", epochs=5, eval_interval_steps=4, **more)
     plain, _ = launch.train(TrainConfig(**values), show_progress=False)
     run = tmp_path / "runs/toy"
     reports = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -34,8 +34,9 @@ def test_runs_beside_each_other_and_what_came_of_them(folder, capsys):
     made = [run(folder, "late", 150), run(folder, "never", 1000, step=None) + f"/{FILE}"]
     assert main(["plot", "grokking", *made, "out=both.svg", "chance=0.01"]) == 0
     late, never, out = capsys.readouterr().out.splitlines()
-    assert (
-        late == "late: grokked at step 150: validation passed 99 % there, 110 steps after training (step 40)"
+    assert late == (
+        "late: grokked at step 150: validation passed 99 % there, 110 steps after training (step 40), when it was at "
+        "0.00 %"
     )
     assert never.startswith(
         "never: memorised only: training passed 99 % at epoch 40, validation stayed at chance"
