@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hrm_ray.batch import make_batch
 from hrm_ray.cli import main
+from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.inspect import describe, show
 from hrm_ray.data.pipeline import build
 from hrm_ray.data.puzzle_files import PuzzleFile
@@ -24,6 +25,8 @@ from hrm_ray.data.tasks.modular.operators import OPERATORS, operator
 from hrm_ray.data.verify import verify
 from hrm_ray.errors import UserError
 from hrm_ray.models.act import IGNORE
+from hrm_ray.training.launch import Launch
+from tests.toy import toy_config
 
 GOLDEN = json.loads(Path("tests/golden/grok/operators.json").read_text())
 PLUS = Modular("+")
@@ -267,6 +270,14 @@ def test_too_few_equations_are_warned_of():
     )
     assert len(PLUS.about({"train": 941, "test": 8468})) == 1
     assert PLUS.about({"train": 9409}) == ["9,409 equations: 9,409 to train on (100 %), 0 to validate"]
+
+
+def test_a_run_says_so_too(tmp_path):
+    built(tmp_path / "data", train_fraction=0.005)
+    config = TrainConfig(**toy_config(tmp_path / "data", tmp_path / "runs"))
+    lines = Launch(config).announce().splitlines()
+    assert "9,409 equations: 47 to train on (0.5 %), 9,362 to validate" in lines
+    assert [line for line in lines if line.startswith("warning: 47 equations are so few")]
 
 
 BAD = [
