@@ -300,7 +300,7 @@ BAD = [
     (["train_data_pct=50", "train_fraction=0.5"], "'train_data_pct' and 'train_fraction' say the same"),
     (["train_data_pct=150"], "train_data_pct=150"),
     (["train_data_pct=0"], "train_data_pct=0"),
-    (["train_fraction=50"], "train_fraction=50"),
+    (["train_fraction=50"], "train_fraction=50 is a share, at most 1; 50 percent are train_fraction=0.5"),
     (["train_fraction=0.00001"], "train_fraction=1e-05 leaves none of 9,409 equations to train on"),
     (["train_fraction=0.99999"], "leaves none of 9,409 equations to validate"),
     (["noise=5000"], "noise=5000: only 4,704 equations are trained on"),

@@ -50,6 +50,16 @@ class ModularRecipe(Recipe):
     def _p_fits(cls, p: int | None, info: ValidationInfo) -> int | None:
         return modulus(operator(info.data.get("op", "+")), p)
 
+    @field_validator("train_fraction", mode="before")
+    @classmethod
+    def _fraction_is_no_percent(cls, fraction: Any) -> Any:
+        if type(fraction) in (int, float) and 1 < fraction <= 100:
+            raise ValueError(
+                f"train_fraction={fraction:g} is a share, at most 1; {fraction:g} percent are train_fraction="
+                f"{fraction / 100:g}"
+            )
+        return fraction
+
     @model_validator(mode="before")
     @classmethod
     def _percent_is_a_fraction(cls, values: dict[str, Any]) -> dict[str, Any]:
