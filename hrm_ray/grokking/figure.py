@@ -146,7 +146,7 @@ def _label(axes: Any, runs: Sequence[Run]) -> None:
     axes[0][0].set_ylabel("accuracy")
     axes[1][0].set_ylabel("loss")
     axes[0][0].yaxis.set_major_formatter(PercentFormatter(1.0))
-    for chance in sorted({run.source.chance for run in runs} - {None}):
+    for chance in {run.source.chance for run in runs if run.source.chance is not None}:
         axes[0][0].annotate(
             f"chance {chance:.2%}",
             (1, chance),
