@@ -67,9 +67,16 @@ def draw(runs: Sequence[Run], kind: str) -> bytes:
             for panel, scale in zip(axes[row], ("linear", "log"), strict=True):
                 _draw(panel, curves, what, is_log=scale == "log")
         _label(axes, runs)
+        columns = 2 if len(runs) == 1 else min(len(runs), 3)
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(
-            handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=9, labelcolor=INK
+            handles,
+            labels,
+            loc="outside upper left",
+            ncols=columns,
+            frameon=False,
+            fontsize=9,
+            labelcolor=INK,
         )
         file = io.BytesIO()
         figure.savefig(file, format=kind, dpi=DPI)
@@ -139,11 +146,10 @@ def _label(axes: Any, runs: Sequence[Run]) -> None:
     axes[0][0].set_ylabel("accuracy")
     axes[1][0].set_ylabel("loss")
     axes[0][0].yaxis.set_major_formatter(PercentFormatter(1.0))
-    chances = {run.source.chance for run in runs} - {None}
-    if len(chances) == 1:
+    for chance in {run.source.chance for run in runs if run.source.chance is not None}:
         axes[0][0].annotate(
-            f"chance {next(iter(chances)):.2%}",
-            (1, next(iter(chances))),
+            f"chance {chance:.2%}",
+            (1, chance),
             xycoords=("axes fraction", "data"),
             xytext=(-2, 3),
             textcoords="offset points",

@@ -97,7 +97,10 @@ def _file_of(path: Path) -> Path:
 
 
 def _read(file: Path, percent: bool | None) -> tuple[History, Source]:
-    content = file.read_text(errors="replace")
+    try:
+        content = file.read_text(errors="replace")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
     try:
         if file.suffix == ".jsonl":
             return History.of_reports(_reports(content)), _source_beside(file)
