@@ -8,6 +8,7 @@ import shutil
 import torch
 
 from hrm_ray import __version__, machine
+from hrm_ray.config.optimizer import OPTIMIZERS
 from hrm_ray.errors import UserError
 from hrm_ray.models.attention import KERNELS, obstacle, resolve_attention
 
@@ -44,7 +45,7 @@ def _uses(device: str) -> list[tuple[str, str]]:
     return [
         ("attention", _attention(setup)),
         ("models compile with", machine.compiler(setup.device) or "nothing: no compiler here"),
-        ("training uses", setup.describe()),
+        ("training uses", setup.describe(OPTIMIZERS.make().describe(setup.optimizer_backend, setup.device))),
     ]
 
 

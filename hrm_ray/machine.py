@@ -35,12 +35,12 @@ class Setup:
     compile: bool = False
     cuda_graphs: bool = False
 
-    def describe(self) -> str:
+    def describe(self, optimizer: str) -> str:
+        """In a line for a person, with what `OptimizerConfig.describe` says."""
         dtype = str(self.dtype).removeprefix("torch.")
-        backend = resolve_backend(self.optimizer_backend, self.device)  # compiles it, where it has to be
         compiled = ", compiled" if self.compile else ""
         recorded = ", CUDA graphs" if self.cuda_graphs else ""
-        return f"{self.device}, {dtype}, attention {self.attention}, AdamATan2 {backend}{compiled}{recorded}"
+        return f"{self.device}, {dtype}, attention {self.attention}, {optimizer}{compiled}{recorded}"
 
 
 def cpu_has_fast_bfloat16() -> bool:

@@ -17,6 +17,7 @@ from hrm_ray.config.choice import Choice
 from hrm_ray.config.validate import Settings
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn, optim
 
     from hrm_ray.config.schema import TrainConfig
@@ -48,6 +49,10 @@ class OptimizerConfig(Settings):
             config: of the run.
             backend: of the machine, see `optimizer_backend`.
         """
+
+    def describe(self, backend: str, device: torch.device) -> str:
+        """What moves the weights there, for a person; `backend` is that of `build`."""
+        return self.name
 
 
 OPTIMIZERS: Choice[OptimizerConfig] = Choice("optimizer", room="hrm_ray.optim", default="adam_atan2")

@@ -164,6 +164,7 @@ class Decoder(RecursiveModel, config=DecoderConfig):
     """`num_layers` causal blocks, applied once. Of its state only z_H is used: what the head reads, [B, A, D]."""
 
     keeps_state = False
+    gains_by_compiling_on_cpu = False  # 56 against 39 ms a step (Xeon with AMX, bfloat16, 512 equations)
     config: DecoderConfig
 
     def build(self, config: DecoderConfig) -> None:

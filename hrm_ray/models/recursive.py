@@ -75,6 +75,7 @@ class RecursiveModel(nn.Module, ABC):
     """
 
     classes: ClassVar[dict[type[ArchConfig], type["RecursiveModel"]]] = {}
+    gains_by_compiling_on_cpu: ClassVar[bool] = True
     keeps_state: ClassVar[bool] = True  # whether what a step computes depends on the state of the one before
 
     def __init_subclass__(cls, *, config: type[ArchConfig], **kwargs: Any) -> None:

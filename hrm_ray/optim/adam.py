@@ -69,6 +69,8 @@ class Adam(optim.Adam):
             eps=eps,
             weight_decay=config.weight_decay,
             decoupled_weight_decay=decay != "l2",
+            # One pass over all; on a GPU it would keep the count of steps there, which belongs to the CPU.
+            fused=all(p.device.type == "cpu" for p in parameters.values()),
         )
 
     @torch.no_grad()

@@ -432,6 +432,9 @@ class AdamATan2Config(OptimizerConfig):
     name: Literal["adam_atan2"] = "adam_atan2"
     """The optimizer; optimizer=NAME chooses it."""
 
+    def describe(self, backend: str, device: torch.device) -> str:
+        return f"AdamATan2 {resolve_backend(backend, device)}"  # which is compiled, where it has to be
+
     def build(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig, backend: str) -> AdamATan2:
         return AdamATan2(
             parameters.values(),

@@ -443,7 +443,13 @@ class TrainingLoop:
         self.hooks.event({"event": "waits", "message": text})
 
     def _show(self, phase: str) -> None:
-        self._account.show(phase, self.setup.describe())
+        self._account.show(phase, self._setup_in_words)
+
+    @property
+    def _setup_in_words(self) -> str:
+        setup = self.setup
+        optimizer = self.config.optimizer.describe(setup.optimizer_backend, setup.device)
+        return setup.describe(optimizer)
 
     def _summary(self) -> dict[str, Any]:
         """What summary.json holds; metrics of the end and of the best checkpoint."""

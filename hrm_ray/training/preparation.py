@@ -83,6 +83,9 @@ class Preparation:
         """COMPILED, NOT_WANTED, or why it failed. Not collective."""
         config, model = self._config, state.model
         num_slots = self._plan.total_steps * config.supervision_steps * config.global_batch_size
+        on_cpu = self.setup.device.type == "cpu"
+        if config.compile == "auto" and on_cpu and not model.inner.gains_by_compiling_on_cpu:
+            return NOT_WANTED
         try:
             if not machine.compiles(
                 config.compile,
