@@ -4,7 +4,7 @@
     python -m benchmarks.grokking threads=1 models=4 rounds=20
 
 Beside ours, in float32 and bfloat16: the model as openai/grok has it (heads apart, all tokens computed up to the end,
-the closing token learned too), in plain torch; and `models` of ours with seeds of their own as one, their weights
+the closing token learned too), in plain torch; and `models` decoders with seeds of their own as one, their weights
 stacked (torch.func), of which the time of each counts. Batches of 512, two layers of width 128, AdamW; in turns,
 medians.
 """

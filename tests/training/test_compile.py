@@ -86,7 +86,7 @@ def test_a_compiled_run_goes_on_bit_for_bit(tmp_path):
     parts = trainer_of(tmp_path, run_name="parts", **values)
     parts.train()
     assert "compiled" in events(parts)
-    assert parts.setup.describe().endswith("compiled")
+    assert parts.setup.describe("").endswith("compiled")
     assert files(parts.run) == files(whole.run)
 
 
