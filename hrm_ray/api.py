@@ -58,8 +58,8 @@ class Solution:
     Attributes:
         puzzle, answer: one-line texts of the task; no answer, None, where none is valid and `select` is "valid".
         tokens: the answer, uint8 [seq_len]; or None.
-        confidence: the model's own probability (Q head) that the answer is exactly right, 0..1; of several that vote,
-            the mean over all, where those that disagree count 0.
+        confidence: the model's own probability that the answer is exactly right, 0..1, by its Q head, or without one
+            by its logits; of several that vote, the mean over all, where those that disagree count 0.
         num_steps: ACT steps it took, over all copies and paths.
         is_valid: whether the answer obeys the rules and keeps the clues; None if the task cannot tell.
     """

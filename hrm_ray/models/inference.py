@@ -324,9 +324,12 @@ def check(model: ACT, use: Inference) -> None:
             "alike; leave it out, and use votes="
         )
     if use.select in ("q", "first_halt") and (q_head is None or not q_head.weight.any()):
-        raise UserError(
-            f"select={use.select}: the Q head of this model was never trained (its weights are 0); use select=vote"
+        what = (
+            "the Q head of this model was never trained (its weights are 0)"
+            if q_head
+            else "this model has no Q head"
         )
+        raise UserError(f"select={use.select}: {what}; use select=vote")
 
 
 def _distance(before: State, after: State) -> Tensor:

@@ -49,7 +49,8 @@ class State(NamedTuple):
 class Prediction(NamedTuple):
     """What one ACT step says: logits [B, C, V] and Q values [B], all float32.
 
-    There may be logits for the last cells only, where no other has a label. Without a Q head its values are 0.
+    There may be logits for the last cells only, where no other has a label. Without a Q head q_halt is the `certainty`
+    of the answer in use, and 0 in training.
     """
 
     logits: Tensor
@@ -239,6 +240,8 @@ class RecursiveModel(nn.Module, ABC):
         """What the heads read from the state of the answer."""
         q_halt, q_continue = self.q_values(z_H)
         logits = self.lm_head(z_H[:, self.num_puzzle_tokens :]).to(q_halt.dtype)
+        if self.q_head is None and not self.training:
+            q_halt = certainty(logits)
         return Prediction(logits, q_halt, q_continue)
 
     def q_values(self, z_H: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,3 +251,10 @@ class RecursiveModel(nn.Module, ABC):
             return unknown_B, unknown_B
         q_B2 = F.linear(z_H[:, 0].to(self.q_head.weight.dtype), self.q_head.weight, self.q_head.bias)
         return q_B2[:, 0], q_B2[:, 1]
+
+
+@torch.no_grad()
+def certainty(logits_BCV: Tensor) -> Tensor:
+    """How sure a model is of its whole answer: the logit of the product of its cells' probabilities, float32 [B]."""
+    log_p = logits_BCV.log_softmax(-1).amax(-1).sum(-1).clamp(-30, -1e-6)
+    return log_p - torch.log(-torch.expm1(log_p))

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from hrm_ray.config.arch import arch_class
+from hrm_ray.config.inference import Inference
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import validated
 from hrm_ray.errors import UserError
 from hrm_ray.halting.base import Control
 from hrm_ray.machine import resolve
 from hrm_ray.models.act import ACT, IGNORE, Batch
+from hrm_ray.models.inference import Thinker
 from hrm_ray.models.losses import act_loss
 from hrm_ray.models.registry import build_model
 
@@ -183,6 +185,17 @@ def test_dropout_drops_by_key_and_in_training_alone():
     assert first.shape == e_BSD.shape and last.shape == (64, 2, 32)
     assert (first == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
     assert first.mean().item() == pytest.approx(1.0, abs=0.02)
+
+
+def test_in_use_it_is_as_sure_as_its_answer_is_likely():
+    batch = batch_of(np.random.default_rng(0).integers(0, VOCAB_SIZE, (16, 7)))
+    model = decoder().eval()
+    answer = Thinker(model).think(batch).last
+    likely = answer.logits[:, -2:].softmax(-1).amax(-1).prod(-1)
+    torch.testing.assert_close(answer.q_halt.sigmoid(), likely, rtol=1e-4, atol=0)
+    assert answer.tokens.shape == (16, SEQ_LEN)
+    with pytest.raises(UserError, match="Q head"):
+        Thinker(model, Inference(select="q")).think(batch)
 
 
 def test_it_has_no_q_head_and_learns_none():
