@@ -143,12 +143,11 @@ def _because(reasons: list[str]) -> str:
 
 
 def _why_not_learned(history: History) -> list[str]:
-    rising = _is_rising(history, "train_acc")
-    return (
-        ["it is too short: training still rises"]
-        if rising
-        else ["the learning rate or its warm-up does not fit"]
-    )
+    if _is_rising(history, "train_acc"):
+        return ["it is too short: training still rises"]
+    if len(history) < ROWS_BETWEEN:
+        return ["it may be too short, and was evaluated too rarely to tell"]
+    return ["the learning rate or its warm-up does not fit"]
 
 
 def _why_not_generalised(history: History, source: Source, last: int) -> list[str]:

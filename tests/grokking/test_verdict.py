@@ -119,6 +119,8 @@ def test_did_not_learn():
     )
     rising = judge(history(np.linspace(0, 0.5, 100), np.full(100, 0.01)), MOD_97)
     assert rising.text.endswith("it is too short: training still rises")
+    seen_once = judge(history([0.6], [0.01]), MOD_97)
+    assert seen_once.text.endswith("it may be too short, and was evaluated too rarely to tell")
     assert judge(history([], []), MOD_97).text == "nothing was evaluated, so there is no verdict"
 
 
