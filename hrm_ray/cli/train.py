@@ -58,7 +58,7 @@ def _train(args: argparse.Namespace) -> int:
             "early_stopping=null or a larger number continues it",
             file=sys.stderr,
         )
-    if summary["stop_reason"] == "stop_at":
+    if summary["stop_reason"] == "stop_at" and config.stop_at:
         print(
             f"{config.best_metric} is at least stop_at={config.stop_at:g} at step {summary['global_step']}: the run "
             "ends; stop_at=null continues it",

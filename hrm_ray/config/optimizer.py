@@ -29,6 +29,8 @@ class OptimizerConfig(Settings):
     without_effect: ClassVar[frozenset[str]] = frozenset({"bias_correction"})
     """Keys of `TrainConfig` that this optimizer does not look at: to give one is a mistake."""
 
+    kept: ClassVar[tuple[str, ...]] = ()  # keys whose values a continued run must have too
+
     name: str
     """The optimizer; optimizer=NAME chooses it."""
 

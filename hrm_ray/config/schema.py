@@ -268,6 +268,15 @@ class TrainConfig(Settings):
                 )
         return self
 
+    @field_validator("stop_at")
+    @classmethod
+    def _stops_at_a_share(cls, stop_at: float | None) -> float | None:
+        if stop_at is not None and stop_at > 1:
+            raise ValueError(
+                f"stop_at={stop_at:g}: metrics are shares of 1; {stop_at:g} percent are stop_at={stop_at / 100:g}"
+            )
+        return stop_at
+
     @model_validator(mode="after")
     def _has_what_halting_needs(self) -> "TrainConfig":
         if self.halting.needs_q_head and not self.arch.has_q_head:

@@ -12,7 +12,7 @@ from hrm_ray.config.inference import AS_TRAINED, Inference
 from hrm_ray.data.shards import Dataset
 from hrm_ray.data.tasks.base import Symmetry, Task
 from hrm_ray.errors import UserError
-from hrm_ray.evaluation.scores import scores_of
+from hrm_ray.evaluation.scores import of_q_heads, scores_of
 from hrm_ray.models.act import ACT, Batch
 from hrm_ray.models.inference import Answer, Copies, Thinker
 from hrm_ray.world import World
@@ -97,9 +97,8 @@ def evaluate(
     for score in scores:
         metrics |= world.merge_objects(score.state(), score.metrics)
     if not model.inner.config.has_q_head:
-        metrics = {
-            name: value for name, value in metrics.items() if "q_halt" not in name and "learned" not in name
-        }
+        left_out = of_q_heads(dataset.task.name)
+        metrics = {name: value for name, value in metrics.items() if name not in left_out}
     return metrics, {name: np.concatenate(parts) for name, parts in collected.items()}
 
 

@@ -30,6 +30,7 @@ class DecoderConfig(ArchConfig):
     """Architecture `decoder`."""
 
     has_q_head = False
+    is_causal = True
     skips_questions = True
 
     name: Literal["decoder"] = "decoder"

@@ -5,7 +5,7 @@ openai/grok): decay towards the weights of the start, and noise on each update. 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn, optim
@@ -21,6 +21,8 @@ START = "start"  # in the state of a parameter: what it was at first
 
 class NoisyConfig(OptimizerConfig):
     """Keys that Adam and AdamW share."""
+
+    kept: ClassVar[tuple[str, ...]] = ("decay",)
 
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""

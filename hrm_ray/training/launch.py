@@ -35,7 +35,7 @@ class Launch:
     def __init__(self, config: TrainConfig):
         self.config, self.run = config, run_folder(config)
         self.dataset = open_dataset(config.data_path)
-        check_best_metric(config.best_metric, self.dataset)
+        check_best_metric(config.best_metric, self.dataset, has_q_head=config.arch.has_q_head)
         check_data(config, self.dataset)
         coordinates_of(config.arch, dataset_info(self.dataset))  # raises where the model cannot be made
         self.plan = Plan.of(config, self.dataset.split("train"))

@@ -293,6 +293,8 @@ class TrainingLoop:
         evaluation may be long, and a request during it must not cost training time."""
         if self._stop_reason is not None or not self._evaluation_is_due:
             return
+        if self._saved_step != self.state.global_step:
+            self._check_state()  # else it was when it was saved
         started = time.perf_counter()
         try:
             with self._meter.excluded(), self.state.averaged_weights():

@@ -232,7 +232,12 @@ class Plan:
 
 
 def check_data(config: TrainConfig, dataset: Dataset) -> None:
-    """Raise UserError if `dataset` has not what `config.curriculum` needs."""
+    """Raise UserError if `dataset` has not what `config.curriculum` needs, or shows its answers to the model."""
+    if dataset.task.answers_are_inputs and not config.arch.is_causal:
+        raise UserError(
+            f"{dataset.path} shows the answers behind the questions, and arch={config.arch.name} reads both; use "
+            "arch=decoder, or build it with predict_end=false"
+        )
     if config.curriculum.filled and not dataset.task.fillable:
         raise UserError(
             f"curriculum.filled: an answer of task {dataset.task.name} is not its question with cells filled in; leave "

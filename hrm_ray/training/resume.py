@@ -52,6 +52,10 @@ def mismatch(checkpoint: Checkpoint, config: TrainConfig, dataset: Dataset) -> s
     here["paths.train"] = config.paths.train
     before = manifest.config.get("optimizer", {"name": OPTIMIZERS.default})
     there["optimizer"], here["optimizer"] = before["name"], config.optimizer.name
+    if before["name"] == config.optimizer.name:
+        for key in config.optimizer.kept:
+            there[f"optimizer.{key}"] = before.get(key, type(config.optimizer).model_fields[key].default)
+            here[f"optimizer.{key}"] = getattr(config.optimizer, key)
     own = halting_of(manifest.config, "the checkpoint")
     there["halting.name"], here["halting.name"] = own.name, config.halting.name
     if own.name == config.halting.name:

@@ -95,7 +95,7 @@ class Points:
                 f"metric {evaluated[0]} is never reported: {config.data_path} has no test part; build it with "
                 "num_test=N, or give a metric of training, such as metric=train/lm_loss"
             )
-        known = reported(dataset)
+        known = reported(dataset, has_q_head=config.arch.has_q_head)
         if strange := [name for name in evaluated if name not in known]:
             raise UserError(
                 f"metric {strange[0]} is not reported for task {dataset.task.name}; {nearest(strange[0], known)}"

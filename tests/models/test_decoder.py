@@ -8,16 +8,22 @@ import torch
 from torch import Tensor
 
 from hrm_ray.config.arch import arch_class
+from hrm_ray.config.compose import train_config
 from hrm_ray.config.inference import Inference
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import validated
+from hrm_ray.data.pipeline import build
+from hrm_ray.data.recipe import load_recipe
+from hrm_ray.data.shards import open_dataset
 from hrm_ray.errors import UserError
+from hrm_ray.evaluation.scores import check_best_metric
 from hrm_ray.halting.base import Control
 from hrm_ray.machine import resolve
 from hrm_ray.models.act import ACT, IGNORE, Batch
 from hrm_ray.models.inference import Thinker
 from hrm_ray.models.losses import act_loss
 from hrm_ray.models.registry import build_model
+from hrm_ray.training.plan import check_data
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "grok"
 VOCAB_SIZE, SEQ_LEN = 239, 6  # <eos> a op b = c
@@ -209,3 +215,25 @@ def test_it_has_no_q_head_and_learns_none():
 def test_keys_without_an_effect_are_mistakes(key, value):
     with pytest.raises(UserError, match=key):
         validated(arch_class("decoder"), {key: value}, "test")
+
+
+def test_it_takes_the_place_of_another_model_in_an_experiment():
+    config = train_config(["experiment=sudoku_4x4", "arch=decoder"])
+    assert (config.arch.name, config.arch.halt_max_steps, config.arch.hidden_size) == ("decoder", 1, 128)
+    with pytest.raises(UserError, match="halting=q_learning teaches a Q head, and arch=decoder has none"):
+        train_config(["experiment=grokking_quick", "halting=q_learning"])
+    with pytest.raises(UserError, match=r"99 percent are stop_at=0\.99"):
+        train_config(["experiment=grokking_quick", "stop_at=99"])
+
+
+def test_a_model_that_sees_the_answer_is_refused(tmp_path):
+    out = tmp_path / "data"
+    build(load_recipe("modular", {"op": "-", "p": 11, "predict_end": True}), out, show_progress=False)
+    dataset = open_dataset(out)
+    check_data(train_config(["experiment=grokking_quick", f"data={out}"]), dataset)
+    with pytest.raises(UserError, match="arch=transformer reads both; use arch=decoder"):
+        check_data(train_config(["arch=transformer", f"data={out}"]), dataset)
+    for metric in ("eval/q_halt_accuracy", "eval/learned_exact_accuracy"):
+        check_best_metric(metric, dataset)
+        with pytest.raises(UserError, match="best_metric="):
+            check_best_metric(metric, dataset, has_q_head=False)

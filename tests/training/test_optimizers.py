@@ -194,3 +194,10 @@ def test_a_run_does_not_change_its_optimizer(tmp_path, data):
     with pytest.raises(UserError, match="was trained with optimizer=adam_atan2, not adamw"):
         trained(config | {"optimizer": {"name": "adamw"}, "max_steps": 4})
     assert trained(config | {"max_steps": 3})[0] == 3  # with its own it goes on
+
+
+def test_a_run_does_not_change_its_kind_of_decay(tmp_path, data):
+    config = toy_config(data, tmp_path, optimizer={"name": "adamw"}, max_steps=2)
+    trained(config)
+    with pytest.raises(UserError, match=r"optimizer\.decay=to_zero, not to_start"):
+        trained(config | {"optimizer": {"name": "adamw", "decay": "to_start"}, "max_steps": 4})

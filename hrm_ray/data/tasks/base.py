@@ -50,6 +50,7 @@ class Task(ABC):
         checkable: whether `is_solution` can tell right from wrong.
         fillable: whether an answer is its question with cells filled in, so that training may give some of them away.
         answer_cells: all labels are in the last so many cells; None: they may be anywhere.
+        answers_are_inputs: whether a question shows its answer in a later cell; only a causal model does not see it.
         chance: exact accuracy of one who guesses; None: nobody knows.
         cells: how its puzzles are written, for the reader of files; None: as `parse` says, one a line.
         keeps_spaces: whether a space is a cell like others.
@@ -71,6 +72,7 @@ class Task(ABC):
     checkable: bool = True
     fillable: bool = False
     answer_cells: int | None = None
+    answers_are_inputs: bool = False
     chance: float | None = None
     cells: Cells | None = None
     keeps_spaces: bool = False

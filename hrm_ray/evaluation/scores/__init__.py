@@ -39,12 +39,14 @@ class Score(ABC):
     Attributes:
         names: the metrics that it may report, and which way each is better. What is not known is left out of a report.
         needs_logits: whether the answers that it scores have logits.
+        of_q_head: those of `names` that only a model with a Q head has.
         is_whole: whether all examples of the split are evaluated, not some only.
     """
 
     classes: ClassVar[list[tuple[str | None, type["Score"]]]] = []
 
     names: ClassVar[Mapping[str, Direction]]
+    of_q_head: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, task: str | None = None) -> None:
         Score.classes.append((task, cls))
@@ -114,15 +116,22 @@ def directions(task: str | None = None) -> dict[str, Direction]:
     return {f"eval/{name}": way for score in chosen for name, way in score.names.items()}
 
 
-def reported(dataset: Dataset) -> dict[str, Direction]:
+def of_q_heads(task: str) -> set[str]:
+    """The names of metrics of a task that only a model with a Q head has."""
+    return {name for score in scores_of(task) for name in score.of_q_head}
+
+
+def reported(dataset: Dataset, *, has_q_head: bool) -> dict[str, Direction]:
     """The metrics that evaluations on `dataset` report in training, as of `directions`."""
     scores = scores_of(dataset.task.name)
-    return {f"eval/{name}": way for score in scores for name, way in score.reported(dataset).items()}
+    left_out = set() if has_q_head else of_q_heads(dataset.task.name)
+    found = {name: way for score in scores for name, way in score.reported(dataset).items()}
+    return {f"eval/{name}": way for name, way in found.items() if name not in left_out}
 
 
-def check_best_metric(metric: str, dataset: Dataset) -> None:
+def check_best_metric(metric: str, dataset: Dataset, *, has_q_head: bool = True) -> None:
     """Raise UserError unless a run on `dataset` can keep its best checkpoint by `metric`."""
-    task, metrics = dataset.task.name, reported(dataset)
+    task, metrics = dataset.task.name, reported(dataset, has_q_head=has_q_head)
     known = [name for name, way in metrics.items() if way == "maximize"]
     if metric in directions(task) and metric not in metrics:
         raise UserError(

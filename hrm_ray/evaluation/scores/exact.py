@@ -28,6 +28,10 @@ class Exact(Score):
         f"{_LEARNED}steps": "minimize",
     }
 
+    of_q_head: ClassVar[frozenset[str]] = frozenset(
+        name for name in names if name.startswith(("q_", _LEARNED))
+    )
+
     def __init__(self, dataset: Dataset, inference: Inference, device: torch.device):
         super().__init__(dataset, inference, device)
         self._sums = torch.zeros(1 + len(self.names), dtype=torch.float64, device=device)

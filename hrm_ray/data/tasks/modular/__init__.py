@@ -69,6 +69,7 @@ class Modular(Task):
             "noise": noise,
         }
         self.predict_end, self.noise = predict_end, noise
+        self.answers_are_inputs = predict_end
         values = _permutations() if self.p is None else _numbers(self.p)
         self.symbols = (
             [*_published()] if vocabulary == "published" else ["<eos>", "=", self.operator.name, *values]
