@@ -94,29 +94,36 @@ def _curves(runs: Sequence[Run]) -> Iterator[_Curve]:
 
 
 def _draw(panel: Any, curves: Sequence[_Curve], what: str, *, is_log: bool) -> None:
-    """One panel; on a logarithmic axis there is no step 0."""
+    """One panel; an axis is logarithmic only where something positive is drawn, and nothing else is then."""
+    losses = [curve.run.history[f"{curve.split}_loss"] for curve in curves]
+    is_log_loss = what == "loss" and any((np.isfinite(loss) & (loss > 0)).any() for loss in losses)
+    is_empty = True
     for curve in curves:
         history = curve.run.history
         values = history[f"{curve.split}_{what}"]
-        shown = ~np.isnan(values) & (history.steps >= is_log)
-        if what == "loss":
+        shown = np.isfinite(values)
+        if is_log:
+            shown &= history.steps > 0
+        if is_log_loss:
             shown &= values > 0
+        is_empty &= not shown.any()
         style = {"color": curve.colour, "linestyle": curve.line, "linewidth": 1.5}
         marker = "o" if shown.sum() == 1 else None  # which a line would not show
         panel.plot(history.steps[shown], values[shown], label=curve.label, marker=marker, **style)
-        if curve.jump is not None and curve.jump >= is_log:
+        if curve.jump is not None and (curve.jump > 0 or not is_log):
             panel.axvline(curve.jump, color=curve.colour, linestyle=curve.line, linewidth=0.8, alpha=0.7)
     if what == "acc":
         for chance in {curve.run.source.chance for curve in curves} - {None}:
             panel.axhline(chance, color=INK, linestyle=":", linewidth=1)
         panel.set_ylim(-0.03, 1.03)
     else:
-        panel.set_yscale("log")
+        if is_log_loss:
+            panel.set_yscale("log")
         _plain(panel.yaxis)
-    if is_log:
-        panel.set_xscale("log")
-    else:
+    if not is_log:
         panel.set_xlim(left=0)
+    elif not is_empty:
+        panel.set_xscale("log")
     _plain(panel.xaxis)
     panel.set_axisbelow(True)
     panel.grid(True, color=GRID, linewidth=0.8)

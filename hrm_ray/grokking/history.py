@@ -79,9 +79,9 @@ class History:
         return cls(arrays["step"], arrays["epoch"], columns)
 
     def render(self, summary: Mapping[str, Any]) -> bytes:
-        """The bytes of the file; what is not known is null."""
+        """The bytes of the file; what is not known, or not finite, is null: JSON has no such numbers."""
         content: dict[str, Any] = {
-            name: [None if math.isnan(value) else value for value in values.tolist()]
+            name: [value if math.isfinite(value) else None for value in values.tolist()]
             for name, values in {"epoch": self.epochs, **self.columns}.items()
         }
         content |= {"step": self.steps.astype(int).tolist(), SUMMARY: dict(summary)}
@@ -94,9 +94,10 @@ class Source:
 
     Attributes:
         chance: accuracy of a guess.
-        num_train, num_test: equations.
+        num_train, num_test: equations; 0: it has none.
         weight_decay: of the optimizer.
         noise: how many training answers were replaced.
+        finished: whether it has ended as planned; no others are judged for good.
     """
 
     chance: float | None = None
@@ -104,12 +105,13 @@ class Source:
     num_test: int | None = None
     weight_decay: float | None = None
     noise: int = 0
+    finished: bool = True
 
     @classmethod
     def of_summary(cls, summary: Mapping[str, Any]) -> "Source":
         """What our `grokking_summary` says."""
         known = {name: summary[name] for name in cls.__dataclass_fields__ if is_number(summary.get(name))}
-        return cls(**known)
+        return cls(**known, finished=summary.get("finished") is not False)
 
 
 def is_number(value: Any) -> bool:

@@ -53,7 +53,7 @@ def read_run(path: str, *, percent: bool | None = None, chance: float | None = N
 
     Args:
         path: our run folder, one of others with one of the files in it, or such a file.
-        percent: whether its accuracies are in percent; None: as they say themselves.
+        percent: whether accuracies of others are in percent, ours never are; None: as they say themselves.
         chance: accuracy of a guess, where it is not known.
 
     Raises:
@@ -62,6 +62,8 @@ def read_run(path: str, *, percent: bool | None = None, chance: float | None = N
     file = _file_of(Path(path))
     history, source = _read(file, percent)
     if not len(history):
+        if source.num_test == 0:
+            raise UserError(f"{file}: this run has no validation equations, so there is nothing to draw")
         raise UserError(f"{file} holds no evaluation yet; wait for the first, or give another run")
     if source.chance is None:
         source = replace(source, chance=chance)
@@ -74,8 +76,8 @@ def source_of(dataset: Dataset, config: TrainConfig) -> Source:
     splits = {name: dataset.splits[name].num_examples for name in ("train", "test") if name in dataset.splits}
     return Source(
         chance=getattr(dataset.task, "chance", None),
-        num_train=splits.get("train"),
-        num_test=splits.get("test"),
+        num_train=splits.get("train", 0),
+        num_test=splits.get("test", 0),
         weight_decay=config.weight_decay,
         noise=dataset.task.options.get("noise", 0),
     )
@@ -108,8 +110,8 @@ def _read(file: Path, percent: bool | None) -> tuple[History, Source]:
             history = _from_csv(content)
             history = _as_fractions(history, file, percent, is_percent=True)
             return history, _counted(history)
-        history, source = _from_json(content)
-        return _as_fractions(history, file, percent, is_percent=False), source
+        history, source, is_ours = _from_json(content)
+        return _as_fractions(history, file, None if is_ours else percent, is_percent=False), source
     except (ValueError, OverflowError, RecursionError, csv.Error) as error:
         raise UserError(f"{file} is no history of a run: {first_line(error)}") from None
 
@@ -123,16 +125,19 @@ def _reports(content: str) -> Iterator[Mapping[str, float]]:
 
 
 def _source_beside(file: Path) -> Source:
-    """Of one of our runs; nothing is known of its equations where its data set is no longer there."""
+    """Of one of our runs, as it has said at its end; before, of its data set, which is not opened without need."""
+    with suppress(OSError, ValueError, OverflowError, RecursionError):
+        _, source, is_ours = _from_json((file.parent / FILE).read_text())
+        if is_ours:
+            return source
     with suppress(OSError, ValueError, yaml.YAMLError, UserError):
         config = TrainConfig.model_validate(yaml.safe_load((file.parent / _CONFIG).read_text()))
-        return source_of(open_dataset(config.data_path), config)
-    with suppress(OSError, ValueError, UserError):
-        return _from_json((file.parent / FILE).read_text())[1]
+        return replace(source_of(open_dataset(config.data_path), config), finished=False)
     return Source()
 
 
-def _from_json(content: str) -> tuple[History, Source]:
+def _from_json(content: str) -> tuple[History, Source, bool]:
+    """Returns the history, what is known beside it, and whether a run of ours has written it."""
     values = json.loads(content)
     if not isinstance(values, dict):
         raise ValueError("no JSON object")
@@ -147,8 +152,9 @@ def _from_json(content: str) -> tuple[History, Source]:
     clock = "step" if "step" in lists else "epoch"
     steps = lists.pop("step", epochs)
     summary = values.get(SUMMARY)
-    source = Source.of_summary(summary) if isinstance(summary, dict) else Source()
-    return _history(steps, epochs, lists, clock), source
+    if not isinstance(summary, dict):
+        summary = {}
+    return _history(steps, epochs, lists, clock), Source.of_summary(summary), "verdict" in summary
 
 
 def _from_csv(content: str) -> History:
@@ -200,8 +206,13 @@ def _as_fractions(history: History, file: Path, percent: bool | None, *, is_perc
         raise UserError(f"{file} holds an accuracy of {most:g}, which is no {kind}; leave percent= out")
     if percent is None and is_percent and most <= 1:
         raise UserError(
-            f"{file}: no accuracy is above 1, so they may be fractions or in percent, as openai/grok writes them; add "
-            "percent=false or percent=true"
+            f"{file}: no accuracy is above 1, and openai/grok writes them in percent; add percent=false if they are "
+            "fractions"
+        )
+    if percent and len(known) and most <= 1:
+        raise UserError(
+            f"{file}: no accuracy is above 1, so they are hardly in percent; leave percent=true out, or draw this run "
+            "without those that are"
         )
     if percent is None and not is_percent and most > 1:
         raise UserError(

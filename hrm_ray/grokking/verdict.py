@@ -12,12 +12,14 @@ import numpy as np
 
 from hrm_ray.grokking.history import History, Source
 
-Outcome = Literal["grokked", "at once", "memorised only", "did not learn"]
+# "generalised": a delay cannot be told; "unknown": neither can whether it has generalised or memorised.
+Outcome = Literal["grokked", "at once", "generalised", "memorised only", "did not learn", "unknown"]
 
 LEVELS = (99, 90)  # percent; a run is judged by the first that its validation passes
 DELAY = 1.5  # of validation behind training, as a ratio of steps, from which on it has a name
 ROWS_BETWEEN = 3  # evaluations between the two jumps, below which the delay is one of measuring
-RISING = 0.01  # gain of validation over the last tenth of a run that is more than noise
+RISING = 0.005  # gain of the last quarter of a run over the one before that is more than noise
+LUCK = (0.02, 0.2)  # above chance, within which an accuracy may be luck at least, and at most
 FEW, TOO_FEW = 0.25, 0.05  # share of all equations in training; published runs take 0.25 to 0.5
 PUBLISHED_STEPS, FIGURE_1_STEPS = 100_000, 1_000_000
 
@@ -62,7 +64,7 @@ def judge(history: History, source: Source) -> Verdict:
     if level is None:
         outcome, text = _not_generalised(history, source, train, best)
     else:
-        outcome, text = _generalised(history, train.get(level), test[level], level, best)
+        outcome, text = _generalised(history, source, train.get(level), test[level], level)
         if level in train:
             gap = _step(history, test[level]) - _step(history, train[level])
     steps = {
@@ -89,17 +91,29 @@ def _best(values: np.ndarray) -> float | None:
 
 
 def _generalised(
-    history: History, train: int | None, test: int, level: int, best: float | None
+    history: History, source: Source, train: int | None, test: int, level: int
 ) -> tuple[Outcome, str]:
-    """Args: the rows of the jumps past `level`, and the best accuracy of validation."""
-    clock, there = history.clock, _step(history, test)
-    more = "" if level == LEVELS[0] else f"; {LEVELS[0]} % was not reached (best {_percent(best)})"
-    at_once = f"generalised at once, no delay: validation passed {level} % at {clock} {there:,}, training"
+    """Args: the rows of the jumps past `level`, where `train` may be missing."""
+    clock, there, best = history.clock, _step(history, test), _best(history["test_acc"])
+    passed = f"validation passed {level} % at {clock} {there:,}"
+    so_far = "" if source.finished else " so far"
+    more = "" if level == LEVELS[0] else f"; {LEVELS[0]} % was not reached{so_far} (best {_percent(best)})"
     if train is None:
-        return "at once", f"{at_once} never{more}"
+        if _best(history["train_acc"]) is None:
+            why = "the accuracy of training is not known, so neither is a delay"
+        elif source.noise:
+            why = f"training never{so_far}, as {_replaced(source)}, so there is no delay to be told"
+        else:
+            return "at once", f"generalised at once, no delay: {passed}, training never{so_far}{more}"
+        return "generalised", f"generalised: {passed}; {why}{more}"
     before = _step(history, train)
-    if test - train < ROWS_BETWEEN or there < DELAY * before:
-        return "at once", f"{at_once} at {clock} {before:,}{more}"
+    earliest = _step(history, train - 1) if train else 0  # training may have passed right behind it
+    if 0 <= test - train < ROWS_BETWEEN and there >= DELAY * earliest:
+        return "generalised", (
+            f"generalised: {passed}, training at {clock} {before:,}; evaluated too rarely to tell a delay{more}"
+        )
+    if test <= train or there < DELAY * before:
+        return "at once", f"generalised at once, no delay: {passed}, training at {clock} {before:,}{more}"
     return "grokked", (
         f"grokked at {clock} {there:,}: validation passed {level} % there, {there - before:,} {clock}s after training "
         f"({clock} {before:,}), when it was at {_percent(history['test_acc'][train])}{more}"
@@ -109,45 +123,63 @@ def _generalised(
 def _not_generalised(
     history: History, source: Source, train: dict[int, int], best: float | None
 ) -> tuple[Outcome, str]:
+    so_far = "" if source.finished else " so far"
+    if source.num_test == 0:
+        return "unknown", "this run has no validation equations, so whether it generalises is not known"
     if not len(history):
-        return "did not learn", "nothing was evaluated, so there is no verdict"
+        return "unknown", f"nothing was evaluated{so_far}, so there is no verdict"
     last, clock = _step(history, -1), history.clock
     level = next((level for level in LEVELS if level in train), None)
+    trained = _best(history["train_acc"])
+    if trained is None:
+        return "unknown", (
+            f"did not generalise{so_far}: by {clock} {last:,} validation reached {_percent(best)}; the accuracy of "
+            "training is not known, so neither is whether it has memorised"
+        )
     if level is None:
-        trained = _best(history["train_acc"])
-        text = f"did not learn: by {clock} {last:,} training reached {_percent(trained)}, validation {_percent(best)}"
-        return "did not learn", text + _because(_why_not_learned(history))
+        text = (
+            f"did not learn{so_far}: by {clock} {last:,} training reached {_percent(trained)}, validation "
+            f"{_percent(best)}"
+        )
+        return "did not learn", text + _because(source, _why_not_learned(history))
     if is_chance(best, source):
         stayed = f"stayed at chance level (best {_percent(best)}, chance {_percent(source.chance)})"
     else:
         chance = "" if source.chance is None else f", chance {_percent(source.chance)}"
         stayed = f"came to {_percent(best)} only{chance}"
     text = (
-        f"memorised only: training passed {level} % at {clock} {_step(history, train[level]):,}, validation {stayed} "
-        f"up to {clock} {last:,}"
+        f"memorised only{so_far}: training passed {level} % at {clock} {_step(history, train[level]):,}, validation "
+        f"{stayed} up to {clock} {last:,}"
     )
-    return "memorised only", text + _because(_why_not_generalised(history, source, last))
+    return "memorised only", text + _because(source, _why_not_generalised(history, source, last))
 
 
 def is_chance(accuracy: float | None, source: Source) -> bool:
-    """Whether the best of many evaluations may be luck: four standard deviations, and at least twice of chance."""
+    """Whether the best of many evaluations may be luck: within four standard deviations of chance, within `LUCK`."""
     if accuracy is None or source.chance is None:
         return False
-    chance = source.chance
+    chance, (least, most) = source.chance, LUCK
     spread = math.sqrt(chance * (1 - chance) / source.num_test) if source.num_test else 0.0
-    return accuracy <= max(2 * chance, chance + 4 * spread)
+    return accuracy <= chance + min(max(4 * spread, least), most)
 
 
-def _because(reasons: list[str]) -> str:
+def _because(source: Source, reasons: list[str]) -> str:
+    """Of a run that still goes on, anything else would be a guess."""
+    if not source.finished:
+        reasons = ["it is not finished"]
     return f". Why that may be: {'; '.join(reasons)}" if reasons else ""
 
 
+def _replaced(source: Source) -> str:
+    return f"{source.noise:,} answers of training were replaced"
+
+
 def _why_not_learned(history: History) -> list[str]:
-    if _is_rising(history, "train_acc"):
-        return ["it is too short: training still rises"]
-    if len(history) < ROWS_BETWEEN:
+    if np.isfinite(history["train_acc"]).sum() < ROWS_BETWEEN:
         return ["it may be too short, and was evaluated too rarely to tell"]
-    return ["the learning rate or its warm-up does not fit"]
+    if _is_rising(history["train_acc"]):
+        return ["it is too short: training still rises"]
+    return ["the learning rate, its warm-up, weight decay or noise may not fit"]
 
 
 def _why_not_generalised(history: History, source: Source, last: int) -> list[str]:
@@ -166,8 +198,8 @@ def _why_not_generalised(history: History, source: Source, last: int) -> list[st
         if share < FEW:
             reasons.append(f"{counts} may be too few, published runs take 25 to 50 %")
     if source.noise:
-        reasons.append(f"{source.noise:,} answers of training are wrong on purpose")
-    if _is_rising(history, "test_acc"):
+        reasons.append(_replaced(source))
+    if _is_rising(history["test_acc"]):
         reasons.append("it is too short: validation still rises")
     elif history.clock == "step" and last < PUBLISHED_STEPS:
         reasons.append(f"it may be too short, published runs go on to {PUBLISHED_STEPS:,} steps")
@@ -179,17 +211,13 @@ def _why_not_generalised(history: History, source: Source, last: int) -> list[st
     return reasons
 
 
-def _is_rising(history: History, name: str) -> bool:
-    """Whether a column is higher over the last tenth of the steps than over the tenth before."""
-    last = history.steps[-1]
-    means = []
-    for begin, end in ((0.8, 0.9), (0.9, 1.0)):
-        part = history[name][(history.steps > begin * last) & (history.steps <= end * last)]
-        part = part[~np.isnan(part)]
-        if not len(part):
-            return False
-        means.append(part.mean())
-    return bool(means[1] - means[0] > RISING)
+def _is_rising(values: np.ndarray) -> bool:
+    """Whether the last quarter of the known rows is higher than the quarter before; of rows, which steps may space."""
+    known = values[~np.isnan(values)]
+    if len(known) < 2:
+        return False
+    quarter = max(1, len(known) // 4)
+    return bool(known[-quarter:].mean() - known[-2 * quarter : -quarter].mean() > RISING)
 
 
 def _percent(share: float | None) -> str:

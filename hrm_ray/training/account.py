@@ -87,13 +87,13 @@ class Account:
         if self._records:
             self._records.flush()
 
-    def conclude(self, dataset: Dataset) -> list[str]:
+    def conclude(self, dataset: Dataset, *, finished: bool) -> list[str]:
         """Write the files of what the reports so far come to (see `Score.concludes`); returns it in words."""
         if self._records is None:
             return []
         reports = self._records.reports()
         scores = scores_of(dataset.task.name)
-        found = [c for score in scores if (c := score.concludes(self._config, dataset, reports))]
+        found = [c for score in scores if (c := score.concludes(self._config, dataset, reports, finished))]
         for name, content in (file for conclusion in found for file in conclusion.files.items()):
             self._records.conclude(name, content)
         return [conclusion.text for conclusion in found]

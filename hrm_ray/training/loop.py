@@ -457,13 +457,14 @@ class TrainingLoop:
         """What summary.json holds; metrics of the end and of the best checkpoint."""
         chosen = best(finished(self.run)) if self.world.is_first else None
         at_end = self._is_at_end
+        is_finished = at_end or self._stop_reason in EARLY
         return {
             "final": self._account.last,
             "best": chosen.manifest.metrics if chosen else {},
             "global_step": self.state.global_step,
-            "finished": at_end or self._stop_reason in EARLY,
+            "finished": is_finished,
             "stop_reason": None if at_end else self._stop_reason,
-            "conclusions": self._account.conclude(self.dataset),
+            "conclusions": self._account.conclude(self.dataset, finished=is_finished),
             "num_rollbacks": self.state.num_rollbacks,
             "train_s": round(self.state.train_s, 3),
             "num_params": sum(p.numel() for p in self.state.model.parameters()),

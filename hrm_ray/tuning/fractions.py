@@ -1,23 +1,26 @@
 """How many steps a sweep over data sets of equations took, over the share of the equations in training.
 
 The figure of Power et al.: with fewer equations it takes longer to generalise, and below some share it does not happen
-within the budget. A trial has got there if `stop_at` ended it.
+within the budget. A trial has got there if `stop_at` ended it, or its last evaluation has reached that.
 """
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from hrm_ray.config.compose import train_config
+from hrm_ray.config.validate import as_text
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.errors import UserError
-from hrm_ray.tuning.study import OUTCOME, ReadStudy
+from hrm_ray.tuning.study import OUTCOME, WORDS, ReadStudy
 
 KEYS = ("data_path", "data")  # of a space, that choose a data set
+VARIANTS = ("p", "noise", "draws", "predict_end")  # of recipes, that make equations of one operator others
 
 
 @dataclass(frozen=True)
@@ -46,22 +49,28 @@ class Reached:
 def over_fraction(study: ReadStudy) -> dict[str, dict[float, Reached]]:
     """What complete trials came to, by operator and by share of the equations in training, ascending.
 
-    Nothing where the sweep is over no such data sets, or none of its trials has got there.
+    Where recipes of one operator differ in one of `VARIANTS`, each has a line of its own, which names it. Nothing where
+    the sweep is over no such data sets, over more than these and seeds, or none of its trials has got there.
     """
-    key = next((key for key in KEYS if key in study.config.space), None)
-    if key is None:
+    space = study.config.space
+    key = next((key for key in KEYS if key in space), None)
+    if key is None or not space.keys() <= {key, "seed"}:
         return {}
+    tried = [
+        (recipe, _steps(study, trial))
+        for trial in study.trials(TrialState.COMPLETE)
+        for recipe in _recipes(trial, key)
+    ]
+    if all(steps is None for _, steps in tried):
+        return {}
+    names = _names([recipe for recipe, _ in tried])
     found: dict[tuple[str, float], list[int | None]] = {}
-    for trial in study.trials(TrialState.COMPLETE):
-        for recipe in _recipes(trial, key):
-            place = str(recipe["op"]), float(recipe["train_fraction"])
-            found.setdefault(place, []).append(_steps(trial))
-    if not any(steps for group in found.values() for steps in group):
-        return {}
+    for name, (recipe, steps) in zip(names, tried, strict=True):
+        found.setdefault((name, float(recipe["train_fraction"])), []).append(steps)
     lines: dict[str, dict[float, Reached]] = {}
-    for (op, fraction), group in sorted(found.items()):
+    for (name, fraction), group in sorted(found.items()):
         there = sorted(steps for steps in group if steps is not None)
-        lines.setdefault(op, {})[fraction] = Reached(there, group.count(None))
+        lines.setdefault(name, {})[fraction] = Reached(there, group.count(None))
     return lines
 
 
@@ -73,6 +82,23 @@ def _recipes(trial: FrozenTrial, key: str) -> Iterator[dict[str, Any]]:
             yield recipe
 
 
-def _steps(trial: FrozenTrial) -> int | None:
+def _names(recipes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What the line of each is called: its operator, and in what it differs from others of that."""
+    for recipe in recipes:
+        alike = [other for other in recipes if other["op"] == recipe["op"]]
+        differ = [key for key in VARIANTS if any(other.get(key) != recipe.get(key) for other in alike)]
+        yield " ".join([recipe["op"], *(f"{key}={as_text(recipe.get(key))}" for key in differ)])
+
+
+def _steps(study: ReadStudy, trial: FrozenTrial) -> int | None:
+    """How many a trial took to get there; None: it did not."""
     outcome = trial.user_attrs.get(OUTCOME, {})
-    return outcome["global_step"] if outcome.get("stop_reason") == "stop_at" else None
+    if outcome.get("stop_reason") == "stop_at":
+        return outcome["global_step"]
+    if outcome.get("stop_reason") is None and WORDS in trial.user_attrs:  # it has done all of its steps
+        with suppress(UserError):
+            config = train_config(trial.user_attrs[WORDS])
+            best = dict(zip(study.config.metric, trial.values, strict=True)).get(config.best_metric)
+            if config.stop_at is not None and best is not None and best >= config.stop_at:
+                return outcome["global_step"]
+    return None

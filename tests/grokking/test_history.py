@@ -1,14 +1,17 @@
 """Histories: from reports to their file and back, and those of others."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
 from hrm_ray.grokking.history import FILE, History, Source
 from hrm_ray.grokking.read import read_run
 from hrm_ray.grokking.verdict import judge
+from tests.toy import toy_config
 
 REPORTS = [
     {"global_step": 5, "epoch": 0.5, "train/lm_loss": 3.0, "train/exact_accuracy": 0.2},
@@ -56,6 +59,57 @@ def test_what_is_not_known_is_null(tmp_path):
     content = json.loads((tmp_path / FILE).read_text())
     assert content["train_acc"] == content["test_loss"] == content["epoch"] == [None]
     assert np.isnan(read_run(str(tmp_path)).history["train_acc"]).all()
+
+
+def test_what_is_not_finite_is_null():
+    made = History.of_reports([{"global_step": 1, "eval/exact_accuracy": 0.0, "eval/loss": np.inf}])
+    content = json.loads(made.render({}), parse_constant=pytest.fail)
+    assert content["test_loss"] == [None]
+
+
+# Our runs
+
+
+def our_run(folder, source: Source, reports=REPORTS):
+    made = History.of_reports(reports)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(report) + "\n" for report in reports))
+    (folder / FILE).write_bytes(made.render(judge(made, source).summary()))
+    return folder
+
+
+def test_what_a_run_has_said_itself_is_not_read_from_its_data_set(tmp_path, monkeypatch):
+    def opened(path):
+        raise AssertionError("opened")
+
+    monkeypatch.setattr("hrm_ray.grokking.read.open_dataset", opened)
+    source = Source(0.01, 47, 9362, 0.0, 5, finished=False)
+    folder = our_run(tmp_path, source)
+    (folder / "config.yaml").write_text("data_path: data\n")
+    assert read_run(str(folder)).source == source
+
+
+def test_before_a_run_has_ended_its_data_set_says_it(tmp_path, monkeypatch):
+    dataset = SimpleNamespace(
+        task=SimpleNamespace(chance=0.2, options={}), splits={"train": SimpleNamespace(num_examples=25)}
+    )
+    monkeypatch.setattr("hrm_ray.grokking.read.open_dataset", lambda path: dataset)
+    folder = our_run(tmp_path, Source())
+    (folder / FILE).unlink()
+    config = TrainConfig(**toy_config("data", tmp_path))
+    (folder / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    assert read_run(str(folder)).source == Source(0.2, 25, 0, config.weight_decay, finished=False)
+
+
+def test_ours_are_never_divided(tmp_path):
+    folder = our_run(tmp_path, Source())
+    for path in (folder, folder / FILE):
+        assert read_run(str(path), percent=True).history["test_acc"].tolist() == [0.1, 0.3]
+
+
+def test_a_run_without_validation_has_nothing_to_draw(tmp_path):
+    folder = our_run(tmp_path, Source(1 / 97, 9409, 0), REPORTS[:1])
+    with pytest.raises(UserError, match="this run has no validation equations"):
+        read_run(str(folder))
 
 
 # Those of others
@@ -108,6 +162,11 @@ def test_percent_is_divided_if_it_is_said(tmp_path):
     assert run.history["test_acc"].tolist() == [0.54 / 100, 0.6 / 100, 0.67 / 100]
 
 
+def test_fractions_are_not_divided(tmp_path):
+    with pytest.raises(UserError, match="no accuracy is above 1, so they are hardly in percent; leave"):
+        read_run(str(theirs(tmp_path)), percent=True)
+
+
 def metrics_csv(tmp_path, num_train: int, num_test: int, right: list[int]):
     """As Lightning's logger writes it: a row for each call, empty where it has nothing to say; float32, in percent."""
     lines = ["epoch,full_train_acc,learning_rate,step,train_accuracy,train_loss,val_accuracy,val_loss"]
@@ -139,12 +198,11 @@ def test_counts_that_fit_in_several_ways_are_not_known(tmp_path):
 def test_a_csv_without_a_percent_above_one_is_not_guessed(tmp_path):
     file = tmp_path / "metrics.csv"
     file.write_text("step,epoch,train_accuracy,val_accuracy\n1,1,0.5,0.2\n2,2,1.0,0.54\n")
-    with pytest.raises(
-        UserError, match=r"they may be fractions or in percent.*add percent=false or percent=true"
-    ):
+    with pytest.raises(UserError, match=r"openai/grok writes them in percent; add percent=false if"):
         read_run(str(file))
+    with pytest.raises(UserError, match="they are hardly in percent"):
+        read_run(str(file), percent=True)
     assert read_run(str(file), percent=False).history["test_acc"].tolist() == [0.2, 0.54]
-    assert read_run(str(file), percent=True).history["test_acc"].tolist() == [0.002, 0.0054]
     file.write_text("step,loss\n1,2\n")
     with pytest.raises(UserError, match="it has not the columns step or epoch, and val_accuracy"):
         read_run(str(file))

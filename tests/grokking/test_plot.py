@@ -63,6 +63,25 @@ def test_runs_of_one_name_are_called_by_their_paths(folder, capsys):
     assert names == ["one/seed-0", "two/seed-0", "x.pdf"]
 
 
+CURVES = ("train_acc", "test_acc", "train_loss", "test_loss")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"train_loss": [None] * 21, "test_loss": [None] * 21},
+        {"train_loss": [0.0] * 21, "test_loss": [0.0] * 21},
+        {"epoch": [0], "step": [0], **{name: [0.5] for name in CURVES}},
+        {"epoch": [0], "step": [0], **{name: [1.0] for name in CURVES}},
+        {name: [None] * 21 for name in CURVES},
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_whatever_a_history_lacks_is_not_drawn(folder, values):
+    assert main(["plot", "grokking", run(folder, "late", 150, **values)]) == 0
+    assert (folder / "grokking.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -183,6 +183,62 @@ def test_without_equations_there_is_no_such_plot(single, tmp_path, monkeypatch):
     assert over_fraction(study) == {}
 
 
+def of_equations(monkeypatch, **recipes):
+    """Data sets with these recipes, beside an operator and a share."""
+    monkeypatch.setattr(
+        "hrm_ray.tuning.fractions.open_dataset",
+        lambda name: SimpleNamespace(
+            manifest=SimpleNamespace(recipe={"op": "+", "train_fraction": 0.5, **recipes[name]})
+        ),
+    )
+
+
+def ended(study, reason: str | None, value: float, words: list[str] | None = None):
+    """Runs the next trial."""
+    number, _ = study.next_trial()
+    if words is not None:
+        study.note(number, "words", words)
+    study.note(number, "outcome", {"global_step": 100 + number, "stop_reason": reason})
+    study.complete(number, [value])
+
+
+def test_equations_that_differ_have_lines_of_their_own(tmp_path, monkeypatch):
+    of_equations(
+        monkeypatch,
+        a={"p": 97, "noise": 0},
+        b={"p": 97, "noise": 100},
+        c={"p": 113, "noise": 0},
+        d={"op": "s5", "p": None, "noise": 0},
+    )
+    space = {"data": ["a", "b", "c", "d"]}
+    study = begun(tmp_path, num_trials=4, space=space, sampler={"name": "grid"})
+    for _ in range(4):
+        ended(study, "stop_at", 0.99)
+    found = over_fraction(study)
+    assert list(found) == ["+ p=113 noise=0", "+ p=97 noise=0", "+ p=97 noise=100", "s5"]
+    assert all(line[0.5].num_seeds == 1 for line in found.values())
+
+
+def test_over_more_than_data_sets_and_seeds_there_is_no_such_plot(tmp_path, monkeypatch):
+    of_equations(monkeypatch, a={})
+    study = begun(tmp_path, num_trials=2, space={"data_path": ["a"], "lr": SPACE["lr"]})
+    for _ in range(2):
+        ended(study, "stop_at", 0.99)
+    assert over_fraction(study) == {}
+
+
+def test_who_gets_there_in_the_last_step_is_there(tmp_path, monkeypatch):
+    of_equations(monkeypatch, a={})
+    study = begun(tmp_path, num_trials=5, space={"data": ["a"], "seed": list(range(5))}, sampler="grid")
+    words = ["experiment=grokking_quick"]
+    ended(study, None, 0.99, words)  # as much as stop_at
+    ended(study, None, 0.98, words)
+    ended(study, "early_stopping", 0.99, [*words, "stop_at=0.995"])
+    ended(study, None, 0.99, [*words, "stop_at=null"])
+    ended(study, None, 0.99)
+    assert over_fraction(study) == {"+": {0.5: Reached([100], 4)}}
+
+
 def test_plots_of_several_metrics(several):
     _, pngs = several
     per_metric = {

@@ -86,13 +86,18 @@ class Score(ABC):
 
     @classmethod
     def concludes(
-        cls, config: TrainConfig, dataset: Dataset, reports: Sequence[Mapping[str, float]]
+        cls,
+        config: TrainConfig,
+        dataset: Dataset,
+        reports: Sequence[Mapping[str, float]],
+        finished: bool = True,
     ) -> Conclusion | None:
         """What all reports of a run come to, beside its metrics; here nothing.
 
         Args:
             config, dataset: the run.
             reports: as in metrics.jsonl.
+            finished: whether the run has ended as planned, and was not stopped.
         """
         return None
 

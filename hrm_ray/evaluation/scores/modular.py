@@ -1,6 +1,7 @@
 """Equations: the loss of the answers, and whether a run has grokked (see `hrm_ray.grokking`)."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -42,8 +43,12 @@ class Loss(Score, task="modular"):
 
     @classmethod
     def concludes(
-        cls, config: TrainConfig, dataset: Dataset, reports: Sequence[Mapping[str, float]]
+        cls,
+        config: TrainConfig,
+        dataset: Dataset,
+        reports: Sequence[Mapping[str, float]],
+        finished: bool = True,
     ) -> Conclusion:
         history = History.of_reports(reports)
-        verdict = judge(history, source_of(dataset, config))
+        verdict = judge(history, replace(source_of(dataset, config), finished=finished))
         return Conclusion(verdict.text, {FILE: history.render(verdict.summary())})

@@ -39,6 +39,7 @@ class Modular(Task):
         noise: how many answers of the training examples have been replaced, so that they may be wrong.
 
     Attributes:
+        chance: share of the most frequent answer, the best guess without the operands.
         equations: a, b and c of all equations as tokens, uint8 [n, 3], in the published order.
     """
 
@@ -81,7 +82,7 @@ class Modular(Task):
         self.answer_cells = 2 if predict_end else 1
         self.seq_len = self.width = SIGN + self.answer_cells
         self.equations = (self.first_value + self.operator.equations(self.p)).astype(np.uint8)
-        self.chance = 1 / len(np.unique(self.equations[:, 2]))
+        self.chance = float(np.bincount(self.equations[:, 2]).max() / len(self.equations))
 
     @cached_property
     def _answers(self) -> np.ndarray:
