@@ -1,5 +1,6 @@
 """The sweeps that ship: each is what its file says, and every key of a sweep is checked before it starts."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from hrm_ray.tuning.study import grid_of, num_trials_of
 from tests.own_task import Own
 from tests.toy import toy_dataset
 
-SHIPPED = ("architectures", "lr_wd_anneal", "maze_unique", "multi_objective", "pbt", "seeds", "sudoku_4x4_lr")
+SHIPPED = ("architectures", "grokking", "lr_wd_anneal", "maze_unique", "multi_objective", "pbt", "seeds")
+SHIPPED += ("sudoku_4x4_lr",)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,9 @@ def data(tmp_path_factory) -> dict[str, Path]:
         found[f"data/sudoku-{size}x{size}"] = folder / str(size)
     found["data/maze-unique"] = folder / "maze"
     toy_dataset(found["data/maze-unique"], num_train=10_000, num_test=300, seq_len=36)
+    build(load_recipe("modular", {"op": "-"}), folder / "modular", show_progress=False)
+    for operator, share in itertools.product(("minus", "divide", "plus"), (0.3, 0.4, 0.5, 0.6)):
+        found[f"data/modular/{operator}-{share}"] = folder / "modular"
     return found
 
 
