@@ -137,7 +137,7 @@ def _source_beside(file: Path) -> Source:
 
 
 def _from_json(content: str) -> tuple[History, Source, bool]:
-    """Returns the history, what is known beside it, and whether a run of ours has written it."""
+    """Returns the history, what is known beside it, and whether hrm_ray has written it."""
     values = json.loads(content)
     if not isinstance(values, dict):
         raise ValueError("no JSON object")
