@@ -315,7 +315,6 @@ class Thinker:
 
 def check(model: ACT, use: Inference) -> None:
     """Raise UserError if `model` cannot be used so."""
-    q_head = model.inner.q_head
     of_the_state = [f"{key}={value:g}" for key in ("noise", "init_std") if (value := getattr(use, key))]
     of_the_state += ["select=residual"] if use.select == "residual" else []
     if of_the_state and not model.inner.keeps_state:
@@ -323,13 +322,14 @@ def check(model: ACT, use: Inference) -> None:
             f"{of_the_state[0]}: arch={model.inner.config.name} keeps no state from step to step, so its paths are all "
             "alike; leave it out, and use votes="
         )
-    if use.select in ("q", "first_halt") and (q_head is None or not q_head.weight.any()):
-        what = (
-            "the Q head of this model was never trained (its weights are 0)"
-            if q_head
-            else "this model has no Q head"
-        )
-        raise UserError(f"select={use.select}: {what}; use select=vote")
+    if use.select in ("q", "first_halt"):
+        q_head, why = model.inner.q_head, None
+        if q_head is None:
+            why = "this model has no Q head"
+        elif not q_head.weight.any():
+            why = "the Q head of this model was never trained (its weights are 0)"
+        if why:
+            raise UserError(f"select={use.select}: {why}; use select=vote")
 
 
 def _distance(before: State, after: State) -> Tensor:
