@@ -56,9 +56,7 @@ class ArchConfig(Settings):
     classes: ClassVar[dict[str, type["ArchConfig"]]] = {}
     has_q_head: ClassVar[bool] = True  # whether it learns when to halt
     is_causal: ClassVar[bool] = False  # whether no token changes what comes of those before it
-    skips_questions: ClassVar[bool] = (
-        False  # whether it leaves out the outputs of cells that never have a label
-    )
+    skips_questions: ClassVar[bool] = False  # whether it computes no outputs of cells that never have a label
 
     name: str
     """The architecture; arch=NAME chooses it with its own settings."""

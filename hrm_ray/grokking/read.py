@@ -26,11 +26,8 @@ from hrm_ray.grokking.history import CURVES, FILE, SUMMARY, History, Source, as_
 METRICS_CSV = "metrics.csv"
 _REPORTS, _CONFIG = "metrics.jsonl", "config.yaml"  # of our runs, see `hrm_ray.training.logging`
 _LOGS = ("logs", "csv_logs")  # folders in which others keep them
-_PUBLISHED = {
-    9409: 1 / 97,
-    9312: 1 / 97,
-    14400: 1 / 120,
-}  # equations of an operator of openai/grok, and chance
+# Equations of an operator of openai/grok, and chance.
+_PUBLISHED = {9409: 1 / 97, 9312: 1 / 97, 14400: 1 / 120}
 # Columns of metrics.csv that say a curve, the first one that is there; and the counts that some have.
 _CSV = {
     "train_loss": ("full_train_loss", "train_loss"),
@@ -75,7 +72,7 @@ def source_of(dataset: Dataset, config: TrainConfig) -> Source:
     """What is known of one of our runs."""
     splits = {name: dataset.splits[name].num_examples for name in ("train", "test") if name in dataset.splits}
     return Source(
-        chance=getattr(dataset.task, "chance", None),
+        chance=dataset.task.chance,
         num_train=splits.get("train", 0),
         num_test=splits.get("test", 0),
         weight_decay=config.weight_decay,

@@ -92,8 +92,9 @@ class Adam(optim.Adam):
         else:
             super().step()
         if self._update_noise:
-            for index, (group, p) in enumerate(moved):
-                self._add_noise(p, index, group["lr"])
+            indices = {p: index for index, p in enumerate(p for g in self.param_groups for p in g["params"])}
+            for group, p in moved:
+                self._add_noise(p, indices[p], group["lr"])
 
     def _decay_to_start(self, p: Tensor, rate: float) -> Tensor:
         """Move `p` by that share of the way to its start, which is returned."""

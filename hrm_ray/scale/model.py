@@ -137,7 +137,9 @@ def training(machine: Machine, work: Work, num_workers: int, batch_size: int) ->
     steps_s = num_steps * of_step.seconds
     evaluation = evaluation_s(machine, work, num_workers, batch_size) if work.num_evaluations else 0.0
     size = work.checkpoint_bytes(math.ceil(batch_size / num_workers))
-    intervals = [steps_s / max(1, work.num_evaluations)]
+    intervals = [steps_s]
+    if config.eval_spacing is None:  # else evaluations alone are no reason for a checkpoint
+        intervals.append(steps_s / max(1, work.num_evaluations))
     if config.checkpoint_interval_s is not None:
         intervals.append(config.checkpoint_interval_s)
     if config.checkpoint_interval is not None:

@@ -7,20 +7,15 @@ import gc
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 
 from hrm_ray import machine, memory
-from hrm_ray.batch import make_batch
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.errors import RunFailed, UserError
-from hrm_ray.evaluation.evaluate import Interrupted, evaluate
-from hrm_ray.evaluation.norms import norms
-from hrm_ray.evaluation.outer_product import eigenvalues, sample
-from hrm_ray.models.act import Batch
+from hrm_ray.evaluation.evaluate import Interrupted
 from hrm_ray.models.compiled import STANCE
 from hrm_ray.storage.lock import Lock
 from hrm_ray.storage.storage import Storage, is_full
@@ -35,6 +30,7 @@ from hrm_ray.training.checkpoint import (
     step_name,
     write_manifest,
 )
+from hrm_ray.training.evaluations import Evaluations
 from hrm_ray.training.hooks import Hooks
 from hrm_ray.training.logging import RECORDS, check_places
 from hrm_ray.training.meter import LossDiverged, Meter
@@ -58,8 +54,6 @@ class Votes:
     written: bool  # every worker has written its part of the pending checkpoint
 
 
-EVALUATED = {"eval": "test", "eval_train": "train"}  # splits, by what their metrics are called
-OF_TRAINING = {"accuracy", "exact_accuracy", "loss"}  # what is told of the second
 EARLY = ("early_stopping", "stop_at")  # ends before the last step that are as planned as it
 SMALLER = "use a smaller model, a smaller global_batch_size or more workers"  # where memory is lacking
 
@@ -92,6 +86,7 @@ class TrainingLoop:
         self._account = Account(config, self.plan, run, world, hooks, lambda: self.state.global_step)
         self._note = self._account.note
         self._preparation = Preparation(config, self.plan, world, setup, note=self._note, show=self._show)
+        self._evaluations = Evaluations(config, self.plan, self.dataset, world, setup.device)
         self._watchdog = Watchdog(config.watchdog_s)
         self._saver = Saver(
             run,
@@ -298,7 +293,12 @@ class TrainingLoop:
         started = time.perf_counter()
         try:
             with self._meter.excluded(), self.state.averaged_weights():
-                named = self._evaluated()
+                named = self._evaluations.of(
+                    self.state.model,
+                    self.state.global_step,
+                    on_batch=self._show_evaluation,
+                    interrupt=self._interrupts_evaluation,
+                )
         except Interrupted:
             self._save_the_end()
             return
@@ -317,40 +317,6 @@ class TrainingLoop:
             write_manifest(folder, manifest.model_copy(update=update))
             self._saver.prune(self.state.global_step)
         self._show("train")
-
-    def _evaluated(self) -> dict[str, float]:
-        """What is known of the model at hand, by the names of metrics. Collective; raises `Interrupted`."""
-        config = self.config
-        at_once = max(1, config.global_batch_size // self.world.size)
-        named: dict[str, float] = {}
-        for prefix, split in EVALUATED.items():
-            if split == "train" and not config.eval_train:
-                continue
-            metrics, _ = evaluate(
-                self.state.model,
-                self.dataset,
-                split=split,
-                batch_size=min(at_once, config.micro_batch_size or at_once),
-                num_examples=config.num_eval_examples,
-                world=self.world,
-                on_batch=self._show_evaluation,
-                interrupt=self._interrupts_evaluation,
-            )
-            told = [name for name in metrics if split == "test" or name in OF_TRAINING]
-            named |= {f"{prefix}/{name}": metrics[name] for name in told}
-        if config.log_norms:
-            named |= {f"norm/{part}": value for part, value in norms(self.state.model).items()}
-        if self.plan.takes_eigenvalues(self.state.global_step):
-            found = eigenvalues(self.state.model, self._sample, config.gop_eigenvalues)
-            named |= {f"gop/{name}": value for name, value in found.items()}
-        return named
-
-    @cached_property
-    def _sample(self) -> Batch:
-        """The training puzzles of which gradients are looked at."""
-        examples = self.dataset.split("train")
-        ids = sample(examples.num_examples, self.config.gop_examples, self.config.seed)
-        return make_batch(examples, ids, self.dataset.manifest.ignore_label_id).to(self.setup.device)
 
     def _interrupts_evaluation(self) -> bool:
         votes = self._vote()
