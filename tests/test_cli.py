@@ -272,7 +272,7 @@ MISTAKES = [
     (["eval", "{run}", "data={data}", "depths=[1]", "halt_max_steps=2"], "leave out halt_max_steps="),
     (
         ["eval", "{run}", "data={data}", "depths=[1]", "out=x.npz"],
-        "out=x.npz: the plot of a table is a file .png",
+        "out=x.npz: end the name of the plot in one of .png, .svg, .pdf",
     ),
     (["eval", "{run}", "data={data}", "depths=2", "save_outputs=logits", "out=x.png"], "not for a table"),
     (["solve", "{run}", "data={data}", "paths=3", "select=first"], "select='first'"),

@@ -5,13 +5,13 @@ import json
 import zipfile
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from hrm_ray.cli.command import KEY_VALUE, add, options_of
+from hrm_ray.cli.plot_file import check_kind, is_plot
 from hrm_ray.config.inference import MOST_PATHS, Use
 from hrm_ray.config.validate import PositiveInt
 from hrm_ray.errors import UserError
@@ -20,8 +20,6 @@ from hrm_ray.jobs.copy import check_lasts
 if TYPE_CHECKING:
     from hrm_ray.api import Solver
     from hrm_ray.evaluation.survey import Row
-
-PLOTS = {".png": b"\x89PNG", ".svg": b"<?xml"}  # files of plots, and how they begin
 
 
 USE = (  # words of `eval` and `solve`
@@ -50,7 +48,7 @@ class EvalOptions(Use):
     save_outputs: tuple[str, ...] = ()
     """What of the model's answers to save."""
     out: str | None = None
-    """The file for them, FILE.npz; or for the plot of a table, FILE.png or FILE.svg."""
+    """The file for them, FILE.npz; or for the plot of a table, FILE.png, .svg or .pdf."""
 
     @field_validator("save_outputs", "paths", "depths", mode="before")
     @classmethod
@@ -84,19 +82,11 @@ class EvalOptions(Use):
     @model_validator(mode="after")
     def _outputs_go_somewhere(self) -> "EvalOptions":
         if self.is_table:
-            if self.out is not None and Path(self.out).suffix not in PLOTS:
-                raise ValueError(f"out={self.out}: the plot of a table is a file {' or '.join(PLOTS)}")
+            if self.out is not None:
+                check_kind(self.out)
         elif bool(self.save_outputs) != (self.out is not None):
             raise ValueError("save_outputs=[NAME,...] and out=FILE.npz go together")
         return self
-
-
-def _may_be_replaced(file: Path, begins: bytes | None) -> bool:
-    """Whether `file` is what an earlier command has saved: it begins so, or holds arrays."""
-    if begins is None:
-        return zipfile.is_zipfile(file)
-    with file.open("rb") as opened:
-        return opened.read(len(begins)) == begins
 
 
 def load_solver(checkpoint: str) -> "Solver":
@@ -128,9 +118,8 @@ def evaluate(args: argparse.Namespace) -> None:
     out = Path(options.out) if options.out else None
     if out:
         check_lasts("out", str(out))
-        begins = PLOTS.get(out.suffix) if options.is_table else None
-        what = "plot" if options.is_table else "file of arrays"
-        check_replaceable(out, "out", what, partial(_may_be_replaced, begins=begins))
+        what, is_one = ("plot", is_plot) if options.is_table else ("file of arrays", zipfile.is_zipfile)
+        check_replaceable(out, "out", what, is_one)
     total = open_dataset(options.data).split(options.split).num_examples
     solver = load_solver(args.checkpoint)
     bar = tqdm(total=min(total, options.num_examples or total), unit="puzzle", disable=args.json)

@@ -4,11 +4,13 @@ import argparse
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from hrm_ray.cli.command import add
+from hrm_ray.cli.plot_file import check_kind, is_plot
 from hrm_ray.config.validate import Settings, read_words, validated
 from hrm_ray.errors import UserError
+from hrm_ray.jobs.copy import check_lasts
 
 KINDS = ("grokking",)
 
@@ -25,17 +27,24 @@ class PlotOptions(Settings):
     chance: float | None = Field(default=None, gt=0, lt=1)
     """Accuracy of a guess, for runs of others that do not say it."""
 
+    @field_validator("out")
+    @classmethod
+    def _is_a_plot(cls, out: str) -> str:
+        check_kind(out)
+        return out
+
 
 def plot(args: argparse.Namespace) -> None:
-    from hrm_ray.grokking.figure import FORMATS, draw
+    from hrm_ray.data.files import check_replaceable, whole_file, writing
+    from hrm_ray.grokking.figure import draw
     from hrm_ray.grokking.read import read_run
     from hrm_ray.grokking.verdict import judge
 
     own = [word for word in args.words if word.partition("=")[0] in PlotOptions.model_fields]
     options = validated(PlotOptions, read_words(own, PlotOptions), "plot")
-    kind = Path(options.out).suffix.removeprefix(".")
-    if kind not in FORMATS:
-        raise UserError(f"out={options.out}: end the name of the file in one of {', '.join(FORMATS)}")
+    out = Path(options.out)
+    check_lasts("out", options.out)
+    check_replaceable(out, "out", "plot", is_plot)
     paths = [word for word in args.words if word not in own]
     if not paths:
         raise UserError("hrm-ray plot grokking needs a run: its folder, or a file with its history")
@@ -45,10 +54,11 @@ def plot(args: argparse.Namespace) -> None:
         run if names.count(run.name) == 1 else run._replace(name=path)
         for run, path in zip(runs, paths, strict=True)
     ]
-    Path(options.out).write_bytes(draw(runs, kind))
+    with writing(out), whole_file(out) as file:
+        file.write(draw(runs, out.suffix.removeprefix(".")))
     for run in runs:
         print(f"{run.name}: {judge(run.history, run.source).text}")
-    print(options.out)
+    print(out)
 
 
 def register(commands: Any) -> None:

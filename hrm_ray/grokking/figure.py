@@ -15,7 +15,6 @@ import numpy as np
 from hrm_ray.grokking.read import Run
 from hrm_ray.grokking.verdict import LEVELS
 
-FORMATS = ("png", "svg", "pdf")
 TRAIN, TEST = "#c9302c", "#2a9d5c"
 COLOURS = ("#2f78b7", "#e08a1e", "#2a9d5c", "#9b4fa5", "#c9302c", "#7f6a4f", "#1f9aa8", "#555555")
 INK, GRID = "#222222", "#dddddd"
@@ -54,7 +53,7 @@ def draw(runs: Sequence[Run], kind: str) -> bytes:
 
     Args:
         runs: at least one.
-        kind: one of `FORMATS`.
+        kind: "png", "svg" or "pdf".
     """
     import matplotlib
     from matplotlib.figure import Figure

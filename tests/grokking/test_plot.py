@@ -85,8 +85,11 @@ def test_whatever_a_history_lacks_is_not_drawn(folder, values):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["late", "out=x.jpg"], "out=x.jpg: end the name of the file in one of png, svg, pdf"),
-        (["late", "out=nowhere/x.png"], "nowhere/x.png: No such file or directory"),
+        (["late", "out=x.jpg"], "plot: out=x.jpg: end the name of the plot in one of .png, .svg, .pdf"),
+        (["late", "out=nowhere/x.png"], "out=nowhere/x.png: there is no folder nowhere"),
+        (["late", "out=folder.png"], "out=folder.png is a folder; give a file"),
+        (["late", "out=mine.png"], "out=mine.png is there, and no plot; move it away"),
+        (["late", "out=/proc/x.png"], "cannot write to /proc/x.png: "),
         (["nowhere"], "nowhere: no such run; give a run folder"),
         (["out=x.png"], "hrm-ray plot grokking needs a run"),
         (["late", "percent=maybe"], "plot: percent='maybe': give true or false"),
@@ -95,6 +98,8 @@ def test_whatever_a_history_lacks_is_not_drawn(folder, values):
 )
 def test_mistakes_are_one_line(folder, capsys, words, said):
     run(folder, "late", 150)
+    (folder / "folder.png").mkdir()
+    (folder / "mine.png").write_text("mine")
     assert main(["plot", "grokking", *words]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith(f"error: {said}") and printed.err.count("\n") == 1 and not printed.out
