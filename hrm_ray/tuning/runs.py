@@ -96,6 +96,13 @@ def without(words: Sequence[str], keys: Sequence[str]) -> list[str]:
     return [word for word in words if split_word(word)[0] not in keys]
 
 
+def at_full_length(words: Sequence[str]) -> list[str]:
+    """The words without what shortens trials, be it one of them or of their experiment."""
+    words = without(words, SHORTENING)
+    config = train_config(words)
+    return [*words, *(f"{key}=null" for key in SHORTENING if getattr(config, key) is not None)]
+
+
 def seed_of(words: Sequence[str]) -> int:
     """The seed that a run with these words has."""
     return train_config(words).seed

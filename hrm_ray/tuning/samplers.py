@@ -102,6 +102,10 @@ def pruner(
         defaults = {"min_resource": first_step, "reduction_factor": FACTOR}
     elif name == "hyperband":
         defaults = {"min_resource": first_step, "max_resource": last_step, "reduction_factor": FACTOR}
+        for key, least, most in (("min_resource", 1, last_step), ("reduction_factor", 2, last_step)):
+            value = options.get(key)  # which Optuna does not check
+            if key in options and not (isinstance(value, int) and least <= value <= most):
+                raise UserError(f"pruner: hyperband: {key}={value} is no whole number from {least} to {most}")
     elif name == "percentile":
         defaults = {"percentile": 25.0}
     elif name == "threshold" and is_turned:
@@ -144,7 +148,7 @@ def _brackets(first_step: int, last_step: int, factor: int) -> dict[int, float]:
 
 
 def _known(kinds: Mapping[str, Any], name: Any, what: str) -> Any:
-    if name not in kinds:
+    if not isinstance(name, str) or name not in kinds:
         raise UserError(f"unknown {what} '{name}'; {nearest(str(name), kinds)}")
     return kinds[name]
 

@@ -46,7 +46,7 @@ from hrm_ray.tuning.explore import changeable
 from hrm_ray.tuning.lineage import drop_unknown, history, point_of
 from hrm_ray.tuning.outline import Outline, check_budget, slot_of
 from hrm_ray.tuning.points import OF_THE_SWEEP, Points, value_of
-from hrm_ray.tuning.runs import SHORTENING, Planned, RunsBook, other_seeds, with_seed, without
+from hrm_ray.tuning.runs import Planned, RunsBook, at_full_length, other_seeds, with_seed, without
 from hrm_ray.tuning.space import Point, words_of
 from hrm_ray.tuning.statistics import spread
 from hrm_ray.tuning.study import (
@@ -536,7 +536,7 @@ def promote(
 ) -> dict[str, Any]:
     """Train the best trial of a sweep at full length, with several seeds.
 
-    What shortens trials (`SHORTENING`) is left out of its words. The runs lie in the sweep's folder; the same command
+    What shortens trials (`runs.SHORTENING`) is left out. The runs lie in the sweep's folder; the same command
     goes on.
 
     Args:
@@ -551,7 +551,7 @@ def promote(
     view = view or View()
     config = config_of(folder)
     best = _best_of(folder)
-    base = [*without(best["words"], (*SHORTENING, "seed", "run_name")), *words]
+    base = [*at_full_length(without(best["words"], ("seed", "run_name"))), *words]
     metric = next(iter(config.metric))
     for word in words:
         if (key := word.partition("=")[0]) in OF_THE_SWEEP:

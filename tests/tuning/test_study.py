@@ -11,6 +11,7 @@ from hrm_ray.errors import UserError
 from hrm_ray.storage.storage import Storage
 from hrm_ray.tuning import samplers
 from hrm_ray.tuning.config import sweep_config
+from hrm_ray.tuning.runs import at_full_length
 from hrm_ray.tuning.study import LOG, SweepStudy, forget_stop, is_driven, mend, rehearse, want
 
 SPACE = {
@@ -201,6 +202,7 @@ def test_wishes_of_other_processes_reach_the_driver_and_outlast_it(tmp_path):
     ("named", "message"),
     [
         ({"sampler": "tpee"}, "unknown sampler 'tpee'; did you mean 'tpe'"),
+        ({"sampler": {"name": ["tpe"]}}, r"unknown sampler '\['tpe'\]'"),
         (
             {"sampler": {"name": "tpe", "n_startup": 1}},
             "unknown option 'n_startup'; did you mean 'n_startup_trials'",
@@ -210,12 +212,24 @@ def test_wishes_of_other_processes_reach_the_driver_and_outlast_it(tmp_path):
         ({"pruner": "halving"}, "unknown pruner 'halving'; known: hyperband, median"),
         ({"pruner": {"name": "median", "warmup": 3}}, "pruner: median: unknown option 'warmup'"),
         ({"pruner": {"name": "successive_halving", "reduction_factor": 1}}, "pruner: successive_halving: "),
+        (
+            {"pruner": {"name": "hyperband", "reduction_factor": 1}},
+            "reduction_factor=1 is no whole number from 2 to",
+        ),
+        ({"pruner": {"name": "hyperband", "min_resource": 0}}, "min_resource=0 is no whole number from 1 to"),
+        ({"pruner": {"name": "hyperband", "min_resource": 10**6}}, "min_resource=1000000 is no whole number"),
     ],
 )
 def test_unknown_samplers_pruners_and_options(tmp_path, named, message):
     with pytest.raises(UserError, match=message):
         opened(tmp_path, **named)
     assert not (tmp_path / LOG).exists()
+
+
+def test_full_length_leaves_out_what_shortens_trials():
+    words = ["experiment=grokking_quick", "max_steps=50", "lr=1e-3", "num_eval_examples=9"]
+    full = at_full_length(words)
+    assert full == ["experiment=grokking_quick", "lr=1e-3", "stop_at=null"]  # which is the experiment's
 
 
 def test_every_sampler_and_pruner_can_be_made():
