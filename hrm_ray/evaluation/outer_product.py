@@ -5,10 +5,13 @@ as there are weights and is never made. Over n examples, those of its eigenvalue
 n x n matrix g_i . g_j / n, which takes n backward passes: exact, and no iteration that has to converge.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from hrm_ray import memory
 from hrm_ray.draws import Purpose, words
 from hrm_ray.models.act import ACT, IGNORE, Batch
 from hrm_ray.models.losses import cross_entropy
@@ -21,26 +24,39 @@ def sample(num_examples: int, count: int, seed: int) -> np.ndarray:
     return np.sort(order[:count])
 
 
-def eigenvalues(model: ACT, batch: Batch, count: int) -> dict[str, float]:
+def eigenvalues(
+    model: ACT, batch: Batch, count: int, *, on_gradient: Callable[[], object] = lambda: None
+) -> dict[str, float]:
     """Of the model as it is in evaluations, in its first ACT step, where the loss of an example is its mean over cells.
 
     Args:
         batch: n examples; all gradients are kept at the same time, n times the memory of the weights.
         count: of eigenvalues, the largest first; at most n are not 0.
+        on_gradient: called after each example's.
 
     Returns:
         `eigenvalue_1`, ..., and `trace`, the sum of all.
+
+    Raises:
+        OutOfMemory: there is no room for all gradients.
     """
-    matrix = gram(model, batch)
+    n = len(batch.inputs)
+    with memory.needed_for(
+        f"the gradients of {n} puzzles", f"gop_examples={max(1, n // 2)} takes half of them"
+    ):
+        matrix = gram(model, batch, on_gradient)
     values = torch.linalg.eigvalsh(matrix).flip(0)[:count].clamp(min=0).tolist()
     named = {f"eigenvalue_{number}": value for number, value in enumerate(values, 1)}
     return named | {"trace": matrix.trace().item()}
 
 
-def gram(model: ACT, batch: Batch) -> Tensor:
-    """g_i . g_j / n, float64 [n, n]."""
+def gram(model: ACT, batch: Batch, on_gradient: Callable[[], object] = lambda: None) -> Tensor:
+    """g_i . g_j / n, float64 [n, n]; `on_gradient` is called after each g_i."""
     n = len(batch.inputs)
-    gradients = [_gradient(model, batch.rows(slice(i, i + 1))) for i in range(n)]
+    gradients = []
+    for i in range(n):
+        gradients.append(_gradient(model, batch.rows(slice(i, i + 1))))
+        on_gradient()
     matrix = torch.zeros(n, n, dtype=torch.float64, device=batch.inputs.device)
     for parts in zip(*gradients, strict=True):  # a tensor of weights at a time, for the memory of float64
         rows = torch.stack(parts).flatten(1).double()

@@ -64,7 +64,7 @@ class Evaluations:
         if config.log_norms:
             named |= {f"norm/{part}": value for part, value in norms(model).items()}
         if self.plan.takes_eigenvalues(step):
-            found = eigenvalues(model, self._sample, config.gop_eigenvalues)
+            found = eigenvalues(model, self._sample, config.gop_eigenvalues, on_gradient=lambda: on_batch(0))
             named |= {f"gop/{name}": value for name, value in found.items()}
         return named
 

@@ -9,6 +9,7 @@ import torch
 from hrm_ray.batch import make_batch
 from hrm_ray.config.inference import AS_TRAINED
 from hrm_ray.config.schema import TrainConfig
+from hrm_ray.errors import OutOfMemory
 from hrm_ray.evaluation import scores
 from hrm_ray.evaluation.evaluate import evaluate
 from hrm_ray.evaluation.norms import norms
@@ -67,6 +68,19 @@ def test_eigenvalues_are_those_of_the_whole_matrix(model, dataset):
     assert [*found.values()][:5] == pytest.approx(dense[:5].tolist(), rel=1e-4)
     assert found["trace"] == pytest.approx(dense.sum().item(), rel=1e-4)
     assert len(eigenvalues(model, batch.rows(slice(0, 2)), 5)) == 3  # two examples have two
+
+
+def test_gradients_that_do_not_fit_are_one_line_that_helps(model, dataset, monkeypatch):
+    told = []
+    eigenvalues(model, batch_of(dataset, range(3)), 1, on_gradient=lambda: told.append(1))
+    assert len(told) == 3  # so that a watchdog sees that it goes on
+
+    def full(*_args, **_keys):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    with pytest.raises(OutOfMemory, match="the gradients of 12 puzzles; gop_examples=6 takes half of them"):
+        eigenvalues(model, batch_of(dataset, range(12)), 1)
 
 
 def test_the_sample_is_that_of_the_seed():
