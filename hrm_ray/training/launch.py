@@ -3,6 +3,7 @@
 The loop itself runs in this process (`scaling=local`) or in the workers of Ray Train (`ray_train`).
 """
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -71,8 +72,18 @@ class Launch:
         )
         splits = self.dataset.manifest.splits
         about = self.dataset.task.about({name: info.num_examples for name, info in splits.items()})
-        warnings = [f"warning: {text}" for text in plan.warnings()]
+        warnings = [f"warning: {text}" for text in (*plan.warnings(), *self._not_evaluated())]
         return "\n".join([first, *about, f"schedule: {'; '.join(plan.describe())}", *warnings])
+
+    def _not_evaluated(self) -> Iterator[str]:
+        """What is in vain where nothing is held out."""
+        if self.dataset.splits.get("test"):
+            return
+        keys = ("stop_at", "early_stopping", "eval_train", "log_norms", "gop_eigenvalues")
+        idle = [key for key in keys if getattr(self.config, key)]
+        yield f"{self.config.data_path} holds no examples out, so nothing is evaluated" + (
+            f": {', '.join(idle)} have no effect" if idle else ""
+        )
 
     def train(self, *, show_progress: bool = True) -> tuple[dict[str, Any], int | None]:
         """Run it.

@@ -283,6 +283,13 @@ def test_a_run_says_so_too(tmp_path):
     assert [line for line in lines if line.startswith("warning: 47 equations are so few")]
 
 
+def test_a_run_without_validation_says_what_is_in_vain(tmp_path):
+    built(tmp_path / "data", train_fraction=1)
+    config = toy_config(tmp_path / "data", tmp_path / "runs") | {"stop_at": 0.9, "log_norms": True}
+    warning = f"warning: {tmp_path / 'data'} holds no examples out, so nothing is evaluated: stop_at, log_norms have"
+    assert warning in Launch(TrainConfig(**config)).announce()
+
+
 BAD = [
     (["op=%"], "op=%: no such operator; known: +, -, *, /, x^2+y,"),
     (["op=s5con"], "op=s5con: no such operator; did you mean 's5conj'?"),
