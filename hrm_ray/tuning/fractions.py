@@ -17,7 +17,7 @@ from hrm_ray.config.compose import train_config
 from hrm_ray.config.validate import as_text
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.errors import UserError
-from hrm_ray.tuning.study import OUTCOME, WORDS, ReadStudy
+from hrm_ray.tuning.study import OUTCOME, WORDS, ReadStudy, grid_of
 
 KEYS = ("data_path", "data")  # of a space, that choose a data set
 VARIANTS = ("p", "noise", "draws", "predict_end")  # of recipes, that make equations of one operator others
@@ -49,21 +49,23 @@ class Reached:
 def over_fraction(study: ReadStudy) -> dict[str, dict[float, Reached]]:
     """What complete trials came to, by operator and by share of the equations in training, ascending.
 
-    Where recipes of one operator differ in one of `VARIANTS`, each has a line of its own, which names it. Nothing where
-    the sweep is over no such data sets, over more than these and seeds, or none of its trials has got there.
+    Where recipes of one operator differ in one of `VARIANTS`, or trials in another key of the space than the seed,
+    each has a line of its own, which names it. Nothing where the sweep is over no such data sets, over values that
+    cannot be listed, or none of its trials has got there.
     """
     space = study.config.space
     key = next((key for key in KEYS if key in space), None)
-    if key is None or not space.keys() <= {key, "seed"}:
+    if key is None or grid_of(study.config) is None:
         return {}
+    others = [other for other in space if other not in (key, "seed")]
     tried = [
-        (recipe, _steps(study, trial))
+        (recipe | {other: trial.params[other] for other in others}, _steps(study, trial))
         for trial in study.trials(TrialState.COMPLETE)
         for recipe in _recipes(trial, key)
     ]
     if all(steps is None for _, steps in tried):
         return {}
-    names = _names([recipe for recipe, _ in tried])
+    names = _names([recipe for recipe, _ in tried], (*VARIANTS, *others))
     found: dict[tuple[str, float], list[int | None]] = {}
     for name, (recipe, steps) in zip(names, tried, strict=True):
         found.setdefault((name, float(recipe["train_fraction"])), []).append(steps)
@@ -82,11 +84,11 @@ def _recipes(trial: FrozenTrial, key: str) -> Iterator[dict[str, Any]]:
             yield recipe
 
 
-def _names(recipes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What the line of each is called: its operator, and in what it differs from others of that."""
+def _names(recipes: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> Iterator[str]:
+    """What the line of each is called: its operator, and in which of `variants` it differs from others of that."""
     for recipe in recipes:
         alike = [other for other in recipes if other["op"] == recipe["op"]]
-        differ = [key for key in VARIANTS if any(other.get(key) != recipe.get(key) for other in alike)]
+        differ = [key for key in variants if any(other.get(key) != recipe.get(key) for other in alike)]
         yield " ".join([recipe["op"], *(f"{key}={as_text(recipe.get(key))}" for key in differ)])
 
 

@@ -219,7 +219,20 @@ def test_equations_that_differ_have_lines_of_their_own(tmp_path, monkeypatch):
     assert all(line[0.5].num_seeds == 1 for line in found.values())
 
 
-def test_over_more_than_data_sets_and_seeds_there_is_no_such_plot(tmp_path, monkeypatch):
+def test_variants_of_the_optimizer_have_lines_of_their_own(tmp_path, monkeypatch):
+    of_equations(monkeypatch, a={}, b={"train_fraction": 0.3})
+    space = {"data": ["a", "b"], "optimizer": ["adam", "adamw"], "weight_decay": [0.0, 1.0], "seed": [0, 1]}
+    study = begun(tmp_path, num_trials=16, space=space, sampler={"name": "grid"})
+    for _ in range(16):
+        ended(study, "stop_at", 0.99)
+    found = over_fraction(study)
+    assert list(found) == [
+        f"+ optimizer={name} weight_decay={decay}" for name in ("adam", "adamw") for decay in ("0.0", "1.0")
+    ]
+    assert all(line[share].num_seeds == 2 for line in found.values() for share in (0.3, 0.5))
+
+
+def test_over_values_that_cannot_be_listed_there_is_no_such_plot(tmp_path, monkeypatch):
     of_equations(monkeypatch, a={})
     study = begun(tmp_path, num_trials=2, space={"data_path": ["a"], "lr": SPACE["lr"]})
     for _ in range(2):
