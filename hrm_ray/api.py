@@ -383,7 +383,7 @@ def train(
     from hrm_ray.training import launch
 
     if not isinstance(config, TrainConfig):
-        config = train_config([*_words(config), *_as_words(keys)])
+        config = train_config([*_words(config), *_as_words(keys)], by_hand=True)
     elif keys:
         raise UserError("give keys with words, or a whole TrainConfig")
     summary, stopped_by = launch.train(config, show_progress=show_progress)

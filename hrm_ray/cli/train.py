@@ -38,7 +38,7 @@ def _train(args: argparse.Namespace) -> int:
     from hrm_ray.config.compose import train_config
     from hrm_ray.training import launch
 
-    config = train_config(args.words)
+    config = train_config(args.words, by_hand=True)
     check_lasts("storage", config.storage)
     run_at_hand = launch.Launch(config)
     print(run_at_hand.announce(), file=sys.stderr)

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hrm_ray.config import published_words
 from hrm_ray.config.arch import arch_class, architectures
+from hrm_ray.config.effect import check_effect
 from hrm_ray.config.halting import HALTINGS, HaltingConfig
 from hrm_ray.config.optimizer import OPTIMIZERS
 from hrm_ray.config.schema import TrainConfig
@@ -58,22 +59,28 @@ def choices(group: str) -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
-def train_config(words: Sequence[str]) -> TrainConfig:
+def train_config(words: Sequence[str], *, by_hand: bool = False) -> TrainConfig:
     """Compose the configuration of a training run from ``key=value`` words.
 
     Paths, URIs and names are taken as they are typed; all other values are read as YAML, and ``${KEY}`` in one stands
     for the value of another key. Words of the published code are understood (see `published`). `run_name`, if not
     given, is the experiment's name.
 
+    Args:
+        by_hand: refuse words that change nothing beside the others. A sweep may try such points.
+
     Raises:
         UserError: an unknown key, group choice, or a value that does not fit.
     """
     with in_one_line("configuration"):
-        return _train_config(words)
+        chosen, given = _sorted(words)
+        config = _train_config(chosen, given)
+        if by_hand:
+            check_effect(config, given)
+        return config
 
 
-def _train_config(words: Sequence[str]) -> TrainConfig:
-    chosen, given = _sorted(words)
+def _train_config(chosen: Mapping[str, str], given: Mapping[str, str]) -> TrainConfig:
     values = _composed(chosen)
     if "experiment" in chosen and "arch" in chosen:
         # What the experiment says of its own architecture holds for this one where that has such a key and does not
@@ -81,8 +88,14 @@ def _train_config(words: Sequence[str]) -> TrainConfig:
         own = _composed({"arch": chosen["arch"]})["arch"]
         fields = arch_class(own["name"]).model_fields
         values["arch"] = {key: value for key, value in values["arch"].items() if key in fields} | own
+        if "L_cycles" not in fields:
+            values["curriculum"]["depth"] = []
+        if "init_std" not in fields:
+            values["paths"]["train"] = 1
     if chosen.get("scaling") == "local":
         values["scaling"]["num_workers"] = 1  # whatever the experiment says
+    halting = HALTINGS.find(given.get("halting.name", values["halting"]["name"]))
+    _drop_other_durations(values, set(given), halting)
     values = _with_words(values, given)
     _check_optimizer_words(set(given), values["optimizer"]["name"])
     if values["data_path"] is None:
@@ -90,7 +103,6 @@ def _train_config(words: Sequence[str]) -> TrainConfig:
             "data_path is not given; add data=DIR, or choose an experiment: "
             + ", ".join(f"experiment={name}" for name in choices("experiment"))
         )
-    _check_durations(set(given), HALTINGS.find(values["halting"]["name"]))
     is_asked_for = "compile" in given and values["compile"] is True
     if os.environ.get("DISABLE_COMPILE", "0") not in ("", "0") and not is_asked_for:
         values["compile"] = False  # said here, since workers may have another environment
@@ -185,12 +197,16 @@ def _replaced(values: dict[str, Any]) -> dict[str, Any]:
     return replaced | {group: {key: replaced[group][key] for key in values[group]} for group in defaults}
 
 
-def _check_durations(given: set[str], halting: type[HaltingConfig]) -> None:
-    """Raise UserError where two keys set one duration."""
+def _drop_other_durations(values: dict[str, Any], given: set[str], halting: type[HaltingConfig]) -> None:
+    """Of two keys that set one duration, the first holds only where the other is null; so a first one that is given
+    takes the place of the experiment's other. Raise UserError if both are given."""
     pairs = {f"halting.{old}": f"halting.{key}" for old, key in halting.older.items()}
-    for old, ratio in (pairs | {"lr_warmup_steps": "lr_warmup_ratio"}).items():
-        if {old, ratio} <= given:
-            raise UserError(f"{old} and {ratio} set the same duration; give only {ratio}")
+    pairs |= {"lr_warmup_steps": "lr_warmup_ratio", "eval_interval": "eval_interval_steps"}
+    for first, other in pairs.items():
+        if {first, other} <= given:
+            raise UserError(f"{first} and {other} set the same duration; give only {other}")
+        if first in given and first in TrainConfig.model_fields:
+            values[other] = None
 
 
 def _check_optimizer_words(given: set[str], name: str) -> None:

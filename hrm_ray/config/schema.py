@@ -1,7 +1,7 @@
 """Every key of a training configuration, with its meaning and unit; names follow the published HRM and TRM.
 
-The values live in the Hydra tree beside this file (`train.yaml` and the groups `arch` and `experiment`). Here
-are types, ranges and the checks across keys, all of which fail before Ray starts.
+Here are types, defaults, ranges and the checks across keys, all of which fail before Ray starts. What the choices of a
+group (`arch`, `experiment`, ...) say otherwise is YAML in the Hydra tree beside this file.
 """
 
 from typing import Annotated, Any, Literal
@@ -258,7 +258,7 @@ class TrainConfig(Settings):
         full = self.arch.full_depth
         if full is None:
             raise ValueError(
-                f"curriculum.depth: arch={self.arch.name} has no H_cycles and L_cycles; leave it out"
+                f"curriculum.depth: arch={self.arch.name} has no H_cycles and L_cycles; give curriculum.depth=[]"
             )
         for until, *cycles in self.curriculum.depth:
             if any(own > most for own, most in zip(cycles, full, strict=True)):
@@ -291,7 +291,9 @@ class TrainConfig(Settings):
             return self
         what = f"paths.train={self.paths.train}: the paths of a puzzle are all alike"
         if not isinstance(self.arch, StateConfig):
-            raise ValueError(f"{what} with arch={self.arch.name}, which has no random starts; leave it out")
+            raise ValueError(
+                f"{what} with arch={self.arch.name}, which has no random starts; give paths.train=1"
+            )
         raise ValueError(f"{what} without random starts; add arch.init_std=1")
 
     @model_validator(mode="after")

@@ -94,6 +94,7 @@ LEARN = ["data=d", "halting=q_learning"]
         (["data=d", "halting.q_temprature=1"], "did you mean 'halting.q_temperature'?"),
         (["data=d", "supervision_steps=0"], "supervision_steps=0"),
         (["data=d", "epochs"], "'epochs' is not of the form key=value"),
+        (["data=d", "eval_interval=9", "eval_interval_steps=9"], "give only eval_interval_steps"),
         (["lr=1e-3"], "data_path is not given; add data=DIR"),
     ],
 )
@@ -104,6 +105,39 @@ def test_mistakes_are_one_line(words, said):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("words", "key", "with_effect"),
+    [
+        ("experiment=grokking_quick eval_interval=2", "eval_interval", "eval_spacing=null"),
+        ("data=d ema_rate=0.9", "ema_rate", "ema=true"),
+        ("data=d weight_decay_anneal_ratio=0.5", "weight_decay_anneal_ratio", "weight_decay_end=0"),
+        ("data=d max_rollbacks=3", "max_rollbacks", "on_nonfinite=rollback"),
+        ("data=d gop_interval=3", "gop_interval", "gop_eigenvalues=2"),
+        ("data=d supervised=last", "supervised", "supervision_steps=2"),
+        ("experiment=quickstart puzzle_emb_lr=1", "puzzle_emb_lr", "arch.puzzle_emb_ndim=8"),
+        ("experiment=quickstart arch=transformer puzzle_emb_lr=1", "puzzle_emb_lr", "arch.puzzle_emb_ndim=8"),
+        ("data=d halting=fixed arch.no_ACT_continue=true", "arch.no_ACT_continue", "halting=act"),
+        ("data=d arch=trm_mlp arch.pos_encodings=rope", "arch.pos_encodings", "arch.mlp_t=false"),
+    ],
+)
+def test_a_key_without_effect_is_refused_of_people_only(words, key, with_effect):
+    with pytest.raises(UserError, match=f"^{key} has no effect"):
+        train_config(words.split(), by_hand=True)
+    train_config(words.split())  # as a point of a sweep may be
+    train_config([*words.split(), with_effect], by_hand=True)
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_no_experiment_is_refused(experiment):
+    train_config([f"experiment={experiment}", "data=d"], by_hand=True)
+
+
+def test_a_duration_takes_the_place_of_the_other_of_an_experiment():
+    assert train_config(["experiment=quickstart"]).eval_interval_steps == 500
+    config = train_config(["experiment=quickstart", "eval_interval=2"])
+    assert (config.eval_interval, config.eval_interval_steps) == (2, None)
+
+
 def test_another_architecture_takes_of_the_experiment_what_it_understands():
     trm = train_config(["experiment=sudoku_4x4", "arch=trm", "arch.L_cycles=3"]).arch
     assert (trm.name, trm.hidden_size, trm.halt_max_steps, trm.L_layers) == ("trm", 96, 8, 2)
@@ -112,6 +146,10 @@ def test_another_architecture_takes_of_the_experiment_what_it_understands():
     assert (mlp.name, mlp.mlp_t, mlp.pos_encodings) == ("trm", True, "none")
     transformer = train_config(["experiment=sudoku_4x4", "arch=transformer", "arch.num_layers=4"]).arch
     assert (transformer.halt_max_steps, transformer.num_layers, transformer.hidden_size) == (1, 4, 96)
+    flat = train_config(["experiment=sudoku_extreme_wta", "arch=transformer", "curriculum.depth=[]"])
+    assert flat.paths.train == 1
+    assert train_config(["experiment=quickstart", "arch=transformer"]).curriculum.depth == ()
+    assert train_config(["experiment=quickstart", "arch=trm"]).curriculum.depth
 
 
 def test_published_trm_is_understood():
