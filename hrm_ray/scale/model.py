@@ -94,7 +94,7 @@ def evaluation_s(machine: Machine, work: Work, num_workers: int, batch_size: int
     """One evaluation, every puzzle with all its ACT steps."""
     at_once = max(1, batch_size // num_workers)
     at_once = min(at_once, work.config.micro_batch_size or at_once)
-    num_passes = math.ceil(work.num_test / (num_workers * at_once)) * work.config.arch.halt_max_steps
+    num_passes = math.ceil(work.num_evaluated / (num_workers * at_once)) * work.config.arch.halt_max_steps
     products = at_once * work.model.evaluation.flops / machine.flops_per_s.value
     launches = work.model.evaluation.products * machine.launch_s.value
     busy = max(products, launches) if machine.runs_ahead else products + launches

@@ -97,7 +97,7 @@ def text(name: str, machine: Machine, work: Work, workers: Sequence[int] | None 
     kind = f"{config.arch.name}{', mlp_t' if getattr(config.arch, 'mlp_t', False) else ''}"
     lines = [
         f"{name}: {kind}, {model.num_params:,} parameters; {work.last_step:,} steps of {batch} puzzles, "
-        f"{work.num_evaluations} evaluation(s) of {work.num_test:,} ({work.puzzles.source})",
+        f"{work.num_evaluations} evaluation(s) of {work.num_evaluated:,} ({work.puzzles.source})",
         f"counted: {model.training.flops / 1e9:.4g} GFLOP a puzzle and {model.training.products} products an ACT step; "
         f"{work.gradient_bytes / 1e6:.4g} MB of gradients, {work.num_messages} messages a step",
         "",

@@ -184,9 +184,12 @@ class Work:
         return max(1, self.last_step * self.config.global_batch_size // batch_size)
 
     @property
-    def num_test(self) -> int:
-        """Puzzles of an evaluation."""
-        return min(self.puzzles.num_test, self.config.num_eval_examples or self.puzzles.num_test)
+    def num_evaluated(self) -> int:
+        """Puzzles of an evaluation; with `eval_train` also one of every group in training."""
+        splits = [self.puzzles.num_test]
+        if self.config.eval_train:
+            splits.append(math.ceil(self.puzzles.examples_per_epoch))
+        return sum(min(num, self.config.num_eval_examples or num) for num in splits)
 
     @property
     def gradient_bytes(self) -> int:

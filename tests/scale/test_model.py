@@ -136,6 +136,11 @@ def test_checkpoints_are_written_whenever_any_rule_says_so(words, interval):
     assert training(machine(), work(*words), 1, 8).save_interval == pytest.approx(interval)
 
 
+def test_training_puzzles_are_evaluated_too_where_that_is_asked_for():
+    assert work("eval_train=true").num_evaluated == work().num_evaluated + 800
+    assert work("eval_train=true", "num_eval_examples=3").num_evaluated == 6
+
+
 def test_an_evaluation_that_is_longer_than_the_interval_is_what_is_lost():
     long = replace(WORK, puzzles=replace(WORK.puzzles, num_test=8000))
     found = training(machine(), long, 1, 8)
