@@ -36,7 +36,7 @@ def direction_of(metric: str, train: Sequence[str] = ()) -> Direction:
         train: words of ``hrm-ray train``; a metric that no task here has may be of the task of their data set.
 
     Raises:
-        UserError: no run reports it.
+        UserError: a sweep cannot be judged by it.
     """
     known = {**directions(), **_OF_RUNS}
     reason = ""
@@ -46,5 +46,5 @@ def direction_of(metric: str, train: Sequence[str] = ()) -> Direction:
         except UserError as error:
             reason = f" (the data set could not be asked: {error})"
     if metric not in known:
-        raise UserError(f"metric '{metric}' is never reported; {nearest(metric, known)}{reason}")
+        raise UserError(f"a sweep cannot be judged by metric '{metric}'; {nearest(metric, known)}{reason}")
     return known[metric]

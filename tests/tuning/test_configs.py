@@ -111,7 +111,7 @@ BASE = {"train": "experiment=sudoku_4x4", "space": {"lr": {"log": [1e-4, 1e-2]}}
     [
         (
             {"metric": "eval/exact"},
-            "metric 'eval/exact' is never reported; did you mean 'eval/exact_accuracy'",
+            "a sweep cannot be judged by metric 'eval/exact'; did you mean 'eval/exact_accuracy'",
         ),
         ({"metric": {"eval/accuracy": "up"}}, "metric.eval/accuracy='up': "),
         ({"metric": []}, "metric: is empty"),
@@ -124,7 +124,7 @@ BASE = {"train": "experiment=sudoku_4x4", "space": {"lr": {"log": [1e-4, 1e-2]}}
             {"pruner": {"name": "median", "metric": "train_s"}},
             "metric train_s is known at the end of a run only",
         ),
-        ({"pruner": {"name": "median", "metric": "x"}}, "pruner: metric 'x' is never reported"),
+        ({"pruner": {"name": "median", "metric": "x"}}, "pruner: a sweep cannot be judged by metric 'x'"),
         ({"num_trial": 3}, "unknown key 'num_trial'; did you mean 'num_trials'"),
         ({"num_trials": 0}, "num_trials=0: input should be greater than 0"),
         ({"num_trials": "many"}, "num_trials='many'"),
@@ -277,12 +277,13 @@ def test_a_metric_may_be_of_a_task_of_ones_own(tmp_path, monkeypatch):
     assert alone == "{'eval/last_wrong': 'minimize'} minimize None"
     assert another == "{'eval/last_right': 'maximize'} maximize eval/last_right"
     assert watched == "{'eval/exact_accuracy': 'maximize'} minimize eval/exact_accuracy"
-    assert "metric 'eval/last_wrnog' is never reported; did you mean 'eval/last_wrong'?" in misspelt
+    assert "a sweep cannot be judged by metric 'eval/last_wrnog'; did you mean 'eval/last_wrong'?" in misspelt
     assert "metric eval/last_wrnog is not reported for task tests.own_task; did you mean" in told
     assert "metric eval/answered is not reported for task tests.own_task" in not_in_training
     untrusted = said(HRM_RAY_TASKS="")[0]
     assert (
-        "metric 'eval/last_wrong' is never reported" in untrusted and "set HRM_RAY_TASKS=tests" in untrusted
+        "a sweep cannot be judged by metric 'eval/last_wrong'" in untrusted
+        and "set HRM_RAY_TASKS=tests" in untrusted
     )
 
 
