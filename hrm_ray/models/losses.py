@@ -30,6 +30,7 @@ METRICS = (
     "q_halt_loss",
     "q_continue_loss",
 )
+Q_LOSS_WEIGHT = 0.5  # of each Q loss, beside the loss of the answers
 
 
 def log_stablemax_scores(logits: Tensor) -> Tensor:
@@ -107,14 +108,14 @@ def act_loss(
     )
     loss = lm_losses.sum()
     if has_q_head:
-        loss = loss + 0.5 * q_halt_losses.sum()
+        loss = loss + Q_LOSS_WEIGHT * q_halt_losses.sum()
     q_continue_loss = torch.zeros_like(loss)
     if step.target_q_continue is not None:
         q_continue_losses = F.binary_cross_entropy_with_logits(
             prediction.q_continue, step.target_q_continue, reduction="none"
         )
         q_continue_loss = (is_puzzle * q_continue_losses).sum()
-        loss = loss + 0.5 * q_continue_loss
+        loss = loss + Q_LOSS_WEIGHT * q_continue_loss
 
     with torch.no_grad():
         metrics = torch.stack(

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hrm_ray.models.losses import METRICS
+from hrm_ray.models.losses import METRICS, Q_LOSS_WEIGHT
 from hrm_ray.training.step import Outcome
 from hrm_ray.world import World
 
@@ -95,7 +95,7 @@ class Meter:
         record: dict[str, float] = {}
         if self.num_steps:  # none, if all were left out after a rollback
             slots = self.num_steps * self._slots_per_step
-            weights = {"lm_loss": 1.0, "q_halt_loss": 0.5, "q_continue_loss": 0.5}
+            weights = {"lm_loss": 1.0, "q_halt_loss": Q_LOSS_WEIGHT, "q_continue_loss": Q_LOSS_WEIGHT}
             means = {name: sums[name] / slots for name in weights if self._has_q_head or "q_" not in name}
             record |= {f"train/{name}": mean for name, mean in means.items()}
             record["train/loss"] = sum(weights[name] * mean for name, mean in means.items())

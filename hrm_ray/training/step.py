@@ -35,7 +35,7 @@ from hrm_ray.halting.base import Control, Moment
 from hrm_ray.models.act import ACT, Batch, Carry
 from hrm_ray.models.compiled import compile_recursion
 from hrm_ray.models.layers import Linear
-from hrm_ray.models.losses import METRICS, act_loss
+from hrm_ray.models.losses import METRICS, Q_LOSS_WEIGHT, act_loss
 from hrm_ray.models.recursive import State
 from hrm_ray.models.winner import winners
 from hrm_ray.optim.sign_sgd import sparse_sign_sgd
@@ -70,7 +70,7 @@ class LossModule(nn.Module):
         if replay_loss is not None:
             assert self.model.inner.q_head is not None
             replayed = replay_loss(self.model.inner.q_head)
-            loss = loss + 0.5 * replayed
+            loss = loss + Q_LOSS_WEIGHT * replayed
             metrics[METRICS.index("q_continue_loss")] += replayed.detach()
         state = step.carry.state if z_L is None else State(step.carry.state.z_H, z_L)
         return loss, metrics, step.carry._replace(state=state), right
