@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -422,7 +422,7 @@ def _own_token() -> Iterator[None]:
         check_token()
         yield
         return
-    with _environment({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}, _reload_token):
+    with environment({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}, _reload_token):
         yield
 
 
@@ -435,7 +435,8 @@ def _reload_token() -> None:
 
 
 @contextmanager
-def _environment(values: dict[str, str], changed: Any) -> Iterator[None]:
+def environment(values: Mapping[str, str], changed: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Inside, the environment has `values`; `changed` is called whenever it has changed."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     changed()

@@ -162,7 +162,7 @@ def test_a_head_of_another_version(head, other):
 @contextlib.contextmanager
 def token(**variables: str):
     """Inside, Ray is to send a token, which it finds by these variables."""
-    with ray_session._environment({"RAY_AUTH_MODE": "token", **variables}, ray_session._reload_token):
+    with ray_session.environment({"RAY_AUTH_MODE": "token", **variables}, ray_session._reload_token):
         yield
 
 

@@ -44,7 +44,7 @@ from hrm_ray.nodes import (
     waiting_for,
 )
 from hrm_ray.ray_metrics import RunMetrics
-from hrm_ray.ray_session import cluster_address, ray_session
+from hrm_ray.ray_session import cluster_address, environment, ray_session
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.channel import Channel
 from hrm_ray.training.driver import Driver
@@ -92,7 +92,7 @@ def train_on_ray(
         group: a placement group that has a bundle for each worker, and stays when the run has ended, with nothing in
             it; None: one is made.
     """
-    with _environment(_ray_settings(config)):
+    with environment(_ray_settings(config)):
         while True:
             with ray_session() as is_ours:
                 if driver.stop.signal is not None:  # that came while Ray was started
@@ -283,17 +283,6 @@ def trusted_tasks() -> dict[str, str]:
 
 def where_not_set(settings: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in settings.items() if name not in os.environ}
-
-
-@contextmanager
-def _environment(settings: dict[str, str]) -> Iterator[None]:
-    """Inside, the environment has `settings`."""
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name in settings:
-            os.environ.pop(name, None)
 
 
 class LookAhead:

@@ -6,7 +6,6 @@ processes want. None of them has a state that a new driver would miss.
 """
 
 import json
-import os
 import tempfile
 import time
 import uuid
@@ -27,7 +26,7 @@ from hrm_ray.errors import Unseen, UserError, about_file
 from hrm_ray.every import Every
 from hrm_ray.memory import ONE_ARENA
 from hrm_ray.nodes import Growth, Request, fit, growth, living, living_names, most, room
-from hrm_ray.ray_session import cluster_address, ray_session
+from hrm_ray.ray_session import cluster_address, environment, ray_session
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.driver import run_folder
 from hrm_ray.training.ray_train import absolute, trusted_tasks, where_not_set
@@ -159,7 +158,7 @@ class Executor:
     def run(self) -> None:
         """Until the end, or the stop; then `stop_reason` says why. Raises UserError if failures are alike."""
         with (
-            _environment(),
+            environment(where_not_set(SETTINGS)),
             tempfile.TemporaryDirectory(prefix="hrm_ray-tune-") as aside,
             closing(self._request),
         ):
@@ -468,17 +467,6 @@ class _Stops(Stateless, tune.Stopper):
 
     def stop_all(self) -> bool:
         return self._executor.why_stop() is not None
-
-
-@contextmanager
-def _environment() -> Iterator[None]:
-    added = where_not_set(SETTINGS)
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]
 
 
 @contextmanager
