@@ -63,7 +63,7 @@ def train_config(words: Sequence[str], *, by_hand: bool = False) -> TrainConfig:
     """Compose the configuration of a training run from ``key=value`` words.
 
     Paths, URIs and names are taken as they are typed; all other values are read as YAML, and ``${KEY}`` in one stands
-    for the value of another key. Words of the published code are understood (see `published`). `run_name`, if not
+    for the value of another key. Words of the published code are understood (see `published_words`). `run_name`, if not
     given, is the experiment's name.
 
     Args:

@@ -111,7 +111,7 @@ def _locked(staged: Path) -> IO[str] | None:
 
 
 def _delete_old(builds: Path) -> None:
-    """Delete builds that nobody is at work on, and has been for `KEPT_S`."""
+    """Delete builds that no process has worked on for `KEPT_S`."""
     for folder in builds.iterdir():
         with suppress(OSError):  # another process may do the same, or begin that build
             if not folder.is_dir() or time.time() - folder.stat().st_mtime < KEPT_S:

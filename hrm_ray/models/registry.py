@@ -49,10 +49,10 @@ def coordinates_of(arch: ArchConfig, data: DataShape) -> np.ndarray | None:
 def build_model(arch: ArchConfig, data: DataShape, setup: Setup, halting: HaltingConfig | None = None) -> ACT:
     """A freshly initialised model, drawn from torch's global generator on the CPU and moved to its device.
 
+    On torch's meta device nothing is drawn: it has shapes only.
+
     Args:
         halting: when its slots halt; None: as published.
-
-    On torch's meta device nothing is drawn: it has shapes only.
 
     Raises:
         UserError: there is no such model, or its positions need a grid that is not known.
