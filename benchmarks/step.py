@@ -37,7 +37,7 @@ from benchmarks import front
 from benchmarks.clock import in_turns, medians_ms
 from benchmarks.machine import a_product, peak_tflops
 from hrm_ray import machine, memory
-from hrm_ray.config.arch import ArchConfig
+from hrm_ray.config.arch import ArchConfig, LossType
 from hrm_ray.errors import UserError, first_line
 from hrm_ray.halting.base import Control
 from hrm_ray.models import act as act_module
@@ -103,7 +103,7 @@ def plain_apply_rope(x_BNSK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def plain_cross_entropy(
-    logits: Tensor, labels: Tensor, loss_type: losses.LossType, label_smoothing: float = 0.0
+    logits: Tensor, labels: Tensor, loss_type: LossType, label_smoothing: float = 0.0
 ) -> Tensor:
     """In float64 for stablemax, as published; without label smoothing."""
     assert not label_smoothing

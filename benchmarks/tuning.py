@@ -35,7 +35,8 @@ from hrm_ray.storage.storage import Storage
 from hrm_ray.training import launch
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.tuning.config import plain, sweep_config
-from hrm_ray.tuning.sweep import run_sweep, trial_name
+from hrm_ray.tuning.study import trial_name
+from hrm_ray.tuning.sweep import run_sweep
 from tests.toy import ARCH, toy_dataset
 
 STEPS = 60

@@ -155,6 +155,7 @@ def _table(
 ) -> "list[Row]":
     """Measured at all depths and numbers of paths, and drawn into `file` if there is one."""
     from hrm_ray.evaluation.survey import draw
+    from hrm_ray.figures import DPI
 
     rows = solver.survey(
         options.data,
@@ -167,7 +168,7 @@ def _table(
     )
     if file:
         kind = Path(str(options.out)).suffix[1:]
-        draw(rows, options.select, solver.model.halt_max_steps).savefig(file, format=kind, dpi=130)
+        draw(rows, options.select, solver.model.halt_max_steps).savefig(file, format=kind, dpi=DPI)
     return rows
 
 

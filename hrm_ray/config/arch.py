@@ -22,10 +22,13 @@ DEFAULT_ARCH = "hrm_v1"
 ROPE_THETA, RMS_NORM_EPS = 10_000.0, 1e-5  # as published
 
 
+LossType = Literal["stablemax_cross_entropy", "softmax_cross_entropy"]
+
+
 class LossConfig(Settings):
     """The loss over the cells of a puzzle."""
 
-    loss_type: Literal["stablemax_cross_entropy", "softmax_cross_entropy"] = "stablemax_cross_entropy"
+    loss_type: LossType = "stablemax_cross_entropy"
     """How the scores of a cell become probabilities, before their cross entropy."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target that is spread evenly over all tokens; 0: all of it is on the right one."""

@@ -56,6 +56,7 @@ class FailureConfig(Settings):
     """Lost workers or nodes in one command before giving up."""
 
 
+BiasCorrection = Literal["outside", "inside"]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -176,7 +177,7 @@ class TrainConfig(Settings):
     """Learning rate of puzzle embeddings."""
     puzzle_emb_weight_decay: NonNegativeFloat = 0.1
     """Weight decay of puzzle embeddings."""
-    bias_correction: Literal["outside", "inside"] = "outside"
+    bias_correction: BiasCorrection = "outside"
     """Where AdamATan2 corrects its first moment, relative to atan2."""
     ema: bool = False
     """Evaluate an exponential moving average of the weights."""

@@ -12,19 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hrm_ray.figures import COLOURS, DPI, GRID, INK, STYLE
 from hrm_ray.grokking.read import Run
 from hrm_ray.grokking.verdict import LEVELS
 
 TRAIN, TEST = "#c9302c", "#2a9d5c"
-COLOURS = ("#2f78b7", "#e08a1e", "#2a9d5c", "#9b4fa5", "#c9302c", "#7f6a4f", "#1f9aa8", "#555555")
-INK, GRID = "#222222", "#dddddd"
-DPI = 130
-STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.size": 10.0,
-    "text.parse_math": False,
-    "svg.fonttype": "none",
-}
 
 
 class _Curve(NamedTuple):
@@ -58,8 +50,8 @@ def draw(runs: Sequence[Run], kind: str) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 6.4), layout="constrained", facecolor="white")
+    with matplotlib.rc_context(STYLE | {"svg.fonttype": "none"}):
+        figure = Figure(figsize=(10, 6.4), layout="constrained")
         axes = figure.subplots(2, 2, sharex="col", sharey="row")
         curves = list(_curves(runs))
         for row, what in enumerate(("acc", "loss")):

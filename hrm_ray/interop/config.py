@@ -6,11 +6,11 @@ Known to be without effect on inference are `NO_EFFECT`; what our models always 
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
-from hrm_ray.config.arch import ArchConfig, LossConfig, StateConfig, arch_class
+from hrm_ray.config.arch import ArchConfig, LossType, StateConfig, arch_class
 from hrm_ray.config.published_words import ARCHITECTURES
 from hrm_ray.config.validate import as_text, validated
 from hrm_ray.errors import UserError
@@ -94,8 +94,7 @@ def read_arch(config: dict[str, Any], file: Path) -> ArchConfig:
                 f"{file}: {given} may change what the model computes, and {here}; take the key out if you know that it "
                 "does not change the answers"
             )
-    known = LossConfig.model_fields["loss_type"].annotation.__args__  # type: ignore[union-attr]
-    if isinstance(loss, dict) and loss.get("loss_type") in known:
+    if isinstance(loss, dict) and loss.get("loss_type") in get_args(LossType):
         values["loss"] = {"loss_type": loss["loss_type"]}
     return validated(kind, values, f"{file}: arch")
 

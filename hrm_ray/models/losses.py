@@ -8,15 +8,12 @@ Prieto et al. 2025, arXiv:2501.04697; label smoothing from Szegedy et al. 2016, 
 "Speed is Confidence", arXiv:2601.19085, which takes 0.2).
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hrm_ray.config.arch import LossType
 from hrm_ray.models.act import IGNORE, Step
-
-LossType = Literal["stablemax_cross_entropy", "softmax_cross_entropy"]
 
 # Sums over slots, in the order of the vector that is reduced over workers. The first group is over the slots
 # that halted at this step, the second over all; under Q-learning `q_continue_loss` is the loss of what is replayed.

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from hrm_ray.config.arch import LossType
 from hrm_ray.halting.base import Control
 from hrm_ray.models.act import ACT, Batch, Carry
-from hrm_ray.models.losses import LossType, cross_entropy
+from hrm_ray.models.losses import cross_entropy
 from hrm_ray.models.noise import key_of
 from hrm_ray.models.recursive import State
 

@@ -25,10 +25,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from hrm_ray.config.optimizer import OptimizerConfig
-from hrm_ray.config.schema import TrainConfig
+from hrm_ray.config.schema import BiasCorrection, TrainConfig
 from hrm_ray.errors import UserError, first_line
-
-BiasCorrection = Literal["outside", "inside"]
 
 
 class Slot(NamedTuple):

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hrm_ray.config.validate import as_text
 from hrm_ray.errors import first_line
+from hrm_ray.figures import COLOURS, DPI, GRID, INK, STYLE
 from hrm_ray.tuning.fractions import Reached, over_fraction
 from hrm_ray.tuning.space import Range, as_category
 from hrm_ray.tuning.statistics import confidence
@@ -26,13 +27,10 @@ Figure: TypeAlias = Any
 Axes: TypeAlias = Any
 Axis: TypeAlias = Any
 
-DPI = 130
 SLICES_IN_A_ROW = 4
 NUM_FOR_IMPORTANCES = 8  # complete trials; of fewer, the best tenth is one or two
 FAR_APART = 50  # values whose ratio is larger stand on a logarithmic axis
-INK, GRID = "#222222", "#dddddd"
 BEST, RUNG = "#111111", "#aaaaaa"
-LINES = ("#2f78b7", "#e08a1e", "#2a9d5c", "#9b4fa5", "#c9302c", "#7f6a4f", "#1f9aa8", "#555555")
 MARKERS = "osD^vP*X"
 STATES: dict[TrialState, tuple[str, str, Any]] = {  # how a learning curve looks, by the state of its trial
     TrialState.COMPLETE: ("complete", "#2f78b7", "-"),
@@ -40,14 +38,7 @@ STATES: dict[TrialState, tuple[str, str, Any]] = {  # how a learning curve looks
     TrialState.FAIL: ("failed", "#c9302c", "--"),
     TrialState.RUNNING: ("running", "#2a9d5c", ":"),
 }
-STYLE: Any = {
-    "figure.facecolor": "white",
-    "figure.figsize": (8.0, 4.2),
-    "font.family": "sans-serif",
-    "font.size": 10.0,
-    "savefig.facecolor": "white",
-    "text.parse_math": False,  # a "$" in a value is no formula
-}
+SIZE = {"figure.figsize": (8.0, 4.2)}
 
 Target = Callable[[FrozenTrial], float]
 
@@ -129,7 +120,7 @@ def _off_screen() -> Iterator[None]:
     backend = matplotlib.rcParams.copy()["backend"]  # of a copy, as it may still be open which it will be
     is_chosen = isinstance(backend, str)
     others = set(pyplot.get_fignums())
-    with warnings.catch_warnings(), pyplot.rc_context(STYLE), pyplot.ioff():
+    with warnings.catch_warnings(), pyplot.rc_context(STYLE | SIZE), pyplot.ioff():
         warnings.simplefilter("ignore")
         pyplot.switch_backend("agg")
         try:
@@ -521,7 +512,7 @@ def _fraction(lines: Mapping[str, Mapping[float, Reached]]) -> Figure:
     missed = 2.0 * most  # where those stand that have no median
     for number, (op, line) in enumerate(lines.items()):
         style: dict[str, Any] = {
-            "color": LINES[number % len(LINES)],
+            "color": COLOURS[number % len(COLOURS)],
             "marker": MARKERS[number % len(MARKERS)],
         }
         shift = 0.003 * (

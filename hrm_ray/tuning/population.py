@@ -23,7 +23,8 @@ from hrm_ray.tuning.explore import fits, mutated
 from hrm_ray.tuning.lineage import HISTORY, history, point_of, stage
 from hrm_ray.tuning.points import Refused
 from hrm_ray.tuning.space import Point, words_of
-from hrm_ray.tuning.sweep import SweepBook, trial_name
+from hrm_ray.tuning.study import trial_name
+from hrm_ray.tuning.sweep import SweepBook
 
 TRIES = 20  # points that are tried until one is not refused
 

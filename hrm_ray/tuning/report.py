@@ -18,7 +18,7 @@ from hrm_ray.tuning.page import page
 from hrm_ray.tuning.plots import plots
 from hrm_ray.tuning.points import Points
 from hrm_ray.tuning.statistics import spread
-from hrm_ray.tuning.study import ENDED, ENDING, ESTIMATE, OUTCOME, REASON, WORDS, ReadStudy
+from hrm_ray.tuning.study import ENDED, ENDING, ESTIMATE, OUTCOME, REASON, WORDS, ReadStudy, trial_name
 
 TABLE = "trials.csv"
 BEST = "best.yaml"
@@ -126,7 +126,7 @@ def describe(folder: Storage, study: ReadStudy, trial: FrozenTrial) -> dict[str,
         **({"history": history(trial)} if history(trial) else {}),
         "words": repeating,
         "command": f"hrm-ray train {shlex.join(repeating)}",
-        "run": str(folder / f"trial-{trial.number:04d}"),
+        "run": str(folder / trial_name(trial.number)),
     }
 
 

@@ -12,8 +12,8 @@ from hrm_ray.training.logging import reports
 from hrm_ray.tuning import report
 from hrm_ray.tuning.config import SETTABLE, override, plain, with_settings
 from hrm_ray.tuning.estimate import Spent
-from hrm_ray.tuning.study import ENDED, SETTINGS, SPENT, ReadStudy, is_driven, load, want
-from hrm_ray.tuning.sweep import config_of, trial_name
+from hrm_ray.tuning.study import ENDED, SETTINGS, SPENT, ReadStudy, is_driven, load, trial_name, want
+from hrm_ray.tuning.sweep import config_of
 
 STOP_TIMEOUT_S = 600.0
 LOOK_S = 0.3

@@ -338,6 +338,11 @@ class SweepStudy(ReadStudy):
         return {"settings": attrs.get(SETTINGS) or {}, "stop": attrs.get(STOP)}
 
 
+def trial_name(number: int) -> str:
+    """The folder of trial `number`."""
+    return f"trial-{number:04d}"
+
+
 def grid_of(config: SweepConfig) -> dict[str, list[Any]] | None:
     """All values of every key; None if they cannot be listed."""
     grid: dict[str, list[Any]] = {}

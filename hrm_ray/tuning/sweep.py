@@ -62,6 +62,7 @@ from hrm_ray.tuning.study import (
     forget_stop,
     mend,
     num_trials_of,
+    trial_name,
 )
 from hrm_ray.tuning.view import View
 
@@ -108,11 +109,6 @@ def new_name(config: SweepConfig) -> SweepConfig:
         chosen = config.model_copy(update={"run_name": f"{config.run_name}-{number}"})
         number += 1
     return chosen
-
-
-def trial_name(number: int) -> str:
-    """The folder of trial `number`."""
-    return f"trial-{number:04d}"
 
 
 class SweepBook(Book):

@@ -18,7 +18,8 @@ from hrm_ray.storage.storage import Storage
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.tuning.config import plain
 from hrm_ray.tuning.status import status
-from hrm_ray.tuning.sweep import sweep_folder, trial_name
+from hrm_ray.tuning.study import trial_name
+from hrm_ray.tuning.sweep import sweep_folder
 from tests.faults.nodes import Nodes
 from tests.training.test_preemption import head  # noqa: F401 - a fixture
 from tests.tuning.test_sweep import retrained, sha_of_weights, wait_for

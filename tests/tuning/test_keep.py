@@ -15,8 +15,8 @@ from hrm_ray.tuning import lineage, report, sweep
 from hrm_ray.tuning.lineage import drop_unknown, stage, take_over
 from hrm_ray.tuning.points import Points
 from hrm_ray.tuning.status import _step_of, opened
-from hrm_ray.tuning.study import LOG, SweepStudy
-from hrm_ray.tuning.sweep import CONFIG_FILE, SweepBook, promote, sweep_folder, trial_name
+from hrm_ray.tuning.study import LOG, SweepStudy, trial_name
+from hrm_ray.tuning.sweep import CONFIG_FILE, SweepBook, promote, sweep_folder
 from hrm_ray.tuning.view import View
 from tests.training.test_keep import contents, make_folder, make_link, make_pipe, saved, steps_of
 from tests.tuning.toy_sweep import toy_sweep

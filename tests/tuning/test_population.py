@@ -28,7 +28,8 @@ from hrm_ray.tuning.lineage import drop_unknown, stage, take_over
 from hrm_ray.tuning.points import Points
 from hrm_ray.tuning.space import Range, as_text, suggest
 from hrm_ray.tuning.status import opened
-from hrm_ray.tuning.sweep import run_sweep, sweep_folder, trial_name
+from hrm_ray.tuning.study import trial_name
+from hrm_ray.tuning.sweep import run_sweep, sweep_folder
 from hrm_ray.tuning.view import View
 from hrm_ray.world import World
 from tests.toy import toy_config, toy_dataset

@@ -22,8 +22,8 @@ from hrm_ray.training import launch
 from hrm_ray.training.checkpoint import finished
 from hrm_ray.tuning import status
 from hrm_ray.tuning.config import plain
-from hrm_ray.tuning.study import want
-from hrm_ray.tuning.sweep import run_sweep, sweep_folder, trial_name
+from hrm_ray.tuning.study import trial_name, want
+from hrm_ray.tuning.sweep import run_sweep, sweep_folder
 from hrm_ray.tuning.view import View
 from tests.tuning.toy_sweep import toy_sweep
 
