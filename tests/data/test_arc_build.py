@@ -249,6 +249,17 @@ def test_a_bad_task_is_one_line(tmp_path, task, problem):
     assert not (tmp_path / "data").exists()
 
 
+def test_a_task_without_test_pairs_is_for_training_only(tmp_path):
+    for subset in "ab":
+        write_task(tmp_path, subset, {"ok": TASK, "shown": {"train": [PAIR], "test": []}})
+    values = {"source": str(tmp_path), "num_aug": 0}
+    with pytest.raises(UserError, match="task shown of test_subset=a has no test pairs; take it out"):
+        made(tmp_path / "data", subsets=["a"], test_subset="a", **values)
+    write_task(tmp_path, "a", {"ok": TASK})
+    dataset = made(tmp_path / "data", subsets=["a", "b"], test_subset="a", **values)
+    assert dataset.split("train").num_examples == 4 and dataset.split("test").num_examples == 1
+
+
 @pytest.mark.parametrize(
     "values, problem",
     [
