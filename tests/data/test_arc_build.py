@@ -249,6 +249,23 @@ def test_a_bad_task_is_one_line(tmp_path, task, problem):
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        ({"a/1.json": TASK, "b/1.json": TASK}, "two tasks called '1' (a/1.json, b/1.json); rename one"),
+        ({"2.json": TASK, "x.json": TASK | {"name": "2"}}, "called '2' (2.json, x.json)"),
+    ],
+)
+def test_two_tasks_of_one_name_are_one_too_many(tmp_path, files, said):
+    for name, task in files.items():
+        file = tmp_path / "tiny" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(task))
+    with pytest.raises(UserError) as caught:
+        made(tmp_path / "data", source=str(tmp_path), subsets=["tiny"], test_subset="tiny")
+    assert said in str(caught.value)
+
+
 def test_a_task_without_test_pairs_is_for_training_only(tmp_path):
     for subset in "ab":
         write_task(tmp_path, subset, {"ok": TASK, "shown": {"train": [PAIR], "test": []}})
