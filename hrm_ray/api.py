@@ -25,6 +25,7 @@ from hrm_ray.data.shards import Dataset, open_dataset
 from hrm_ray.data.tasks.base import Task, get_task
 from hrm_ray.errors import UserError
 from hrm_ray.evaluation.evaluate import OUTPUTS, evaluate, thinker_of
+from hrm_ray.evaluation.scores import Score
 from hrm_ray.evaluation.survey import Row, survey
 from hrm_ray.models.act import IGNORE, Batch
 from hrm_ray.models.inference import Thinker
@@ -235,6 +236,7 @@ class Solver:
         hides_identifiers: bool = False,
         save_outputs: Sequence[str] = (),
         on_batch: Callable[[int], object] | None = None,
+        on_scores: Callable[[Sequence[Score]], object] | None = None,
         **inference: Any,
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Metrics over a split of the dataset `data`, and the arrays named in `save_outputs` (see `OUTPUTS`).
@@ -242,6 +244,7 @@ class Solver:
         Args:
             hides_identifiers: the model is not told which puzzle it sees.
             batch_size: puzzles, or tries at them, at once.
+            on_scores: called at the end with the scores, such as `PassAtK` with its votes.
             inference: `halt`, `halt_max_steps`, `votes`, `paths`, `noise`, ...; see `Inference`.
 
         Raises:
@@ -271,6 +274,7 @@ class Solver:
                 hides_identifiers=hides_identifiers,
                 save_outputs=save_outputs,
                 on_batch=on_batch,
+                on_scores=on_scores,
             )
 
     def survey(

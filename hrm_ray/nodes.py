@@ -59,10 +59,6 @@ class Growth:
             found += count * bundles_in(kind.resources, bundle)
         return found
 
-    def total(self, name: str) -> int:
-        """How much of one resource the nodes have at most."""
-        return self.bundles({name: 1})
-
     def describe(self) -> str:
         """For a person: "2 x cpu (1 CPU), 4 x gpu (4 CPU, 1 GPU)"."""
         return ", ".join(f"{k.most} x {k.name} ({amounts(k.resources)})" for k in self.types if k.most)

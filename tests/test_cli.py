@@ -275,6 +275,7 @@ MISTAKES = [
         "out=x.npz: end the name of the plot in one of .png, .svg, .pdf",
     ),
     (["eval", "{run}", "data={data}", "depths=2", "save_outputs=logits", "out=x.png"], "not for a table"),
+    (["eval", "{run}", "data={data}", "submission={missing}"], "submission= is for the test split of an ARC"),
     (["solve", "{run}", "data={data}", "paths=3", "select=first"], "select='first'"),
     (["solve", "{run}", "data={data}", "select=valid"], "select=valid: task tokens cannot check answers"),
     (["solve", "{run}", "data={data}", "index=foo"], "solve: index='foo': give a whole number from 0"),

@@ -98,6 +98,21 @@ def test_every_recipe_experiment_and_sweep_is_in_the_readme():
             assert re.search(rf"`([^`]*[= ])?{file.stem}\b", readme), file
 
 
+@pytest.mark.parametrize(
+    "folder, page, heading",
+    [
+        ("datasets", "data.md", "Recipes"),
+        ("hrm_ray/config/experiment", "training.md", "Experiments"),
+        ("tune_configs", "tuning.md", "Sweeps that ship"),
+    ],
+)
+def test_every_recipe_experiment_and_sweep_is_in_the_table_of_its_page(folder, page, heading):
+    section = (ROOT / "docs" / page).read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    firsts = re.findall(r"^\|([^|]*)\|", section, flags=re.M)
+    listed = set(re.findall(r"`(\w+)`", " ".join(firsts)))
+    assert {file.stem for file in (ROOT / folder).glob("*.yaml")} <= listed
+
+
 def test_every_page_is_in_the_readme():
     for page in (ROOT / "docs").glob("*.md"):
         assert f"](docs/{page.name})" in README.read_text(), page

@@ -22,7 +22,7 @@ def growth_of(name: str) -> Growth:
 
 def test_what_the_clusters_can_have():
     aws = growth_of("aws.yaml")
-    assert aws.total("GPU") == 8 + 4 and aws.total("CPU") == 8 * 16 + 8 * 4
+    assert aws.bundles({"GPU": 1}) == 8 + 4 and aws.bundles({"CPU": 1}) == 8 * 16 + 8 * 4
     assert aws.bundles({"CPU": 16}) == 8 and aws.bundles({"CPU": 4, "GPU": 1}) == 12
     assert aws.bundles({"CPU": 17}) == 0 and aws.bundles({"CPU": 1, "GPU": 2}) == 0
     assert growth_of("local.yaml") == Growth(
@@ -44,7 +44,7 @@ def test_the_head_is_no_worker_and_the_whole_has_a_limit():
     }
     grows = parsed({"head_node_type": "head", "max_workers": 3, "available_node_types": kinds})
     assert [kind.most for kind in grows.types] == [3, 2]
-    assert grows.total("CPU") == 2 * 8 + 2
+    assert grows.bundles({"CPU": 1}) == 2 * 8 + 2
     assert parsed({"available_node_types": None}) is None
     kinds["own"] = {"resources": {}}
     assert parsed({"head_node_type": "head", "available_node_types": kinds}) is None

@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import sys
 import zipfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
@@ -49,6 +50,8 @@ class EvalOptions(Use):
     """What of the model's answers to save."""
     out: str | None = None
     """The file for them, FILE.npz; or for the plot of a table, FILE.png, .svg or .pdf."""
+    submission: str | None = None
+    """Of ARC, the file for the two best answers to every test pair, FILE.json."""
 
     @field_validator("save_outputs", "paths", "depths", mode="before")
     @classmethod
@@ -73,8 +76,10 @@ class EvalOptions(Use):
     def _table_stands_alone(self) -> "EvalOptions":
         if not self.paths:
             raise ValueError("paths=[] is empty; give one number of paths or more")
-        if self.is_table and (self.save_outputs or self.ablate):
-            raise ValueError("save_outputs= and ablate= are not for a table of depths= or several paths=")
+        if self.is_table and (self.save_outputs or self.submission or self.ablate):
+            raise ValueError(
+                "save_outputs=, submission= and ablate= are not for a table of depths= or several paths="
+            )
         if self.depths and self.halt_max_steps is not None:
             raise ValueError("depths= says how many ACT steps are taken; leave out halt_max_steps=")
         return self
@@ -100,12 +105,28 @@ def load_solver(checkpoint: str) -> "Solver":
     return solver
 
 
+@contextmanager
+def _opened(file: Path | None, key: str) -> Iterator[IO[bytes] | None]:
+    """A file to be written at the end; opened now, so that a path that cannot be written is reported at once."""
+    from hrm_ray.data.files import whole_file, writing
+
+    if file is None:
+        yield None
+    else:
+        with writing(file, f"pick another {key}"), whole_file(file) as opened:
+            yield opened
+
+
 def evaluate(args: argparse.Namespace) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from hrm_ray.data.files import check_replaceable, whole_file, writing
+    from hrm_ray.data.files import check_replaceable
     from hrm_ray.data.shards import open_dataset
+    from hrm_ray.evaluation.pass_at_k import notes
+    from hrm_ray.evaluation.scores import Score
+    from hrm_ray.evaluation.scores.arc import PassAtK
+    from hrm_ray.evaluation.submission import is_submission, submission
     from hrm_ray.evaluation.survey import as_text
 
     if args.checkpoint.partition("=")[0] in EvalOptions.model_fields:  # the words are in another order
@@ -120,11 +141,20 @@ def evaluate(args: argparse.Namespace) -> None:
         check_lasts("out", str(out))
         what, is_one = ("plot", is_plot) if options.is_table else ("file of arrays", zipfile.is_zipfile)
         check_replaceable(out, "out", what, is_one)
-    total = open_dataset(options.data).split(options.split).num_examples
+    dataset = open_dataset(options.data)
+    submitted = Path(options.submission) if options.submission else None
+    if submitted:
+        check_lasts("submission", str(submitted))
+        check_replaceable(submitted, "submission", "submission", is_submission)
+        if options.split != "test" or dataset.task.name != "arc" or not PassAtK.reported(dataset):
+            raise UserError(
+                "submission= is for the test split of an ARC data set that has test tasks; leave it out"
+            )
+    total = dataset.split(options.split).num_examples
     solver = load_solver(args.checkpoint)
     bar = tqdm(total=min(total, options.num_examples or total), unit="puzzle", disable=args.json)
-    # Opened before the evaluation, so that a path that cannot be written is reported at once.
-    with bar, writing(out) if out else nullcontext(), whole_file(out) if out else nullcontext() as file:
+    scores: list[Score] = []
+    with bar, _opened(out, "out") as file, _opened(submitted, "submission") as submission_file:
         if options.is_table:
             rows = _table(solver, options, bar.update, file)
             bar.close()
@@ -138,16 +168,24 @@ def evaluate(args: argparse.Namespace) -> None:
             hides_identifiers=options.ablate == "puzzle_id",
             save_outputs=options.save_outputs,
             on_batch=bar.update,
+            on_scores=scores.extend,
             **options.inference,
         )
         if file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
+        said: list[str] = []
+        for score in scores:
+            if submission_file and isinstance(score, PassAtK) and score.held_out:
+                submission_file.write(json.dumps(submission(score.votes, score.held_out)).encode())
+                said = notes(score.votes, score.held_out)
     named = {f"eval/{name}": value for name, value in metrics.items()}
     if args.json:
         print(json.dumps(named))
     else:
         for name, value in named.items():
             print(f"{name:28} {value:.4f}")
+    for note in said:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _table(
@@ -183,14 +221,15 @@ def register(commands: Any) -> None:
         "hrm-ray eval runs/quickstart data=data/sudoku-easy halt_max_steps=32 votes=9\n"
         "hrm-ray eval runs/quickstart data=data/sudoku-easy paths=16 noise=0.3 select=q\n"
         "hrm-ray eval runs/quickstart data=data/sudoku-easy noise=0.3 depths=[1,2,4,8,16] paths=[1,4,16] out=plot.png\n"
-        "hrm-ray eval runs/quickstart data=data/sudoku-easy save_outputs=[logits,q_halt_logits] out=outputs.npz",
+        "hrm-ray eval runs/quickstart data=data/sudoku-easy save_outputs=[logits,q_halt_logits] out=outputs.npz\n"
+        "hrm-ray eval runs/arc data=data/arc submission=submission.json",
     )
     p.add_argument("checkpoint", help="checkpoint folder, or run folder (then its best)")
     p.add_argument(
         "words",
         **KEY_VALUE,
         help=f"data=DIR [split=test] [num_examples=N] [batch_size=N] {USE} [depths=[N,...] paths=[K,...] out=FILE.png] "
-        "[ablate=puzzle_id] [save_outputs=[NAME,...] out=FILE.npz]",
+        "[ablate=puzzle_id] [save_outputs=[NAME,...] out=FILE.npz] [submission=FILE.json]",
     )
     p.set_defaults(options=EvalOptions)
     p.add_argument("--json", action="store_true", help="print one JSON object")

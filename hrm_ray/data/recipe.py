@@ -50,6 +50,8 @@ class Recipe(Settings):
 class RowRecipe(Recipe):
     """Of a family whose puzzles are a question and its answer."""
 
+    made_by: ClassVar[str] = GENERATOR  # how messages call a source that makes puzzles
+
     source: str | None = None
     """generator, a file of puzzles in any usual layout, a folder or zip with a train (and test) file, or a Hugging Face
     id."""
@@ -68,13 +70,17 @@ class RowRecipe(Recipe):
         """Whether the puzzles are made, and not read."""
         return self.source == GENERATOR
 
-    def of_generator(self) -> tuple[str, ...]:
-        """The keys that the generator needs, and that mean nothing without it."""
+    def needed(self) -> tuple[str, ...]:
+        """The keys that the generator needs."""
         return "num_train", "num_test"
+
+    def of_generator(self) -> tuple[str, ...]:
+        """The keys that mean nothing without the generator."""
+        return ("num_train",)
 
     def of_files(self) -> tuple[str, ...]:
         """The keys that mean nothing for the generator."""
-        return ("subsample_size",)
+        return "subsample_size", "on_bad"
 
     @model_validator(mode="after")
     def _fields_fit_the_source(self) -> Self:
@@ -84,16 +90,17 @@ class RowRecipe(Recipe):
                 "test.csv), a Hugging Face id (source=sapientinc/sudoku-extreme), or source=generator"
             )
         if self.generates:
-            for key in self.of_generator():
+            for key in self.needed():
                 if getattr(self, key) is None:
                     raise ValueError(f"'{key}' is not given; source={self.source} needs {key}=NUMBER")
-            for key in self.of_files():
-                if getattr(self, key) is not None:
-                    raise ValueError(f"'{key}' does nothing with source={self.source}; leave it out")
-        else:
-            for key in self.of_generator():
-                if key != "num_test" and getattr(self, key) is not None:
-                    raise ValueError(f"'{key}' is for source=generator only; leave it out")
+        others, why = (
+            (self.of_files(), f"does nothing with source={self.source}")
+            if self.generates
+            else (self.of_generator(), f"is for source={self.made_by} only")
+        )
+        for key in others:
+            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
+                raise ValueError(f"'{key}' {why}; leave it out")
         return self
 
 

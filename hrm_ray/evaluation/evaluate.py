@@ -12,7 +12,7 @@ from hrm_ray.config.inference import AS_TRAINED, Inference
 from hrm_ray.data.shards import Dataset
 from hrm_ray.data.tasks.base import Symmetry, Task
 from hrm_ray.errors import UserError
-from hrm_ray.evaluation.scores import of_q_heads, scores_of
+from hrm_ray.evaluation.scores import Score, of_q_heads, scores_of
 from hrm_ray.models.act import ACT, Batch
 from hrm_ray.models.inference import Answer, Copies, Thinker
 from hrm_ray.world import World
@@ -41,6 +41,7 @@ def evaluate(
     hides_identifiers: bool = False,
     save_outputs: Sequence[str] = (),
     on_batch: Callable[[int], object] | None = None,
+    on_scores: Callable[[Sequence[Score]], object] | None = None,
     interrupt: Callable[[], bool] | None = None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Evaluate. Collective; the result is the same on every worker.
@@ -53,6 +54,7 @@ def evaluate(
         hides_identifiers: the model is not told which puzzle it sees.
         save_outputs: names from `OUTPUTS` to collect; only with one worker.
         on_batch: called with the number of examples done by this worker after each batch.
+        on_scores: called at the end with the scores; those of the first worker know all that the others do.
         interrupt: asked by all workers alike after each batch; true ends the evaluation with `Interrupted`.
 
     Returns:
@@ -70,7 +72,7 @@ def evaluate(
     thinker = thinker_of(model, dataset.task, inference, rows_at_once=batch_size, with_logits=with_logits)
     for score in scores:
         score.is_whole = num_examples == examples.num_examples
-    collected: dict[str, list[np.ndarray]] = {name: [] for name in save_outputs}
+    arrays: dict[str, np.ndarray] = {}
     was_training = model.training
     model.eval()
     try:
@@ -88,7 +90,12 @@ def evaluate(
             for score in scores:
                 score.add(batch, answers)
             for name in save_outputs:
-                collected[name].append(OUTPUTS[name](batch, answers.last).cpu().numpy())
+                rows = OUTPUTS[name](batch, answers.last).cpu().numpy()
+                if (
+                    name not in arrays
+                ):  # one for all, since parts and the whole of them would take twice the memory
+                    arrays[name] = np.empty((num_examples, *rows.shape[1:]), rows.dtype)
+                arrays[name][start:stop] = rows
             if on_batch:
                 on_batch(stop - start)
     finally:
@@ -96,10 +103,12 @@ def evaluate(
     metrics: dict[str, float] = {}
     for score in scores:
         metrics |= world.merge_objects(score.state(), score.metrics)
+    if on_scores:
+        on_scores(scores)
     if not model.inner.config.has_q_head:
         left_out = of_q_heads(dataset.task.name)
         metrics = {name: value for name, value in metrics.items() if name not in left_out}
-    return metrics, {name: np.concatenate(parts) for name, parts in collected.items()}
+    return metrics, arrays
 
 
 def thinker_of(model: ACT, task: Task, use: Inference, **options: Any) -> Thinker:
@@ -121,11 +130,11 @@ def copies_on(device: torch.device, symmetries: Sequence[Symmetry]) -> Copies:
 
 
 OUTPUTS: dict[str, Callable[[Batch, Answer], Tensor]] = {
-    "inputs": lambda batch, answer: batch.inputs,
+    "inputs": lambda batch, answer: batch.inputs.to(torch.uint8),  # as in the data set
     "labels": lambda batch, answer: batch.labels,
     "puzzle_identifiers": lambda batch, answer: batch.puzzle_identifiers,
     "logits": lambda batch, answer: answer.logits,
-    "predictions": lambda batch, answer: answer.tokens,
+    "predictions": lambda batch, answer: answer.tokens.to(torch.uint8),
     "q_halt_logits": lambda batch, answer: answer.q_halt,
     "q_continue_logits": lambda batch, answer: answer.q_continue,
     "steps": lambda batch, answer: answer.steps,

@@ -11,18 +11,17 @@ from hrm_ray.evaluation.votes import Votes
 Submission = dict[str, list[dict[str, list[list[int]]]]]
 
 
-def submission(votes: Votes, held_out: HeldOut, num_attempts: int = 2) -> Submission:
+def submission(votes: Votes, held_out: HeldOut) -> Submission:
     """``{task: [{"attempt_1": grid, "attempt_2": grid} for each test pair]}``.
 
-    Of fewer answers than attempts the best fills the rest. A test pair without any answer keeps its place, with
-    ``[[0]]`` as its attempts: the published evaluator leaves it out, so that the pairs after it move up to a place
-    that is not theirs.
+    A single answer is given twice. A test pair without any answer keeps its place, with ``[[0]]`` as its attempts: the
+    published evaluator leaves it out, so that the pairs after it move up to a place that is not theirs.
     """
 
     def attempts(task: str, pair: Pair) -> dict[str, list[list[int]]]:
-        grids = [answer.grid.tolist() for answer in votes.ranking(task, pair.input)[:num_attempts]]
-        grids += (grids[:1] or [NO_GRID]) * (num_attempts - len(grids))
-        return {f"attempt_{number}": grid for number, grid in enumerate(grids, start=1)}
+        grids = [answer.grid.tolist() for answer in votes.ranking(task, pair.input)[:2]]
+        first, second, *_ = 2 * grids or [NO_GRID, NO_GRID]
+        return {"attempt_1": first, "attempt_2": second}
 
     return {task: [attempts(task, pair) for pair in pairs] for task, pairs in held_out.tasks.items()}
 

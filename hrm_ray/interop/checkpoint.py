@@ -8,6 +8,8 @@ import io
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -72,28 +74,24 @@ def import_checkpoint(source: str | Path, out: str | Path, dataset: Dataset | No
         {name: wanted[name] for name in weights.averages if name in wanted}, weights.averages, files.weights
     )
     prefix = weights.prefix if weights.prefix in LOADABLE else COMPILED
-    folder = Storage(out)
-    try:
-        with writing(out):
-            entries = [write_tensors(folder, MODEL_FILE, weights.tensors)]
-            if weights.averages:
-                entries.append(write_tensors(folder, EMA_FILE, weights.averages))
-            manifest = Manifest(
-                global_step=_step(out.name, files.step if weights.step is None else weights.step),
-                arch=arch,
-                dataset=data,
-                config={
-                    "published": config,
-                    "prefix": prefix,
-                    "forward_dtype": forward_dtype(config, files.config),
-                },
-                metrics={},
-                files=dict(entries),
-            )
-            write_manifest(folder, manifest)
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
+    with _whole_folder(out) as aside:
+        folder = Storage(aside)
+        entries = [write_tensors(folder, MODEL_FILE, weights.tensors)]
+        if weights.averages:
+            entries.append(write_tensors(folder, EMA_FILE, weights.averages))
+        manifest = Manifest(
+            global_step=_step(out.name, files.step if weights.step is None else weights.step),
+            arch=arch,
+            dataset=data,
+            config={
+                "published": config,
+                "prefix": prefix,
+                "forward_dtype": forward_dtype(config, files.config),
+            },
+            metrics={},
+            files=dict(entries),
+        )
+        write_manifest(folder, manifest)
     return manifest
 
 
@@ -116,12 +114,19 @@ def export_checkpoint(checkpoint: Checkpoint, out: str | Path) -> None:
     prefix = manifest.config.get("prefix", COMPILED)
     content = io.BytesIO()  # torch hides what the disk says
     torch.save({prefix + name: tensor for name, tensor in checkpoint.weights().items()}, content)
+    with _whole_folder(out) as aside:
+        write_durably(aside / WEIGHTS_FILE, content.getvalue())
+        write_durably(aside / CHECKPOINT_CONFIG, yaml.safe_dump(config).encode())
+
+
+@contextmanager
+def _whole_folder(out: Path) -> Iterator[Path]:
+    """A folder that gets the name `out` when all is in it; if something is raised before, it is deleted."""
     aside = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with writing(out):
             aside.mkdir(parents=True)
-            write_durably(aside / WEIGHTS_FILE, content.getvalue())
-            write_durably(aside / CHECKPOINT_CONFIG, yaml.safe_dump(config).encode())
+            yield aside
             aside.rename(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -295,7 +295,9 @@ def check_paths(words: Sequence[str]) -> None:
 def _says_storage(words: Sequence[str]) -> bool:
     """Whether a sweep's own file says where it is to lie."""
     files = [Path(word) for word in words[1:] if word.endswith((".yaml", ".yml")) and Path(word).is_file()]
-    return any(re.search(r"^storage:\s*\S", file.read_text(), re.MULTILINE) for file in files)
+    # What is no text, the reader of sweeps refuses.
+    texts = (file.read_text(errors="replace") for file in files)
+    return any(re.search(r"^storage:\s*\S", text, re.MULTILINE) for text in texts)
 
 
 def check_size(folder: Path) -> None:

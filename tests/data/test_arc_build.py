@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from hrm_ray.data.dihedral import INVERSE, turned
 from hrm_ray.data.pipeline import build
 from hrm_ray.data.recipe import load_recipe
 from hrm_ray.data.shards import open_dataset
@@ -134,9 +135,7 @@ def test_hashes_tell_tasks_apart(data):
     sums = kernels._sums(np.concatenate([part.ravel() for part in flat]), shapes, np.cumsum(sizes) - sizes)
 
     def task(plan):
-        return sorted(
-            tuple((turned.shape, turned.tobytes()) for turned in map(plan.apply, pair)) for pair in grids
-        )
+        return sorted(tuple((copy.shape, copy.tobytes()) for copy in map(plan.apply, pair)) for pair in grids)
 
     hashes = [kernels._task_hash(np.array([plan.symmetry, *plan.colours], np.uint8), sums) for plan in plans]
     for one, other in combinations(range(len(plans)), 2):
@@ -160,8 +159,8 @@ def test_keyed_draws_know_no_order(tmp_path):
     whole = tasks_in(made(tmp_path / "whole"))
     for end in ("challenges", "solutions"):
         content = json.loads((GOLDEN / f"source/arc-agi_tiny_{end}.json").read_text())
-        turned = dict(reversed(list(content.items())[1:]))
-        (tmp_path / f"tiny_{end}.json").write_text(json.dumps(turned))
+        backwards = dict(reversed(list(content.items())[1:]))
+        (tmp_path / f"tiny_{end}.json").write_text(json.dumps(backwards))
         shutil.copy(GOLDEN / f"source/arc-agi_tinyeval_{end}.json", tmp_path / f"tinyeval_{end}.json")
     part = tasks_in(made(tmp_path / "part", source=str(tmp_path)))
     assert 0 < len(part) < len(whole)
@@ -181,7 +180,9 @@ def test_copies_are_distinct_and_undone_by_their_names(tmp_path):
     ):
         task, plan = read_name(names[number])
         grid = tokens.reshape(30, 30)[:height, :width] - 2
-        originals.setdefault(task, []).append((plan.undo(grid) if plan else grid).tolist())
+        if plan:
+            grid = np.argsort(plan.colours)[turned(grid, INVERSE[plan.symmetry])]
+        originals.setdefault(task, []).append(grid.tolist())
     for grids in originals.values():
         assert all(grids.count(grid) == grids.count(grids[0]) for grid in grids)
     assert len(set(map(tuple, tasks_in(dataset).values()))) == len(tasks_in(dataset))
@@ -247,6 +248,34 @@ def test_a_bad_task_is_one_line(tmp_path, task, problem):
         made(tmp_path / "data", source=str(tmp_path), subsets=["a"], test_subset="a")
     assert problem in str(caught.value) and "a_challenges.json, task bad" in str(caught.value)
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        ({"a/1.json": TASK, "b/1.json": TASK}, "two tasks called '1' (a/1.json, b/1.json); rename one"),
+        ({"2.json": TASK, "x.json": TASK | {"name": "2"}}, "called '2' (2.json, x.json)"),
+    ],
+)
+def test_two_tasks_of_one_name_are_one_too_many(tmp_path, files, said):
+    for name, task in files.items():
+        file = tmp_path / "tiny" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(task))
+    with pytest.raises(UserError) as caught:
+        made(tmp_path / "data", source=str(tmp_path), subsets=["tiny"], test_subset="tiny")
+    assert said in str(caught.value)
+
+
+def test_a_task_without_test_pairs_is_for_training_only(tmp_path):
+    for subset in "ab":
+        write_task(tmp_path, subset, {"ok": TASK, "shown": {"train": [PAIR], "test": []}})
+    values = {"source": str(tmp_path), "num_aug": 0}
+    with pytest.raises(UserError, match="task shown of test_subset=a has no test pairs; take it out"):
+        made(tmp_path / "data", subsets=["a"], test_subset="a", **values)
+    write_task(tmp_path, "a", {"ok": TASK})
+    dataset = made(tmp_path / "data", subsets=["a", "b"], test_subset="a", **values)
+    assert dataset.split("train").num_examples == 4 and dataset.split("test").num_examples == 1
 
 
 @pytest.mark.parametrize(

@@ -123,11 +123,9 @@ def test_a_wrong_grid_is_one_line(text, said):
     assert len(str(error.value).splitlines()) == 1
 
 
-@given(grid=grids(8), plan=plans())
+@given(plan=plans())
 @settings(max_examples=200, deadline=None)
-def test_an_augmentation_is_undone_and_keeps_its_name(grid, plan):
-    assert plan.undo(plan.apply(grid)).tolist() == grid.tolist()
-    assert plan.undo(plan.apply(grid)).dtype == np.uint8
+def test_an_augmentation_keeps_its_name(plan):
     assert read_name(format_name("some_id", plan)) == ("some_id", plan)
     hrm = f"some_id_t{plan.symmetry}_{''.join(map(str, plan.colours))}"
     assert read_name(hrm) == ("some_id", plan)

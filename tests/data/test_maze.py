@@ -220,7 +220,7 @@ def test_bad_mazes_are_one_line(tmp_path, rows, problem):
             {**GENERATED, "size": 5, "max_path": 3},
             "min_path=5 is above max_path=3",
         ),
-        ({"source": "x.csv", "walls": [0.5, 0.2]}, "give [LEAST,GREATEST]"),
+        ({**GENERATED, "size": 5, "walls": [0.5, 0.2]}, "give [LEAST,GREATEST]"),
         ({"source": "x.csv", "walls": "prefect"}, "walls"),
         ({**GENERATED, "size": 1}, "size=1"),
         ({"source": "x.csv", "num_clues": 3}, "unknown key 'num_clues'"),

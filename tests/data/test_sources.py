@@ -262,6 +262,12 @@ def test_recipe_overrides(tmp_path):
             {"subsample_size": 5},
             "recipe sudoku_4x4: 'subsample_size' does nothing with source=generator",
         ),
+        ("sudoku_4x4", {"rate": True}, "'rate' does nothing with source=generator; leave it out"),
+        ("maze_small", {"on_bad": "skip"}, "'on_bad' does nothing with source=generator"),
+        ("maze_30x30", {"source": "a.csv", "min_path": 100}, "'min_path' is for source=generator only"),
+        ("maze_30x30", {"source": "a.csv", "max_path": 9}, "'max_path' is for source=generator only"),
+        ("maze_30x30", {"source": "a.csv", "walls": "perfect"}, "'walls' is for source=generator only"),
+        ("maze_30x30", {"source": "a.csv", "unique": False}, "'unique' is for source=generator only"),
         ("sudoku_9x9", {}, "recipe sudoku_9x9: 'source' is not given; add source=PATH"),
         ("sudoku_9x9", {"source": "a.csv", "num_clues": 30}, "'num_clues' is for source=generator only"),
         (

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from hrm_ray import api
 from hrm_ray.batch import make_batch
+from hrm_ray.cli import main
 from hrm_ray.config.inference import AS_TRAINED
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.pipeline import build
@@ -194,6 +195,24 @@ def test_arc_is_trained_with_moving_grids_evaluated_by_votes_and_blinded(tmp_pat
     _, blind = solver.evaluate(out, save_outputs=["logits"], num_examples=9, hides_identifiers=True)
     assert not np.array_equal(told["logits"], blind["logits"])
     assert told["puzzle_identifiers"].min() > 0
+
+
+def test_what_an_evaluation_of_arc_saves_is_what_votes(tmp_path, arc, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = toy_config(arc.path, tmp_path / "runs", max_steps=1, num_eval_examples=1, global_batch_size=1)
+    config = TrainConfig(**small | {"arch": {**small["arch"], "halt_max_steps": 1}})
+    launch.train(config, show_progress=False)
+    capsys.readouterr()
+    outputs = "save_outputs=[inputs,predictions,puzzle_identifiers,q_halt_logits]"
+    words = [f"data={arc.path}", outputs, "out=outputs.npz", "submission=of_eval.json", "batch_size=5"]
+    assert main(["eval", "runs/toy", *words, "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    arrays, test = np.load("outputs.npz"), arc.split("test")
+    assert arrays["inputs"].dtype == arrays["predictions"].dtype == np.uint8
+    np.testing.assert_array_equal(arrays["inputs"], test.rows(np.arange(test.num_examples))["inputs"])
+    assert main(["vote", "outputs.npz", f"data={arc.path}", "submission=of_vote.json", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out).items() <= metrics.items()
+    assert Path("of_eval.json").read_bytes() == Path("of_vote.json").read_bytes()
 
 
 def test_solving_examples_of_a_data_set_tells_the_model_which_puzzle_it_is(tmp_path):

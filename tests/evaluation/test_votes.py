@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hrm_ray.data.dihedral import INVERSE, turned
 from hrm_ray.data.tasks.arc import Plan, format_name, place
 from hrm_ray.errors import UserError
 from hrm_ray.evaluation.held_out import HeldOut, Pair, read_held_out
@@ -151,7 +152,12 @@ ROW = st.tuples(st.integers(0, 5), st.integers(0, 2), st.integers(0, 2), st.floa
 
 def everything(votes: Votes) -> dict[tuple, list[tuple]]:
     """All votes, whatever their order."""
-    asked = {(grid.shape, grid.tobytes()): grid for plan in PLANS for grid in map(plan.undo, GRIDS)}
+    undone = [
+        np.argsort(plan.colours).astype(np.uint8)[turned(grid, INVERSE[plan.symmetry])]
+        for plan in PLANS
+        for grid in GRIDS
+    ]
+    asked = {(grid.shape, grid.tobytes()): grid for grid in undone}
     return {
         (task, key): sorted(
             (answer.grid.tolist(), answer.num_votes, answer.confidence)

@@ -4,6 +4,9 @@ import os
 import re
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -580,6 +583,17 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, dataset, size):
         with pytest.raises(UserError, match=r"cannot write to \S+disk/exp: File too large"):
             export_checkpoint(find(str(tmp_path / "ours")), tmp_path / "disk" / "exp")
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["exp.tmp"]
+
+
+def test_a_killed_import_leaves_its_place_free(tmp_path, dataset):
+    source, ours = published(tmp_path), tmp_path / "ours"
+    killed = (
+        "import os, signal; from hrm_ray.interop import checkpoint\n"
+        "checkpoint.write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"checkpoint.import_checkpoint({str(source)!r}, {str(ours)!r})"
+    )
+    assert subprocess.run([sys.executable, "-c", killed]).returncode == -signal.SIGKILL
+    import_checkpoint(source, ours, dataset)
 
 
 def test_outputs_of_eval_on_a_full_disk(tmp_path, dataset, capsys):

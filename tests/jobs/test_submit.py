@@ -68,10 +68,13 @@ def test_paths_that_only_this_machine_has(words, said, tmp_path, monkeypatch):
         ["data", "build", "recipe=sudoku_9x9", "source=sapientinc/sudoku-extreme", "out=s3://b/d"],
         ["eval", "s3://b/runs/x", "data=/shared/d"],
         ["tune", "{tmp}/mine.yaml"],
+        ["tune", "{tmp}/latin-1.yaml"],
     ],
 )
 def test_paths_that_all_machines_have(words, tmp_path):
-    (tmp_path / "mine.yaml").write_text("train: experiment=sudoku_4x4\nstorage: s3://b/sweeps\n")
+    sweep = "train: experiment=sudoku_4x4\nstorage: s3://b/sweeps\n"
+    (tmp_path / "mine.yaml").write_text(sweep)
+    (tmp_path / "latin-1.yaml").write_bytes(f"# Zürich\n{sweep}".encode("latin-1"))
     check_paths([word.format(tmp=tmp_path) for word in words])
 
 

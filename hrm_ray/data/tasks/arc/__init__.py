@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hrm_ray.data import frame as frames
-from hrm_ray.data.dihedral import INVERSE, turned
+from hrm_ray.data.dihedral import turned
 from hrm_ray.data.drawing import COLOURS, Cell
 from hrm_ray.data.frame import PAD
 from hrm_ray.data.tasks.base import Task
@@ -152,10 +152,6 @@ class Plan(NamedTuple):
     def apply(self, grid: np.ndarray) -> np.ndarray:
         """The augmented copy of a grid uint8[h, w]."""
         return turned(np.array(self.colours, np.uint8)[grid], self.symmetry)
-
-    def undo(self, grid: np.ndarray) -> np.ndarray:
-        """The grid uint8[h, w] whose augmented copy is `grid`."""
-        return np.argsort(self.colours).astype(np.uint8)[turned(grid, INVERSE[self.symmetry])]
 
 
 def read_name(name: str) -> tuple[str, Plan | None]:

@@ -25,7 +25,7 @@ from hrm_ray.data.format import IDENTIFIERS, TEST_PUZZLES, from_tokens, to_token
 from hrm_ray.data.recipe import Recipe
 from hrm_ray.data.tasks.arc import BLANK_NAME, Arc, format_names
 from hrm_ray.data.tasks.arc.source import ArcSource, ArcTask, Grids
-from hrm_ray.errors import shown
+from hrm_ray.errors import UserError, shown
 
 _ROWS_PER_TASK = 4_096  # rows that are written at once, 7 MB
 _LISTED = 5  # names in a note
@@ -142,6 +142,12 @@ class ArcBuilder(Builder, recipe=ArcRecipe):
         tasks = {
             subset: self._source.read(subset) for subset in recipe.subsets
         }  # all, before anything is drawn
+        for task in tasks[recipe.test_subset]:
+            if not task.test:
+                raise UserError(
+                    f"source={recipe.source}: task {shown(task.id)} of test_subset={recipe.test_subset} has no test "
+                    "pairs; take it out"
+                )
         self._look_for_leaks(tasks)
         drawn: list[tuple[ArcTask, np.ndarray]] = []
         num_tasks = sum(map(len, tasks.values()))

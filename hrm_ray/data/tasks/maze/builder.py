@@ -43,6 +43,9 @@ class MazeRecipe(RowRecipe):
         size = self.size or LARGEST
         return self.min_path or size, self.max_path or size * size
 
+    def of_generator(self) -> tuple[str, ...]:
+        return *super().of_generator(), "walls", "unique", "min_path", "max_path"
+
     def make_task(self) -> Maze | None:
         return None if self.size is None else Maze(self.size)
 

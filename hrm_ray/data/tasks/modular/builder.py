@@ -1,6 +1,6 @@
 """Builds equations: all that an operator has, in a random order, the first ones to train on, the others to validate."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -125,16 +125,12 @@ class ModularBuilder(Builder, recipe=ModularRecipe):
                 rows = Examples(*self.task.examples(some), np.zeros(len(some), np.int32), numbers, numbers)
                 yield Part(split, np.ones(len(some), np.int64), iter([rows]))
 
-    def counts(self) -> Mapping[str, int]:
-        """Equations in each split."""
-        num_train = self.recipe.num_train
-        return {"train": num_train, "test": len(self.task.equations) - num_train}
-
     def report(self) -> dict[str, Any]:
         return {"equations": len(self.task.equations), "replaced_answers": self.recipe.noise}
 
     def notes(self) -> Iterator[str]:
-        yield from self.task.about(self.counts())
+        num_train = self.recipe.num_train
+        yield from self.task.about({"train": num_train, "test": len(self.task.equations) - num_train})
 
 
 def shuffled(recipe: ModularRecipe) -> np.ndarray:

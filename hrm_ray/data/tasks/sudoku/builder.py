@@ -38,11 +38,14 @@ class SudokuRecipe(RowRecipe):
     def make_task(self) -> Sudoku:
         return Sudoku(self.size)
 
+    def needed(self) -> tuple[str, ...]:
+        return *super().needed(), "num_clues"
+
     def of_generator(self) -> tuple[str, ...]:
         return *super().of_generator(), "num_clues"
 
     def of_files(self) -> tuple[str, ...]:
-        return *super().of_files(), "min_difficulty", "keep_ratings"
+        return *super().of_files(), "min_difficulty", "rate", "keep_ratings"
 
     @model_validator(mode="after")
     def _clues_fit(self) -> Self:
