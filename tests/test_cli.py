@@ -118,8 +118,8 @@ def test_eval_prints_one_json_object(trained, capsys):
 def test_eval_saves_outputs(trained, tmp_path, capsys):
     data, run = trained
     out = tmp_path / "outputs.npz"
-    words = [f"data={data}", "num_examples=10", "save_outputs=[logits,q_halt_logits,labels]", f"out={out}"]
-    assert main(["eval", str(run), *words]) == 0
+    words = [f"data={data}", "num_examples=10", "save_outputs=[logits,q_halt_logits,labels,logits]"]
+    assert main(["eval", str(run), *words, f"out={out}"]) == 0
     arrays = np.load(out)
     assert {n: arrays[n].shape for n in arrays} == {
         "logits": (10, 16, 6),

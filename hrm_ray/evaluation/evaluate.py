@@ -87,7 +87,7 @@ def evaluate(
             answers = thinker.think(seen)
             for score in scores:
                 score.add(batch, answers)
-            for name in save_outputs:
+            for name in collected:
                 collected[name].append(OUTPUTS[name](batch, answers.last).cpu().numpy())
             if on_batch:
                 on_batch(stop - start)
