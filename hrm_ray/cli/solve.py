@@ -64,7 +64,7 @@ def _read_puzzles(solver: "Solver", words: Sequence[str], options: SolveOptions)
     if options.data is not None and not words:
         return solver.questions(options.data, split=options.split, index=options.index, count=options.count)
     if len(words) != 1 or options.data is not None:
-        raise UserError("give one puzzle (without spaces), one file, or data=DIR")
+        raise UserError("give one puzzle (in quotes, if it has spaces), one file, or data=DIR")
     word = words[0]
     if not _is_file(word):
         return [_read_puzzle(solver, word, f"'{shown(word)}' is no file and no puzzle to solve")]
