@@ -282,6 +282,8 @@ MISTAKES = [
     (["solve", "{run}"], "give one puzzle (in quotes, if it has spaces), one file, or data=DIR"),
     (["solve", "{run}", "3", "-", "5"], "give one puzzle (in quotes, if it has spaces)"),
     (["solve", "{run}", "{binary}"], "is no text file"),
+    (["solve", "{run}", "{binary}", "count=3"], "solve: count= is for data=DIR; leave it out"),
+    (["solve", "{run}", "split=train", "1,2,3"], "split= is for data=DIR; leave it out"),
     (["solve", "{run}", "1,2,3"], "3 tokens; 16 are needed"),
     (["solve", "{run}", "data={data}", "index=24"], "holds examples 0..23"),
     (["train", "experiment=quickstrat"], "did you mean 'quickstart'?"),
