@@ -325,11 +325,14 @@ class Solver:
         keys = ["task", "vocab_size", "seq_len"]
         if self.checkpoint.manifest.arch.puzzle_emb_ndim:
             keys.append("num_puzzle_identifiers")
-        for key in keys:
-            if getattr(trained, key) != getattr(given, key):
+        values = [(key, getattr(trained, key), getattr(given, key)) for key in keys]
+        if trained.task == given.task:
+            values += [(key, self.task.options[key], dataset.task.options[key]) for key in self.task.meaning]
+        for key, own, other in values:
+            if own != other:
                 raise UserError(
-                    f"{dataset.path} does not fit {self.checkpoint.folder}: {key} is {getattr(given, key)}, "
-                    f"the model was trained with {getattr(trained, key)}; give a data set of that kind"
+                    f"{dataset.path} does not fit {self.checkpoint.folder}: {key} is {other}, "
+                    f"the model was trained with {own}; give a data set of that kind"
                 )
         names = trained.identifiers, identifiers_of(given)
         if self.checkpoint.manifest.arch.puzzle_emb_ndim and None not in names and names[0] != names[1]:

@@ -51,6 +51,8 @@ class Task(ABC):
         fillable: whether an answer is its question with cells filled in, so that training may give some of them away.
         answer_cells: all labels are in the last so many cells; None: they may be anywhere.
         answers_are_inputs: whether a question shows its answer in a later cell; only a causal model does not see it.
+        meaning: names of `options` that say, beside `vocab_size` and `seq_len`, what tokens mean and what answers are
+            right; a model is used on data alone that agree in them.
         chance: exact accuracy of one who guesses; None: nobody knows.
         cells: how its puzzles are written, for the reader of files; None: as `parse` says, one a line.
         keeps_spaces: whether a space is a cell like others.
@@ -73,6 +75,7 @@ class Task(ABC):
     fillable: bool = False
     answer_cells: int | None = None
     answers_are_inputs: bool = False
+    meaning: ClassVar[tuple[str, ...]] = ()
     chance: float | None = None
     cells: Cells | None = None
     keeps_spaces: bool = False
