@@ -115,7 +115,7 @@ class Solver:
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if contradiction := self.task.contradiction(question):
-            raise UserError(f"{where}: its clues contradict: {contradiction}")
+            raise UserError(f"{where}: {contradiction}")
         if self.task.num_solutions(question) == 0:
             raise UserError(f"{where}: it has no solution")
         return question

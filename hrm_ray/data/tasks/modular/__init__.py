@@ -158,6 +158,12 @@ class Modular(Task):
 
     # Rules
 
+    def contradiction(self, question: np.ndarray) -> str | None:
+        if question[SIGN] == EQUALS:
+            return None
+        a, b = self._some
+        return f"it is an answer, no question; write '{a} {self.operator.name} {b}'"
+
     def is_solution(self, inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
         """Whether the answer, without what follows it, is right."""
         answers = self._answers[inputs[:, A], inputs[:, B]]
