@@ -76,7 +76,7 @@ class Steps(NamedTuple):
     """A model's answers to n puzzles after each of its S ACT steps.
 
     tokens uint8 [n, S, seq_len]; confidence float32 [n, S], see `Solution`; halts bool [n, S], whether its Q head would
-    stop there.
+    stop there: never without one.
     """
 
     tokens: np.ndarray
@@ -178,6 +178,7 @@ class Solver:
         parts: list[Steps] = []
         thinker = Thinker(self.model, with_logits=False)
         depths = range(1, self.model.halt_max_steps + 1)
+        has_q_head = self.checkpoint.manifest.arch.has_q_head
         with self._room_for(batch_size):
             for start in range(0, len(questions), batch_size):
                 inputs, identifiers = (
@@ -189,7 +190,7 @@ class Solver:
                 columns = (
                     torch.cat([tries.answer.tokens for tries in by_step], 1).to(torch.uint8),
                     torch.cat([tries.answer.q_halt for tries in by_step], 1).sigmoid(),
-                    torch.cat([tries.halted for tries in by_step], 1),
+                    torch.cat([tries.halted for tries in by_step], 1) & has_q_head,
                 )
                 parts.append(Steps(*(column.cpu().numpy() for column in columns)))
                 if on_batch:

@@ -46,6 +46,7 @@ class Task(ABC):
         vocab_size: number of tokens, at most 256.
         seq_len: tokens in a question, and in an answer.
         pad_id, ignore_label_id, blank_identifier_id: as in the published data sets.
+        is_padded: whether `pad_id` is no token of puzzles, so that drawings leave it out.
         is_recognised: whether arrays surely are of this family where `of_arrays` says so; if not, a user must name it.
         checkable: whether `is_solution` can tell right from wrong.
         fillable: whether an answer is its question with cells filled in, so that training may give some of them away.
@@ -70,6 +71,7 @@ class Task(ABC):
     pad_id: int = 0
     ignore_label_id: int | None = 0
     blank_identifier_id: int = 0
+    is_padded: ClassVar[bool] = True
     is_recognised: ClassVar[bool] = True
     checkable: bool = True
     fillable: bool = False

@@ -45,6 +45,7 @@ class Modular(Task):
 
     name = "modular"
     ignore_label_id = EQUALS  # which is no answer
+    is_padded = False
     meaning = ("op", "p")
 
     def __init__(
