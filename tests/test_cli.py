@@ -265,6 +265,12 @@ MISTAKES = [
     (["eval", "{run}", "data={data}", "save_outputs=[logits]", "out={data}"], "is a folder; give a file"),
     (["eval", "{run}", "data={data}", "save_outputs=[logits]", "out=/proc/x.npz"], "/proc/x.npz"),
     (["eval", "{run}", "data={data}", "paths=4"], "paths=4 are all alike without noise; give noise="),
+    (["eval", "{run}", "data={data}", "seed=5"], "seed=5 is of the noise, and there is none; give noise="),
+    (
+        ["eval", "{run}", "data={data}", "select=residual"],
+        "select=residual chooses among tries, and there is one",
+    ),
+    (["solve", "{run}", "data={data}", "select=q"], "select=q chooses among tries, and there is one"),
     (["eval", "{run}", "data={data}", "noise=-1"], "noise=-1: input should be greater than or equal to 0"),
     (["eval", "{run}", "data={data}", "select=valid"], "select=valid: task tokens cannot check answers"),
     (["eval", "{run}", "data={data}", "paths=[]"], "paths=[] is empty"),

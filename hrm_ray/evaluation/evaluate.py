@@ -112,7 +112,16 @@ def thinker_of(model: ACT, task: Task, use: Inference, **options: Any) -> Thinke
         raise UserError(f"select=valid: task {task.name} cannot check answers; use select=vote or q")
     copies = copies_on(next(model.parameters()).device, task.symmetries(use.votes)) if use.votes > 1 else None
     is_solution = task.is_solution if use.select == "valid" else None
-    return Thinker(model, use, **{"copies": copies, "is_solution": is_solution} | options)
+    thinker = Thinker(model, use, **{"copies": copies, "is_solution": is_solution} | options)
+    if use.select in ("q", "residual") and use.num_tries == 1:
+        raise UserError(
+            f"select={use.select} chooses among tries, and there is one; give paths= or votes=, or leave it out"
+        )
+    if use.seed and not (use.noise or thinker.init_std):
+        raise UserError(
+            f"seed={use.seed} is of the noise, and there is none; give noise= or init_std=, or leave it out"
+        )
+    return thinker
 
 
 def copies_on(device: torch.device, symmetries: Sequence[Symmetry]) -> Copies:
