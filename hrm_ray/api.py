@@ -77,7 +77,7 @@ class Steps(NamedTuple):
     """A model's answers to n puzzles after each of its S ACT steps.
 
     tokens uint8 [n, S, seq_len]; confidence float32 [n, S], see `Solution`; halts bool [n, S], whether its Q head would
-    stop there.
+    stop there: never without one.
     """
 
     tokens: np.ndarray
@@ -116,7 +116,7 @@ class Solver:
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if contradiction := self.task.contradiction(question):
-            raise UserError(f"{where}: its clues contradict: {contradiction}")
+            raise UserError(f"{where}: {contradiction}")
         if self.task.num_solutions(question) == 0:
             raise UserError(f"{where}: it has no solution")
         return question
@@ -179,6 +179,7 @@ class Solver:
         parts: list[Steps] = []
         thinker = Thinker(self.model, with_logits=False)
         depths = range(1, self.model.halt_max_steps + 1)
+        has_q_head = self.checkpoint.manifest.arch.has_q_head
         with self._room_for(batch_size):
             for start in range(0, len(questions), batch_size):
                 inputs, identifiers = (
@@ -190,7 +191,7 @@ class Solver:
                 columns = (
                     torch.cat([tries.answer.tokens for tries in by_step], 1).to(torch.uint8),
                     torch.cat([tries.answer.q_halt for tries in by_step], 1).sigmoid(),
-                    torch.cat([tries.halted for tries in by_step], 1),
+                    torch.cat([tries.halted for tries in by_step], 1) & has_q_head,
                 )
                 parts.append(Steps(*(column.cpu().numpy() for column in columns)))
                 if on_batch:
@@ -329,11 +330,14 @@ class Solver:
         keys = ["task", "vocab_size", "seq_len"]
         if self.checkpoint.manifest.arch.puzzle_emb_ndim:
             keys.append("num_puzzle_identifiers")
-        for key in keys:
-            if getattr(trained, key) != getattr(given, key):
+        values = [(key, getattr(trained, key), getattr(given, key)) for key in keys]
+        if trained.task == given.task:
+            values += [(key, self.task.options[key], dataset.task.options[key]) for key in self.task.meaning]
+        for key, own, other in values:
+            if own != other:
                 raise UserError(
-                    f"{dataset.path} does not fit {self.checkpoint.folder}: {key} is {getattr(given, key)}, "
-                    f"the model was trained with {getattr(trained, key)}; give a data set of that kind"
+                    f"{dataset.path} does not fit {self.checkpoint.folder}: {key} is {other}, "
+                    f"the model was trained with {own}; give a data set of that kind"
                 )
         names = trained.identifiers, identifiers_of(given)
         if self.checkpoint.manifest.arch.puzzle_emb_ndim and None not in names and names[0] != names[1]:

@@ -118,8 +118,8 @@ def test_eval_prints_one_json_object(trained, capsys):
 def test_eval_saves_outputs(trained, tmp_path, capsys):
     data, run = trained
     out = tmp_path / "outputs.npz"
-    words = [f"data={data}", "num_examples=10", "save_outputs=[logits,q_halt_logits,labels]", f"out={out}"]
-    assert main(["eval", str(run), *words]) == 0
+    words = [f"data={data}", "num_examples=10", "save_outputs=[logits,q_halt_logits,labels,logits]"]
+    assert main(["eval", str(run), *words, f"out={out}"]) == 0
     arrays = np.load(out)
     assert {n: arrays[n].shape for n in arrays} == {
         "logits": (10, 16, 6),
@@ -265,6 +265,12 @@ MISTAKES = [
     (["eval", "{run}", "data={data}", "save_outputs=[logits]", "out={data}"], "is a folder; give a file"),
     (["eval", "{run}", "data={data}", "save_outputs=[logits]", "out=/proc/x.npz"], "/proc/x.npz"),
     (["eval", "{run}", "data={data}", "paths=4"], "paths=4 are all alike without noise; give noise="),
+    (["eval", "{run}", "data={data}", "seed=5"], "seed=5 is of the noise, and there is none; give noise="),
+    (
+        ["eval", "{run}", "data={data}", "select=residual"],
+        "select=residual chooses among tries, and there is one",
+    ),
+    (["solve", "{run}", "data={data}", "select=q"], "select=q chooses among tries, and there is one"),
     (["eval", "{run}", "data={data}", "noise=-1"], "noise=-1: input should be greater than or equal to 0"),
     (["eval", "{run}", "data={data}", "select=valid"], "select=valid: task tokens cannot check answers"),
     (["eval", "{run}", "data={data}", "paths=[]"], "paths=[] is empty"),
@@ -280,8 +286,11 @@ MISTAKES = [
     (["solve", "{run}", "data={data}", "select=valid"], "select=valid: task tokens cannot check answers"),
     (["solve", "{run}", "data={data}", "index=foo"], "solve: index='foo': give a whole number from 0"),
     (["solve", "{run}", "data={data}", "count=0"], "count=0: input should be greater than 0"),
-    (["solve", "{run}"], "give one puzzle (without spaces), one file, or data=DIR"),
+    (["solve", "{run}"], "give one puzzle (in quotes, if it has spaces), one file, or data=DIR"),
+    (["solve", "{run}", "3", "-", "5"], "give one puzzle (in quotes, if it has spaces)"),
     (["solve", "{run}", "{binary}"], "is no text file"),
+    (["solve", "{run}", "{binary}", "count=3"], "solve: count= is for data=DIR; leave it out"),
+    (["solve", "{run}", "split=train", "1,2,3"], "split= is for data=DIR; leave it out"),
     (["solve", "{run}", "1,2,3"], "3 tokens; 16 are needed"),
     (["solve", "{run}", "data={data}", "index=24"], "holds examples 0..23"),
     (["train", "experiment=quickstrat"], "did you mean 'quickstart'?"),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from hrm_ray.cli.command import add
 from hrm_ray.cli.evaluate import USE, load_solver
@@ -34,6 +34,14 @@ class SolveOptions(Inference):
     index: NonNegativeInt = 0
     count: PositiveInt = 1
     batch_size: PositiveInt = 256
+
+    @model_validator(mode="after")
+    def _examples_are_of_a_data_set(self) -> "SolveOptions":
+        if self.data is None:
+            for key in ("split", "index", "count"):
+                if key in self.model_fields_set:
+                    raise ValueError(f"{key}= is for data=DIR; leave it out")
+        return self
 
 
 def solve(args: argparse.Namespace) -> None:
@@ -64,7 +72,7 @@ def _read_puzzles(solver: "Solver", words: Sequence[str], options: SolveOptions)
     if options.data is not None and not words:
         return solver.questions(options.data, split=options.split, index=options.index, count=options.count)
     if len(words) != 1 or options.data is not None:
-        raise UserError("give one puzzle (without spaces), one file, or data=DIR")
+        raise UserError("give one puzzle (in quotes, if it has spaces), one file, or data=DIR")
     word = words[0]
     if not _is_file(word):
         return [_read_puzzle(solver, word, f"'{shown(word)}' is no file and no puzzle to solve")]

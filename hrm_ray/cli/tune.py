@@ -79,7 +79,7 @@ def tune_status(args: argparse.Namespace, folder: str, words: Sequence[str]) -> 
 def tune_stop(args: argparse.Namespace, folder: str, words: Sequence[str]) -> None:
     from hrm_ray.tuning.status import stop
 
-    if strange := [word for word in words if not word.isdigit()]:
+    if strange := [word for word in words if not word.isdecimal()]:
         raise UserError(f"'{strange[0]}' is no number of a trial")
     print(stop(_sweep(folder), [int(word) for word in words]))
 

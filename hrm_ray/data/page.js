@@ -3,6 +3,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const tokenOf = new Map([...data.alphabet].map((character, token) => [character, token]));
 const tokens = text => [...text].map(character => tokenOf.get(character));
 const hasSteps = data.num_steps > 0;
+const hasHalts = data.groups.some(({ puzzles }) => puzzles.some(({ examples }) => examples.some(({ halts }) => halts != null)));
 const isColoured = data.cells.some(([, colour]) => colour);
 const state = { at: 0, puzzle: 0, step: data.num_steps - 1, onlyFailures: false, symbols: true };
 
@@ -222,7 +223,7 @@ function render() {
   const section = groups.length ? view(groups[state.at]) : empty;
   if (hasSteps) section.append(element("p", { className: "soft" },
     "Red frames are cells that differ from the label; what it leaves out is not drawn. A bar is a step, as high as the " +
-    "model is confident, green where its answer is right; a blue top is where its Q head would stop."));
+    `model is confident, green where its answer is right${hasHalts ? "; a blue top is where its Q head would stop" : ""}.`));
   section.append(help);
   document.getElementById("browser").replaceChildren(bar(groups), list(groups), section);
   const items = document.getElementById("list");

@@ -95,9 +95,14 @@ def _grid(tokens: np.ndarray, dataset: Dataset) -> np.ndarray:
     return as_grid(tokens, row_width(dataset.task), dataset.manifest.pad_id)
 
 
+def _window(grid: np.ndarray, dataset: Dataset) -> tuple[slice, slice]:
+    """The rows and columns of a grid that are shown."""
+    return used(grid, dataset.manifest.pad_id) if dataset.task.is_padded else (slice(None), slice(None))
+
+
 def _size(tokens: np.ndarray, dataset: Dataset) -> int:
     grid = _grid(tokens, dataset)
-    return grid[used(grid, dataset.manifest.pad_id)].size
+    return grid[_window(grid, dataset)].size
 
 
 def page(dataset: Dataset, split: str, choice: Choice, steps: Steps | None = None, run: str = "") -> str:
@@ -184,7 +189,7 @@ def _about(part: Split, choice: Choice, steps: Steps | None, run: str) -> str:
 
 def _examples(dataset: Dataset, choice: Choice, steps: Steps | None) -> list[dict[str, Any]]:
     """Question and answer of each example, each as [columns in a row, cells], and a model's answers."""
-    task, pad_id = dataset.task, dataset.manifest.pad_id
+    task = dataset.task
     examples: list[dict[str, Any]] = []
     is_valid = None
     if steps is not None and task.checkable:
@@ -195,9 +200,9 @@ def _examples(dataset: Dataset, choice: Choice, steps: Steps | None) -> list[dic
         zip(choice.rows["inputs"], choice.rows["labels"], strict=True)
     ):
         asked, label = _grid(question, dataset), _grid(answer, dataset)
-        where = used(label, pad_id)
+        where = _window(label, dataset)
         example: dict[str, Any] = {
-            "question": _text(asked[used(asked, pad_id)]),
+            "question": _text(asked[_window(asked, dataset)]),
             "answer": _text(label[where]),
         }
         if steps is not None:

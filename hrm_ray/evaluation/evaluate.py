@@ -91,9 +91,7 @@ def evaluate(
                 score.add(batch, answers)
             for name in save_outputs:
                 rows = OUTPUTS[name](batch, answers.last).cpu().numpy()
-                if (
-                    name not in arrays
-                ):  # one for all, since parts and the whole of them would take twice the memory
+                if name not in arrays:  # whole from the start: parts to be joined take twice the memory
                     arrays[name] = np.empty((num_examples, *rows.shape[1:]), rows.dtype)
                 arrays[name][start:stop] = rows
             if on_batch:
@@ -121,7 +119,16 @@ def thinker_of(model: ACT, task: Task, use: Inference, **options: Any) -> Thinke
         raise UserError(f"select=valid: task {task.name} cannot check answers; use select=vote or q")
     copies = copies_on(next(model.parameters()).device, task.symmetries(use.votes)) if use.votes > 1 else None
     is_solution = task.is_solution if use.select == "valid" else None
-    return Thinker(model, use, **{"copies": copies, "is_solution": is_solution} | options)
+    thinker = Thinker(model, use, **{"copies": copies, "is_solution": is_solution} | options)
+    if use.select in ("q", "residual") and use.num_tries == 1:
+        raise UserError(
+            f"select={use.select} chooses among tries, and there is one; give paths= or votes=, or leave it out"
+        )
+    if use.seed and not (use.noise or thinker.init_std):
+        raise UserError(
+            f"seed={use.seed} is of the noise, and there is none; give noise= or init_std=, or leave it out"
+        )
+    return thinker
 
 
 def copies_on(device: torch.device, symmetries: Sequence[Symmetry]) -> Copies:

@@ -14,9 +14,11 @@ from torch import Tensor
 from hrm_ray.batch import make_batch
 from hrm_ray.config.inference import Inference, Select
 from hrm_ray.data.shards import Dataset
+from hrm_ray.data.tasks.base import Task
+from hrm_ray.errors import UserError
 from hrm_ray.evaluation.evaluate import thinker_of
 from hrm_ray.models.act import ACT, IGNORE
-from hrm_ray.models.inference import CHOSEN_FROM, PREFERENCES, Kept, at, choose, rounds
+from hrm_ray.models.inference import CHOSEN_FROM, PREFERENCES, Kept, at, check, choose, rounds
 from hrm_ray.models.losses import count_right
 
 Row = dict[str, Any]
@@ -47,7 +49,8 @@ def survey(
     Returns:
         for each depth and number of paths: `depth`, `paths`; `path`, the exact accuracy of one path; `any`, the share
         of puzzles of which some path is right; and by selection, as `vote/steps`: `exact_accuracy`, `steps` (ACT steps
-        a puzzle, over all copies and paths, that it alone takes), under `valid` also `answered` (a share).
+        a puzzle, over all copies and paths, that it alone takes), under `valid` also `answered` (a share). Those
+        selections are left out that the model or the task does not allow.
 
     Raises:
         UserError: the task or the model cannot be used so.
@@ -58,7 +61,7 @@ def survey(
     thinker = thinker_of(
         model, task, inference, rows_at_once=batch_size, with_logits=False, with_residual=True, **checks
     )
-    selections = [select for select in PREFERENCES if select != "valid" or task.checkable]
+    selections = [select for select in PREFERENCES if _is_possible(model, task, inference, select)]
     sums: dict[tuple[int, int], dict[str, float]] = {}
     num_labelled = 0  # puzzles with labels, as others are not counted
     at_once = inference.puzzles_at_once(batch_size)
@@ -86,6 +89,15 @@ def survey(
         }
         for (depth, number), cell in sums.items()
     ]
+
+
+def _is_possible(model: ACT, task: Task, inference: Inference, select: Select) -> bool:
+    """Whether `model` could be used so, but with this selection."""
+    try:
+        check(model, inference.model_copy(update={"select": select}))
+    except UserError:
+        return False
+    return select != "valid" or task.checkable
 
 
 def _measures(kept: Kept, labels: Tensor, selections: Sequence[Select]) -> dict[str, Tensor]:
@@ -126,19 +138,20 @@ def steps_spent(kept: Kept, select: Select) -> Tensor:
 def as_text(rows: Sequence[Row]) -> str:
     """A table for people: of each selection the exact accuracy, and the steps where they differ."""
     names = [name.partition("/")[0] for name in rows[0] if name.endswith("/exact_accuracy")]
+    stepping = [name for name in ("vote", "first_halt", "valid") if name in names]
     head = [
         "depth",
         "paths",
         "one path",
         *names,
         "any right",
-        *(f"steps {n}" for n in ("vote", "first_halt")),
+        *(f"steps {name}" for name in stepping),
     ]
-    more = ["steps valid", "answered"] if "valid" in names else []
+    more = ["answered"] if "valid" in names else []
     lines = [head + more]
     for row in rows:
         shares = [row["path"], *(row[f"{name}/exact_accuracy"] for name in names), row["any"]]
-        steps = [row[f"{name}/steps"] for name in ("vote", "first_halt", *(["valid"] if more else []))]
+        steps = [row[f"{name}/steps"] for name in stepping]
         lines.append(
             [str(row["depth"]), str(row["paths"])]
             + [f"{share:.1%}" for share in shares]

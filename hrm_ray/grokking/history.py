@@ -111,7 +111,7 @@ class Source:
     def of_summary(cls, summary: Mapping[str, Any]) -> "Source":
         """What our `grokking_summary` says."""
         known = {name: summary[name] for name in cls.__dataclass_fields__ if is_number(summary.get(name))}
-        return cls(**known, finished=summary.get("finished") is not False)
+        return cls(**known | {"finished": summary.get("finished") is not False})
 
 
 def is_number(value: Any) -> bool:

@@ -56,6 +56,10 @@ def read_run(path: str, *, percent: bool | None = None, chance: float | None = N
     Raises:
         UserError: nothing of the kind, damaged, without evaluations, or accuracies that may be read in two ways.
     """
+    if "://" in path:
+        raise UserError(
+            f"{path}: plot reads local folders; copy {_REPORTS} and {FILE} into one, and give that"
+        )
     file = _file_of(Path(path))
     history, source = _read(file, percent)
     if not len(history):

@@ -322,6 +322,16 @@ def check(model: ACT, use: Inference) -> None:
             f"{of_the_state[0]}: arch={model.inner.config.name} keeps no state from step to step, so its paths are all "
             "alike; leave it out, and use votes="
         )
+    if (use.halt_max_steps or 0) > model.halt_max_steps and not model.inner.keeps_state:
+        raise UserError(
+            f"{use.halt_max_steps} ACT steps: arch={model.inner.config.name} keeps no state from step to step, so its "
+            "answer is the same after each; leave halt_max_steps= and depths= out"
+        )
+    of_the_q_head = ["halt=learned"] if use.halt == "learned" else []
+    if use.halt_threshold != AS_TRAINED.halt_threshold:
+        of_the_q_head.append(f"halt_threshold={use.halt_threshold:g}")
+    if of_the_q_head and model.inner.q_head is None:
+        raise UserError(f"{of_the_q_head[0]}: this model has no Q head; leave it out")
     if use.select in ("q", "first_halt"):
         q_head, why = model.inner.q_head, None
         if q_head is None:

@@ -180,6 +180,13 @@ def test_what_is_no_question_is_said(task, text, problem):
     assert problem in str(caught.value)
 
 
+@pytest.mark.parametrize("predict_end", [False, True])
+def test_an_answer_is_no_question(predict_end):
+    task = Modular("-", predict_end=predict_end)
+    assert task.contradiction(task.parse("3 - 5")) is None
+    assert task.problem("8") == "question: it is an answer, no question; write '95 - 96'"
+
+
 def test_questions_are_read_from_a_file(tmp_path):
     (tmp_path / "questions.txt").write_text("3 + 5\n96+96 =\n\n0 + 0  # easy\n")
     texts = [text for _, text in PuzzleFile(tmp_path / "questions.txt", PLUS).questions()]

@@ -18,13 +18,14 @@ from hrm_ray.data.pipeline import build
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.data.tasks.arc import place
 from hrm_ray.data.tasks.arc.builder import ArcRecipe
+from hrm_ray.data.tasks.modular.builder import ModularRecipe
 from hrm_ray.errors import UserError
 from hrm_ray.interop.dataset import import_npy
 from hrm_ray.interop.look import open_any
 from hrm_ray.training import launch
 from tests.data.test_maze import ANSWER, QUESTION, SMALL
 from tests.interop.test_dataset import ABOUT, write_set
-from tests.toy import toy_config, toy_dataset
+from tests.toy import DECODER, toy_config, toy_dataset
 
 HOSTILE = "</script><script>document.title='harm'</script><!-- \ud800"
 BROWSER = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")), None)
@@ -257,6 +258,23 @@ def test_the_last_step_is_what_eval_saves(trained):
     np.testing.assert_allclose(steps.confidence[:, -1], 1 / (1 + np.exp(-saved["q_halt_logits"])), atol=1e-5)
     others = solver.every_step(rows["inputs"], (rows["puzzle_identifiers"] + 1) % 3)
     assert not np.array_equal(others.confidence, steps.confidence)
+
+
+@pytest.mark.parametrize("predict_end", [False, True])
+def test_an_equation_and_its_answer_stand_in_line_and_no_q_head_stops(tmp_path, predict_end, capsys):
+    """The token of number 0 ends an equation, and is no padding."""
+    build(ModularRecipe(p=5, predict_end=predict_end), tmp_path / "data", show_progress=False)
+    config = toy_config(tmp_path / "data", tmp_path, run_name="run", max_steps=1, arch=DECODER)
+    launch.train(TrainConfig(**config), show_progress=False)
+    words = [f"out={tmp_path / 'page.html'}", f"run={tmp_path / 'run'}"]
+    assert main(["data", "show", str(tmp_path / "data"), *words]) == 0, capsys.readouterr().err
+    data = content((tmp_path / "page.html").read_text())
+    rows = open_dataset(tmp_path / "data").split("train").rows(np.arange(len(data["groups"])))
+    for group, question, label in zip(data["groups"], rows["inputs"], rows["labels"], strict=True):
+        (example,) = group["puzzles"][0]["examples"]
+        assert read(data, example["question"]).tolist() == [question.tolist()]
+        assert read(data, example["answer"]).tolist() == [label.tolist()]
+        assert example["halts"] is None
 
 
 def test_the_command_makes_and_replaces_it(trained, tmp_path, capsys):

@@ -20,8 +20,10 @@ from hrm_ray.data.pipeline import build
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.data.tasks.arc.builder import ArcRecipe
 from hrm_ray.data.tasks.base import get_task
+from hrm_ray.data.tasks.grid.builder import GridRecipe
 from hrm_ray.data.tasks.maze import FREE, PATH
 from hrm_ray.data.tasks.maze.builder import MazeRecipe
+from hrm_ray.data.tasks.modular.builder import ModularRecipe
 from hrm_ray.errors import UserError
 from hrm_ray.evaluation.evaluate import evaluate
 from hrm_ray.evaluation.held_out import read_held_out
@@ -286,6 +288,36 @@ def test_a_model_is_not_used_with_the_identifiers_of_another_build(tmp_path, arc
     with pytest.raises(UserError, match="other is another build than the one"):
         solver.evaluate(tmp_path / "other")
     assert solver.evaluate(arc.path, num_examples=4)[0]["accuracy"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "said"),
+    [
+        (
+            {"op": "+", "p": 5},
+            {"op": "-", "p": 5},
+            r"op is -, the model was trained with \+; give a data set",
+        ),
+        ("abc/cba", "abd/dba", "alphabet is abd, the model was trained with abc"),
+        ("abc/cba", "ab/cc/ba", "height is 3, the model was trained with 2"),
+    ],
+)
+def test_a_model_is_not_used_where_as_many_tokens_mean_something_else(tmp_path, own, other, said):
+    def built(name, values):
+        if isinstance(values, str):
+            (tmp_path / f"{name}.csv").write_text(f"question,answer\n{values},{values[::-1]}\n")
+            recipe = GridRecipe(source=str(tmp_path / f"{name}.csv"), num_test=0)
+        else:
+            recipe = ModularRecipe(**values)
+        build(recipe, tmp_path / name, show_progress=False)
+        return open_dataset(tmp_path / name)
+
+    config = toy_config(built("own", own).path, tmp_path / "runs", max_steps=1, eval_interval=None)
+    launch.train(TrainConfig(**config), show_progress=False)
+    solver = api.load(tmp_path / "runs/toy")
+    solver.check(built("alike", own))
+    with pytest.raises(UserError, match=f"other does not fit .*: {said}"):
+        solver.check(built("other", other))
 
 
 def test_of_some_rows_the_tasks_count_that_were_seen(arc):

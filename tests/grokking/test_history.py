@@ -130,7 +130,8 @@ def theirs(tmp_path, **values):
 
 
 def test_a_history_of_others(tmp_path):
-    run = read_run(str(theirs(tmp_path, rqi=[1, 2, 3], grokking_summary={"grokked": True})), chance=1 / 113)
+    summary = {"grokked": True, "finished": 1}
+    run = read_run(str(theirs(tmp_path, rqi=[1, 2, 3], grokking_summary=summary)), chance=1 / 113)
     assert run.name == "03_nanda_2023" and run.source == Source(chance=1 / 113)
     assert run.history.clock == "epoch" and run.history["test_acc"].tolist() == [0.01, 0.02, 0.995]
     assert "epoch 200" in judge(run.history, run.source).text

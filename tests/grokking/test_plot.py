@@ -91,6 +91,10 @@ def test_whatever_a_history_lacks_is_not_drawn(folder, values):
         (["late", "out=mine.png"], "out=mine.png is there, and no plot; move it away"),
         (["late", "out=/proc/x.png"], "cannot write to /proc/x.png: "),
         (["nowhere"], "nowhere: no such run; give a run folder"),
+        (
+            ["s3://bucket/runs/x"],
+            "s3://bucket/runs/x: plot reads local folders; copy metrics.jsonl and training_",
+        ),
         (["out=x.png"], "hrm-ray plot grokking needs a run"),
         (["late", "percent=maybe"], "plot: percent='maybe': give true or false"),
         (["late", "chance=1.5"], "plot: chance=1.5"),

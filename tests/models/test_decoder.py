@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hrm_ray.api import load
 from hrm_ray.config.arch import arch_class
 from hrm_ray.config.compose import train_config
 from hrm_ray.config.inference import Inference
@@ -17,13 +18,16 @@ from hrm_ray.data.recipe import load_recipe
 from hrm_ray.data.shards import open_dataset
 from hrm_ray.errors import UserError
 from hrm_ray.evaluation.scores import check_best_metric
+from hrm_ray.evaluation.survey import as_text
 from hrm_ray.halting.base import Control
 from hrm_ray.machine import resolve
 from hrm_ray.models.act import ACT, IGNORE, Batch
 from hrm_ray.models.inference import Thinker
 from hrm_ray.models.losses import act_loss
 from hrm_ray.models.registry import build_model
+from hrm_ray.training import launch
 from hrm_ray.training.plan import check_data
+from tests.toy import DECODER, toy_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "grok"
 VOCAB_SIZE, SEQ_LEN = 239, 6  # <eos> a op b = c
@@ -202,6 +206,30 @@ def test_in_use_it_is_as_sure_as_its_answer_is_likely():
     assert answer.tokens.shape == (16, SEQ_LEN)
     with pytest.raises(UserError, match="Q head"):
         Thinker(model, Inference(select="q")).think(batch)
+
+
+@pytest.mark.parametrize(
+    ("use", "said"),
+    [
+        ({"halt_max_steps": 32}, "32 ACT steps: arch=decoder keeps no state from step to step"),
+        ({"halt": "learned"}, "halt=learned: this model has no Q head; leave it out"),
+        ({"halt_threshold": 0.9}, "halt_threshold=0.9: this model has no Q head; leave it out"),
+    ],
+)
+def test_words_without_an_effect_on_it_are_refused(use, said):
+    with pytest.raises(UserError, match=said):
+        Thinker(decoder(), Inference(**use))
+    Thinker(decoder(), Inference(halt_max_steps=1, halt_threshold=0.5))
+
+
+def test_its_table_has_the_selections_that_it_can_make(tmp_path):
+    build(load_recipe("modular", {"p": 5}), tmp_path / "data", show_progress=False)
+    values = toy_config(tmp_path / "data", tmp_path / "runs", arch=DECODER, max_steps=1)
+    launch.train(TrainConfig(**values), show_progress=False)
+    rows = load(tmp_path / "runs/toy").survey(tmp_path / "data")
+    assert {name.partition("/")[0] for name in rows[0] if "/" in name} == {"vote", "valid"}
+    head, row = as_text(rows).splitlines()
+    assert head.endswith("any right  steps vote  steps valid  answered") and len(row.split()) == 9
 
 
 def test_it_has_no_q_head_and_learns_none():

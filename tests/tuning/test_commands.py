@@ -76,6 +76,7 @@ def test_the_life_of_a_sweep(sweep, capsys):
         (["status"], "hrm-ray tune status needs the folder of a sweep"),
         (["status", "/nowhere"], "/nowhere is not a sweep (it has no sweep.yaml)"),
         (["stop", "/nowhere", "one"], "'one' is no number of a trial"),
+        (["stop", "/nowhere", "²"], "'²' is no number of a trial"),
         (["set", "/nowhere"], "needs key=value; keys: num_trials, max_concurrent, budget"),
         (["promote", "/nowhere", "seeds=0"], "seeds=0: "),
         (["report", "/nowhere"], "/nowhere is not a sweep"),

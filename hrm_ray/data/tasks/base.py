@@ -46,11 +46,14 @@ class Task(ABC):
         vocab_size: number of tokens, at most 256.
         seq_len: tokens in a question, and in an answer.
         pad_id, ignore_label_id, blank_identifier_id: as in the published data sets.
+        is_padded: whether `pad_id` is no token of puzzles, so that drawings leave it out.
         is_recognised: whether arrays surely are of this family where `of_arrays` says so; if not, a user must name it.
         checkable: whether `is_solution` can tell right from wrong.
         fillable: whether an answer is its question with cells filled in, so that training may give some of them away.
         answer_cells: all labels are in the last so many cells; None: they may be anywhere.
         answers_are_inputs: whether a question shows its answer in a later cell; only a causal model does not see it.
+        meaning: names of `options` that say, beside `vocab_size` and `seq_len`, what tokens mean and what answers are
+            right; a model is used on data alone that agree in them.
         chance: exact accuracy of one who guesses; None: nobody knows.
         cells: how its puzzles are written, for the reader of files; None: as `parse` says, one a line.
         keeps_spaces: whether a space is a cell like others.
@@ -68,11 +71,13 @@ class Task(ABC):
     pad_id: int = 0
     ignore_label_id: int | None = 0
     blank_identifier_id: int = 0
+    is_padded: ClassVar[bool] = True
     is_recognised: ClassVar[bool] = True
     checkable: bool = True
     fillable: bool = False
     answer_cells: int | None = None
     answers_are_inputs: bool = False
+    meaning: ClassVar[tuple[str, ...]] = ()
     chance: float | None = None
     cells: Cells | None = None
     keeps_spaces: bool = False

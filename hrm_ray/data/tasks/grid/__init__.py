@@ -51,6 +51,7 @@ class Grid(Task):
     name = "grid"
     checkable = False
     keeps_spaces = True
+    meaning = ("alphabet", "height", "width")
     width: int
 
     def __init__(

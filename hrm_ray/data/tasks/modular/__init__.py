@@ -45,6 +45,8 @@ class Modular(Task):
 
     name = "modular"
     ignore_label_id = EQUALS  # which is no answer
+    is_padded = False
+    meaning = ("op", "p")
 
     def __init__(
         self,
@@ -156,6 +158,12 @@ class Modular(Task):
         return f"{asked} = {self.cell(int(tokens[SIGN])).symbol}"
 
     # Rules
+
+    def contradiction(self, question: np.ndarray) -> str | None:
+        if question[SIGN] == EQUALS:
+            return None
+        a, b = self._some
+        return f"it is an answer, no question; write '{a} {self.operator.name} {b}'"
 
     def is_solution(self, inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
         """Whether the answer, without what follows it, is right."""

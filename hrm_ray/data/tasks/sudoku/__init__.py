@@ -155,7 +155,7 @@ class Sudoku(WrittenTask):
 
     def why_no_question(self, question: np.ndarray) -> str | None:
         if contradiction := self.contradiction(question):
-            return f"its clues contradict: {contradiction}"
+            return contradiction
         if not (question == BLANK).any():
             return "it has no blank; is it the answer of another? Give both as one row"
         return None
@@ -167,12 +167,16 @@ class Sudoku(WrittenTask):
             return f"it does not fit its question: clue in row {row + 1}, column {col + 1} differs"
         if (answer == BLANK).any():
             return "it is not complete"
-        return f"it is no solution: {self.contradiction(answer)}"
+        return f"it is no solution: {self._repetition(answer)}"
 
     def contradiction(self, question: np.ndarray) -> str | None:
+        repetition = self._repetition(question)
+        return repetition and f"its clues contradict: {repetition}"
+
+    def _repetition(self, tokens: np.ndarray) -> str | None:
         cells_of_unit, _ = self._geometry
         for unit, cells in enumerate(cells_of_unit):
-            digits, counts = np.unique(question[cells], return_counts=True)
+            digits, counts = np.unique(tokens[cells], return_counts=True)
             for digit in digits[(counts > 1) & (digits >= FIRST_DIGIT)]:
                 kind = ("row", "column", "box")[unit // self.size]
                 return f"{digit - 1} twice in {kind} {unit % self.size + 1}"
