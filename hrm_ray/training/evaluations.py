@@ -15,6 +15,7 @@ from hrm_ray.models.act import ACT, Batch
 from hrm_ray.training.plan import Plan
 from hrm_ray.world import World
 
+LEAST_CELLS = 4096  # of a batch; with fewer, what surrounds the products takes most of an evaluation
 OF_TRAINING = {"accuracy", "exact_accuracy", "loss"}  # what is told of the training split
 
 
@@ -43,7 +44,9 @@ class Evaluations:
             Interrupted: `interrupt` has said so.
         """
         config = self.config
-        at_once = max(1, config.global_batch_size // self.world.size)
+        at_once = max(
+            config.global_batch_size // self.world.size, LEAST_CELLS // self.dataset.manifest.seq_len, 1
+        )
         named: dict[str, float] = {}
         for prefix, split in {
             "eval": "test",
