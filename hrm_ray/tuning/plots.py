@@ -6,7 +6,7 @@ Pyplot is global: inside `_off_screen` it draws with Agg in a style for these pl
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, TypeAlias
@@ -324,7 +324,7 @@ def _span(axes: Axes, values: Range) -> None:
     if values.choice is not None:
         ticks = axes.get_xticks()
         known = {repr(as_category(value)): as_text(value) for value in values.choice}
-        texts = [_cut(known[label.get_text()]) for label in axes.get_xticklabels()]
+        texts = _cut([known[label.get_text()] for label in axes.get_xticklabels()], 18)
         slant = 0 if sum(map(len, texts)) <= 20 else 25 if len(texts) <= 5 else 90
         axes.set_xticks(ticks, texts, rotation=slant, ha="right" if slant == 25 else "center")
         axes.set_xlim(-0.4, len(texts) - 0.6)
@@ -340,8 +340,12 @@ def _span(axes: Axes, values: Range) -> None:
         axes.xaxis.get_major_locator().set_params(nbins=5, integer=values.kind == "int")
 
 
-def _cut(text: str, most: int = 18) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+def _cut(texts: Sequence[str], most: int) -> list[str]:
+    """Values in at most so many characters; of paths without the folders, if their last parts tell them apart."""
+    last = [text.rpartition("/")[2] for text in texts]
+    if all(last) and len(set(last)) == len(set(texts)):
+        texts = last
+    return [text if len(text) <= most else text[: most - 1] + "…" for text in texts]
 
 
 def _parallel_coordinate(study: ReadStudy, params: list[str]) -> Figure:
@@ -391,7 +395,9 @@ def _tick_parallel(axes: Axes, values: Range | None) -> None:
         ticks = [*missing, *((tick, str(tick)) for tick in range(begin, math.floor(high) + 1, every))]
     elif values.choice is not None or missing:
         known = {str(as_category(value)): as_text(value) for value in values.choice or ()}
-        ticks = [(tick, _cut(known.get(text, text), 14)) for tick, text in ticks if text != "None"] + missing
+        shown = [(tick, known.get(text, text)) for tick, text in ticks if text != "None"]
+        texts = _cut([text for _, text in shown], 14)
+        ticks = [(tick, text) for (tick, _), text in zip(shown, texts, strict=True)] + missing
     else:
         return
     axes.set_yticks([tick for tick, _ in ticks], [text for _, text in ticks])

@@ -18,7 +18,7 @@ from hrm_ray.tuning.console import ending
 from hrm_ray.tuning.estimate import Spent
 from hrm_ray.tuning.fractions import Reached, over_fraction
 from hrm_ray.tuning.page import page
-from hrm_ray.tuning.plots import Plots, plots, short_names
+from hrm_ray.tuning.plots import Plots, _cut, plots, short_names
 from hrm_ray.tuning.study import SweepStudy
 from hrm_ray.tuning.sweep import SweepResult
 
@@ -439,3 +439,9 @@ def test_estimate_and_repeats(single):
 def test_short_names():
     names = ["eval/steps", "train/steps", "arch.H_cycles", "lr"]
     assert list(short_names(names).values()) == ["eval/steps", "train/steps", "H_cycles", "lr"]
+
+
+def test_values_that_are_paths_are_told_apart_by_their_last_parts():
+    assert _cut(["data/a-0.3", "data/b"], 18) == ["a-0.3", "b"]
+    assert _cut(["one/data", "two/data"], 5) == ["one/…", "two/…"]
+    assert _cut(["+", "/"], 18) == ["+", "/"]
