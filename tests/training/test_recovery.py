@@ -216,6 +216,7 @@ def test_a_value_that_is_reached_ends_the_run_with_a_checkpoint(config):
 
 def test_rare_evaluations_go_on_as_they_were_after_a_stop(config):
     config |= {"eval_interval_steps": 2, "eval_spacing": 0.3}
+    config |= {"micro_batch_size": config["global_batch_size"]}  # an evaluation has several batches
     whole = run({**config, "run_name": "whole"})
     asked = iter([None] * 8 + ["now"])  # in the evaluation after step 4, of which there is no checkpoint
     assert run(config, stop=lambda: next(asked, None)).state.global_step == 4
@@ -308,8 +309,9 @@ def test_a_process_that_hangs_is_ended_and_says_where(config):
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "no progress for 0.5 s (watchdog_s)" in done.stderr and "in hang" in done.stderr
+    config |= {"watchdog_s": None}  # which would end the tests, on a machine that stands still for a while
     whole = run({**config, "run_name": "whole"})
-    again = run({**config, "watchdog_s": None})
+    again = run(config)
     # The checkpoint of step 4 may still have been in the writing.
     assert [e["global_step"] for e in events(again) if e["event"] == "started"] in ([0, 2], [0, 4])
     assert finished(again.run)[-1].manifest.files == finished(whole.run)[-1].manifest.files
