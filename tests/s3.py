@@ -5,6 +5,7 @@ import re
 import threading
 import urllib.parse
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -26,6 +27,8 @@ FAULTS = (
     "unconditional",  # its conditions are ignored, as some storages do
 )
 CONDITIONS = ("if-match", "if-none-match")
+# moto looks whether a condition holds, and writes then; S3 does both at once.
+AT_ONCE = threading.Lock()
 BETWEEN_HOPS = ("connection", "transfer-encoding", "content-length", "expect", "te", "keep-alive")
 
 
@@ -125,10 +128,14 @@ class Handler(BaseHTTPRequestHandler):
         headers = {name: value for name, value in self.headers.items() if name.lower() not in left_out}
         path = re.sub("max-keys=[0-9]+", f"max-keys={PAGE}", self.path)
         connection = http.client.HTTPConnection(*self.server.behind, timeout=30)
+        is_conditional = self.command == "PUT" and any(name.lower() in CONDITIONS for name in headers)
         try:
-            connection.request(self.command, path, content, {**headers, "Content-Length": str(len(content))})
-            answer = connection.getresponse()
-            return answer.status, answer.getheaders(), answer.read()
+            with AT_ONCE if is_conditional else nullcontext():
+                connection.request(
+                    self.command, path, content, {**headers, "Content-Length": str(len(content))}
+                )
+                answer = connection.getresponse()
+                return answer.status, answer.getheaders(), answer.read()
         finally:
             connection.close()
 
