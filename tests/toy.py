@@ -89,6 +89,7 @@ def toy_config(data_path: Path, storage: Path, **values) -> dict:
         "run_name": "toy",
         "arch": ARCH,
         "global_batch_size": 8,
+        "micro_batch_size": 8,  # so that an evaluation has several batches
         "epochs": 3,
         "max_steps": 20,
         "eval_interval": 1,

@@ -216,7 +216,6 @@ def test_a_value_that_is_reached_ends_the_run_with_a_checkpoint(config):
 
 def test_rare_evaluations_go_on_as_they_were_after_a_stop(config):
     config |= {"eval_interval_steps": 2, "eval_spacing": 0.3}
-    config |= {"micro_batch_size": config["global_batch_size"]}  # an evaluation has several batches
     whole = run({**config, "run_name": "whole"})
     asked = iter([None] * 8 + ["now"])  # in the evaluation after step 4, of which there is no checkpoint
     assert run(config, stop=lambda: next(asked, None)).state.global_step == 4
