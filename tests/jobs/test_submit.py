@@ -258,6 +258,7 @@ def test_mistakes_are_one_line(words, said, capsys):
 # Real jobs
 
 
+@pytest.mark.timeout(600)
 def test_the_life_of_a_job(tmp_path, head, monkeypatch):  # noqa: F811
     """Its output, its exit codes, a stop with a checkpoint, and the same submission again."""
     toy_dataset(tmp_path / "data")

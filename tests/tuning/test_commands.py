@@ -24,7 +24,7 @@ def sweep(tmp_path, ray_cluster):
 
 
 @pytest.mark.ray
-def test_the_life_of_a_sweep(sweep, capsys):
+def test_the_life_of_a_sweep(sweep, capsys, ray_cluster):
     file, folder = sweep
     assert main(["tune", file]) == 0
     told = capsys.readouterr()
