@@ -54,7 +54,7 @@ def test_a_model_without_room(values):
 )
 def test_a_step_without_room(values, monkeypatch, fails, micro_batch_size, said):
     """The run goes on once it is mended."""
-    config = TrainConfig(**values, micro_batch_size=micro_batch_size, checkpoint_interval=5)
+    config = TrainConfig(**values | {"micro_batch_size": micro_batch_size, "checkpoint_interval": 5})
     launch.train(config.model_copy(update={"max_steps": 5}), show_progress=False)
     with monkeypatch.context() as patch, pytest.raises(UserError, match=said):
         patch.setattr(ACT, "forward", fails)

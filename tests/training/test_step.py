@@ -170,7 +170,7 @@ def test_micro_batches_make_the_step_of_the_whole_batch(tmp_path, halting):
     trainers = {}
     for size in (None, 3):  # of eight slots
         values = toy_config(tmp_path / "data", tmp_path / str(size), halting={"name": halting})
-        parsed = TrainConfig(**values, micro_batch_size=size, supervision_steps=2)
+        parsed = TrainConfig(**values | {"micro_batch_size": size, "supervision_steps": 2})
         trainers[size] = TrainingLoop(parsed, run_folder(parsed), World(), Hooks())
     sizes = []
     trainers[3].state.model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[1].inputs)))
