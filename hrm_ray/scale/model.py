@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from hrm_ray.scale.machine import Machine
 from hrm_ray.scale.work import Work
+from hrm_ray.training.plan import evaluated_at_once
 
 OPTIMIZER_BYTES = (
     28  # that AdamATan2 reads and writes a parameter: weight and two moments twice, the gradient once
@@ -92,8 +93,8 @@ def step(machine: Machine, work: Work, num_workers: int, batch_size: int) -> Ste
 
 def evaluation_s(machine: Machine, work: Work, num_workers: int, batch_size: int) -> float:
     """One evaluation, every puzzle with all its ACT steps."""
-    at_once = max(1, batch_size // num_workers)
-    at_once = min(at_once, work.config.micro_batch_size or at_once)
+    most = evaluated_at_once(work.config, batch_size, num_workers, work.puzzles.seq_len)
+    at_once = min(most, math.ceil(work.num_evaluated / num_workers))
     num_passes = math.ceil(work.num_evaluated / (num_workers * at_once)) * work.config.arch.halt_max_steps
     products = at_once * work.model.evaluation.flops / machine.flops_per_s.value
     launches = work.model.evaluation.products * machine.launch_s.value

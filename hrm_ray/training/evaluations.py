@@ -12,10 +12,9 @@ from hrm_ray.evaluation.evaluate import evaluate
 from hrm_ray.evaluation.norms import norms
 from hrm_ray.evaluation.outer_product import eigenvalues, sample
 from hrm_ray.models.act import ACT, Batch
-from hrm_ray.training.plan import Plan
+from hrm_ray.training.plan import Plan, evaluated_at_once
 from hrm_ray.world import World
 
-LEAST_CELLS = 4096  # of a batch; with fewer, what surrounds the products takes most of an evaluation
 OF_TRAINING = {"accuracy", "exact_accuracy", "loss"}  # what is told of the training split
 
 
@@ -44,9 +43,7 @@ class Evaluations:
             Interrupted: `interrupt` has said so.
         """
         config = self.config
-        at_once = max(
-            config.global_batch_size // self.world.size, LEAST_CELLS // self.dataset.manifest.seq_len, 1
-        )
+        seq_len = self.dataset.manifest.seq_len
         named: dict[str, float] = {}
         for prefix, split in {
             "eval": "test",
@@ -56,7 +53,7 @@ class Evaluations:
                 model,
                 self.dataset,
                 split=split,
-                batch_size=min(at_once, config.micro_batch_size or at_once),
+                batch_size=evaluated_at_once(config, config.global_batch_size, self.world.size, seq_len),
                 num_examples=config.num_eval_examples,
                 world=self.world,
                 on_batch=on_batch,

@@ -13,6 +13,9 @@ from hrm_ray.data.shards import Dataset, Split
 from hrm_ray.errors import UserError
 from hrm_ray.optim.schedules import anneal, first_step_at, warmup_cosine
 
+# Of a batch in evaluations; with fewer cells, what surrounds the products takes most of the time.
+LEAST_CELLS = 4096
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -229,6 +232,12 @@ class Plan:
     def reports(self, step: int) -> bool:
         """Whether training metrics are reported after `step`."""
         return step % self.config.log_interval == 0 or self.evaluates(step)
+
+
+def evaluated_at_once(config: TrainConfig, batch_size: int, num_workers: int, seq_len: int) -> int:
+    """Puzzles of `seq_len` cells that a worker evaluates at once, where `batch_size` of all workers make a step."""
+    at_once = max(batch_size // num_workers, LEAST_CELLS // seq_len, 1)
+    return min(at_once, config.micro_batch_size or at_once)
 
 
 def check_data(config: TrainConfig, dataset: Dataset) -> None:

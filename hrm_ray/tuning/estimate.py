@@ -91,12 +91,14 @@ def measure(run: TrainConfig, cpus: int) -> Probe:
     from hrm_ray.storage.storage import Storage
     from hrm_ray.training.hooks import Hooks, Progress
     from hrm_ray.training.loop import TrainingLoop
+    from hrm_ray.training.plan import evaluated_at_once
     from hrm_ray.world import World
 
-    test = open_dataset(run.data_path).splits.get("test")
+    dataset = open_dataset(run.data_path)
+    test = dataset.splits.get("test")
     num_test = test.num_examples if test else 0
     num_wanted = min(num_test, run.num_eval_examples or num_test)
-    num_tried = min(num_wanted, run.global_batch_size)
+    num_tried = min(num_wanted, evaluated_at_once(run, run.global_batch_size, 1, dataset.manifest.seq_len))
     times: list[tuple[str, float]] = []
 
     def progress(at: Progress) -> None:

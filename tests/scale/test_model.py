@@ -22,6 +22,7 @@ from hrm_ray.scale.model import (
     training,
 )
 from hrm_ray.scale.work import Model, Pass, Puzzles, Work
+from hrm_ray.training import plan
 
 # Four workers in a machine; a step of one puzzle is a second of products and half a second of launches.
 ROUND = {
@@ -55,6 +56,12 @@ def machine(*, runs_ahead: bool = False, workers: int = 4, **values: float) -> M
 
 def work(*words: str) -> Work:
     return replace(WORK, config=train_config([*WORDS, *words]))
+
+
+@pytest.fixture(autouse=True)
+def small_batches_in_evaluations(monkeypatch):
+    """As small as in training, so that numbers can be counted by hand."""
+    monkeypatch.setattr(plan, "LEAST_CELLS", 1)
 
 
 def test_one_step_by_hand():
@@ -105,6 +112,13 @@ def test_an_evaluation_by_hand():
     assert evaluation_s(machine(), WORK, 4, 8) == pytest.approx(2.5 * 2 * 2 * (0.5 + 0.2))
     assert evaluation_s(machine(), work("num_eval_examples=8"), 1, 8) == pytest.approx(2 * 2.2)
     assert evaluation_s(machine(), work("micro_batch_size=4"), 1, 8) == pytest.approx(3 * 2 * 1.2)
+
+
+def test_an_evaluation_takes_more_at_once_where_batches_are_small(monkeypatch):
+    monkeypatch.setattr(plan, "LEAST_CELLS", 40)  # four of these puzzles
+    assert evaluation_s(machine(), WORK, 1, 2) == evaluation_s(machine(), work("micro_batch_size=4"), 1, 8)
+    monkeypatch.setattr(plan, "LEAST_CELLS", 4096)  # more than there are
+    assert evaluation_s(machine(), WORK, 1, 8) == pytest.approx(2 * (12 / 4 + 0.2))
 
 
 def test_a_training_by_hand():
