@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hrm_ray.config import published_words
 from hrm_ray.config.arch import arch_class, architectures
-from hrm_ray.config.effect import check_effect
+from hrm_ray.config.effect import without_effect
 from hrm_ray.config.halting import HALTINGS, HaltingConfig
 from hrm_ray.config.optimizer import OPTIMIZERS
 from hrm_ray.config.schema import TrainConfig
@@ -75,9 +75,17 @@ def train_config(words: Sequence[str], *, by_hand: bool = False) -> TrainConfig:
     with in_one_line("configuration"):
         chosen, given = _sorted(words)
         config = _train_config(chosen, given)
-        if by_hand:
-            check_effect(config, given)
+        if by_hand and (idle := without_effect(config, given)):
+            key, with_what = next(iter(idle.items()))
+            raise UserError(f"{key} has no effect {with_what}")
         return config
+
+
+def effective(words: Sequence[str]) -> list[str]:
+    """The words without those that `train_config` refuses `by_hand`."""
+    chosen, given = _sorted(words)
+    idle = without_effect(_train_config(chosen, given), given)
+    return [word for word in words if not _sorted([word])[1].keys() & idle.keys()]
 
 
 def _train_config(chosen: Mapping[str, str], given: Mapping[str, str]) -> TrainConfig:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from hrm_ray.config.schema import TrainConfig
-from hrm_ray.errors import UserError
 
 
 class Idle(NamedTuple):
@@ -50,10 +49,7 @@ IDLE = (
 )
 
 
-def check_effect(config: TrainConfig, given: Iterable[str]) -> None:
-    """Raise UserError if one of the keys that were given changes nothing in `config`."""
+def without_effect(config: TrainConfig, given: Iterable[str]) -> dict[str, str]:
+    """Of the keys that were given, those that change nothing in `config`, and with what they do not."""
     keys = set(given)
-    for idle in IDLE:
-        for key in idle.keys:
-            if key in keys and idle.is_so(config):
-                raise UserError(f"{key} has no effect {idle.with_what}")
+    return {key: idle.with_what for idle in IDLE for key in idle.keys if key in keys and idle.is_so(config)}

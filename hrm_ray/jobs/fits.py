@@ -38,7 +38,7 @@ class _Training:
     def __init__(self, words: Sequence[str]):
         from hrm_ray.config.compose import train_config
 
-        self._config = train_config(words)
+        self._config = train_config(words, by_hand=True)
 
     def rows(self, grows: Growth | None) -> Iterator[Row]:
         from hrm_ray.training.ray_train import resources_of

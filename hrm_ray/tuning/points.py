@@ -1,6 +1,7 @@
 """From a point of the space to the run that it stands for, or the reason why there is none."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import optuna
 
 from hrm_ray.config import published_words
-from hrm_ray.config.compose import CHOSEN_BY_NAME, GROUPS, aliases, train_config
+from hrm_ray.config.compose import CHOSEN_BY_NAME, GROUPS, aliases, effective, train_config
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import abbreviated, as_text, known_keys, nearest, split_word
 from hrm_ray.data.shards import Dataset, open_dataset
@@ -50,13 +51,18 @@ class Points:
     gpus: float = 0.0
 
     def words(self, point: Point) -> list[str]:
-        """The exact words of ``hrm-ray train`` for a trial, without the folder of its run."""
+        """The exact words of ``hrm-ray train`` for a trial, without the folder of its run.
+
+        Keys of a space that change nothing beside the values of others are not among them.
+        """
         scaling = self.config.resources
         words = [*self.config.train, *words_of(point)]
         if "best_metric" not in map(_key, words) and self._best_metric:
             words.append(f"best_metric={self._best_metric}")
         words += [f"scaling.num_workers={scaling.num_workers}", f"scaling.cpus_per_worker={scaling.cpus}"]
         words.append(f"scaling.use_gpu={as_text(self.gpus > 0)}")
+        with suppress(UserError):  # `run` says why such a point cannot be
+            words = effective(words)
         return words
 
     @property

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hrm_ray.config.compose import choices, train_config
+from hrm_ray.config.compose import choices, effective, train_config
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.errors import UserError
 
@@ -124,6 +124,9 @@ def test_a_key_without_effect_is_refused_of_people_only(words, key, with_effect)
     with pytest.raises(UserError, match=f"^{key} has no effect"):
         train_config(words.split(), by_hand=True)
     train_config(words.split())  # as a point of a sweep may be
+    kept = effective(words.split())
+    assert [word.partition("=")[0] for word in words.split() if word not in kept] == [key]
+    train_config(kept, by_hand=True)
     train_config([*words.split(), with_effect], by_hand=True)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hrm_ray.config.compose import train_config
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.data.pipeline import build
 from hrm_ray.data.recipe import load_recipe
@@ -296,6 +297,15 @@ def test_the_value_of_a_trial_is_that_of_its_best_checkpoint():
     found = [value_of(summary, name) for name in ("eval/accuracy", "train/loss", "num_params", "eval/steps")]
     assert found == [0.9, 1.5, 7, None]
     assert value_of({"best": {}, "final": {}}, "eval/accuracy") is None
+
+
+def test_words_of_a_trial_can_be_typed():
+    """Also where a key of its point has no effect beside another."""
+    config = sweep_config({"train": "data=d", "space": {"ema": [True, False], "ema_rate": [0.9, 0.99]}})
+    for ema in (True, False):
+        words = Points(config).words({"ema": ema, "ema_rate": 0.99})
+        assert ("ema_rate=0.99" in words) == ema
+        train_config(words, by_hand=True)
 
 
 def test_words_of_a_trial_name_everything_that_its_run_depends_on():
