@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 from functools import reduce
 from itertools import chain
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hrm_ray.config.arch import architectures
+from hrm_ray.config.compose import train_config
 from hrm_ray.config.inference import Inference
 from hrm_ray.config.schema import TrainConfig
 from hrm_ray.config.validate import known_keys
@@ -89,6 +91,25 @@ def test_benchmarks_and_make_targets_exist(page):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
     for target in re.findall(r"(?:`|^)make ([a-z-]+)", text, flags=re.M):
         assert target in targets, target
+
+
+TRAINING = re.compile(r"^(?:# +)?hrm-ray train ((?:[\w.-]+=\S+ *)+)", flags=re.M)
+YAMLS = sorted(
+    chain(*((ROOT / folder).rglob("*.yaml") for folder in ("hrm_ray/config", "tune_configs", "datasets")))
+)
+# Of the page that says how to add them.
+OF_THE_READER = ("arch=gated",)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *YAMLS], ids=lambda page: page.name)
+def test_commands_of_training_are_understood(page):
+    for words in TRAINING.findall(page.read_text()):
+        if not any(word in words for word in OF_THE_READER):
+            train_config(shlex.split(words), by_hand=True)
+
+
+def test_commands_of_training_are_found():
+    assert sum(len(TRAINING.findall(page.read_text())) for page in [*PAGES, *YAMLS]) > 40
 
 
 def test_every_recipe_experiment_and_sweep_is_in_the_readme():

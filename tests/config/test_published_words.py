@@ -49,7 +49,7 @@ TRM = f'arch=trm data_paths="[d]" evaluators="[]" epochs=50000 eval_interval=500
     ],
 )
 def test_published_commands_compose(command, expected):
-    config = train_config(shlex.split(command))
+    config = train_config(shlex.split(command), by_hand=True)
     for key, value in expected.items():
         found = config
         for part in key.split("."):
