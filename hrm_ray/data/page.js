@@ -22,6 +22,7 @@ function element(name, attributes = {}, ...children) {
 // What a model's answer is worth.
 
 function isScored(label) { return label !== data.ignored; }
+function isLeftOut(scores, cell) { return scores != null && !isScored(scores[cell]); }
 
 function judged(example, step) {
   if (!example.judged) {
@@ -59,7 +60,8 @@ function inkOn(colour) {
   return (0.299 * red + 0.587 * green + 0.114 * blue) / 255 > 0.4 ? "#000000" : "#ffffff";
 }
 
-function paint(canvas, width, cells, size, { labels = null, given = null } = {}) {
+// Cells that `scores` leaves out stay empty: what stands there, in a label or in an answer, means nothing.
+function paint(canvas, width, cells, size, { labels = null, given = null, scores = null } = {}) {
   const style = getComputedStyle(document.documentElement);
   const [ground, ink, soft, line, answered, right] =
     ["--card", "--ink", "--soft", "--line", "--complete", "--running"].map(name => style.getPropertyValue(name));
@@ -73,7 +75,7 @@ function paint(canvas, width, cells, size, { labels = null, given = null } = {})
   draw.textBaseline = "middle";
   cells.forEach((token, cell) => {
     const [x, y] = [cell % width * size, Math.floor(cell / width) * size];
-    const [symbol, colour] = data.cells[token] ?? ["?", null];
+    const [symbol, colour] = isLeftOut(scores, cell) ? ["", null] : data.cells[token] ?? ["?", null];
     const isWrong = labels !== null && isScored(labels[cell]) && token !== labels[cell];
     draw.fillStyle = colour ?? ground;
     draw.fillRect(x, y, size, size);
@@ -87,7 +89,7 @@ function paint(canvas, width, cells, size, { labels = null, given = null } = {})
       else if (isAnswered) draw.fillStyle = labels === null ? answered : right;
       else draw.fillStyle = isColoured ? soft : ink;
       draw.globalAlpha = colour && /^\d+$/.test(symbol) ? .55 : 1;
-      draw.font = `${isAnswered ? "" : "600 "}${Math.round(size * (symbol.length > 2 ? .36 : .56))}px system-ui, sans-serif`;
+      draw.font = `${isAnswered ? "" : "600 "}${Math.round(size * (symbol.length > 2 ? Math.min(.36, 1.4 / symbol.length) : .56))}px system-ui, sans-serif`;
       draw.fillText(symbol, x + size / 2 + .5, y + size / 2 + 1);
       draw.globalAlpha = 1;
     }
@@ -130,7 +132,8 @@ function grid(caption, [width, text], size, options = {}) {
     const named = token => data.cells[token]?.[0].trim() || `token ${token}`;
     const label = options.labels?.[cell];
     const isWrong = label !== undefined && isScored(label) && label !== cells[cell];
-    canvas.title = `row ${row + 1}, column ${column + 1}: ${named(cells[cell])}${isWrong ? `; the label is ${named(label)}` : ""}`;
+    const shown = isLeftOut(options.scores, cell) ? "has no label" : named(cells[cell]);
+    canvas.title = `row ${row + 1}, column ${column + 1}: ${shown}${isWrong ? `; the label is ${named(label)}` : ""}`;
   });
   paint(canvas, width, cells, size, options);
   return element("figure", {}, element("figcaption", {}, caption), canvas);
@@ -147,13 +150,14 @@ function drawn(example, number) {
   const size = Math.max(5, Math.min(36, Math.floor((hasSteps ? 264 : 300) / longest)));
   const isSameShape = asked[0] === answer[0] && asked[1].length === answer[1].length;
   const given = isSameShape ? tokens(asked[1]) : null;
+  const labels = tokens(answer[1]);
+  const scores = labels.some(isScored) ? labels : null;
   const grids = element("div", { className: "grids" },
-    grid("question", asked, size), grid(hasSteps ? "label" : "answer", answer, size, { given }));
+    grid("question", asked, size), grid(hasSteps ? "label" : "answer", answer, size, { given, scores: labels }));
   const made = element("article", { className: "example" }, element("h3", {}, `example ${example.example}`), grids);
   if (hasSteps) {
     const { isOk } = judged(example, state.step);
-    const labels = tokens(answer[1]);
-    grids.append(grid(`model, step ${state.step + 1}`, [answer[0], example.steps[state.step]], size, { given, labels }));
+    grids.append(grid(`model, step ${state.step + 1}`, [answer[0], example.steps[state.step]], size, { given, labels, scores }));
     made.append(element("p", { className: "verdict" },
       element("span", { className: `mark ${isOk ? "ok" : "bad"}` }, isOk ? "✓" : "✗"), verdict(example, state.step)));
     made.append(strip(example));

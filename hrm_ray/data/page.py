@@ -183,7 +183,8 @@ def _about(part: Split, choice: Choice, steps: Steps | None, run: str) -> str:
         which += f"; of each group at most {choice.copies:,} of up to {largest:,} puzzles"
     about = f"Split {part.name}: {which}."
     if steps is not None:
-        about += f" Answered by {run}, in {steps.tokens.shape[1]} ACT steps."
+        number = steps.tokens.shape[1]
+        about += f" Answered by {run}, in {number} ACT step{'s' if number > 1 else ''}."
     return _clean(about)
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from html import escape
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -350,3 +351,24 @@ def test_a_browser_draws_it(arc, tmp_path):
     press = "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: KEY, bubbles: true}));"
     pressed = drawn(html, tmp_path, "".join(press.replace("KEY", repr(key)) for key in ("f", ",")))
     assert "1 of 1</span>" in pressed and "ACT step 1 of 2" in pressed and "right, 8 of 8" in pressed
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_cells_without_a_label_stay_empty(tmp_path):
+    """In the label and in the answer: of an equation only the result is asked for."""
+    build(ModularRecipe(p=5), tmp_path / "data", show_progress=False)
+    dataset = open_any(tmp_path / "data")
+    choice = choose(dataset, "train", count=1, copies=1, num_steps=1)
+    question, label = choice.rows["inputs"][0], choice.rows["labels"][0]
+    steps = SimpleNamespace(
+        tokens=np.full((1, 1, len(label)), label[-1]),
+        confidence=np.ones((1, 1)),
+        halts=np.zeros((1, 1), bool),
+    )
+    note = (
+        "const texts = []; CanvasRenderingContext2D.prototype.fillText = text => texts.push(text); render();"
+    )
+    write = "document.title = texts.filter(text => text).join(' ');"
+    html = drawn(page(dataset, "train", choice, steps, "run"), tmp_path, note + write)
+    symbols = [dataset.task.cell(token).symbol for token in (*question, label[-1], label[-1])]
+    assert f"<title>{escape(' '.join(symbols))}</title>" in html
