@@ -39,7 +39,7 @@ from ray.train.torch.config import (
 )
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR, get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
@@ -58,9 +58,11 @@ logger = logging.getLogger(__name__)
 # Of a worker, before its group is formed; out of memory, if Ray's monitor has killed it.
 DEATHS = (RayActorError, OutOfMemoryError, WorkerGroupStartupFailedError)
 
-# Callbacks that would remove the group of a controller that was killed, and that start what hands out Ray Data's
-# datasets, of which there are none: it takes seconds, and a sweep starts many runs.
-NOT_LENT = (PlacementGroupCleanerCallback, DatasetsCallback)
+# Each of Ray Train's helpers is a process that takes a second or two of a CPU to start, while the workers start too.
+NEVER_NEEDED = (DatasetsCallback,)  # starts what hands out Ray Data's datasets, of which there are none
+# Removes what a controller that was killed had reserved. The driver does, and a group that is lent stays. Without a
+# dashboard it cannot, and delays the end of every run by 12 s.
+NEEDED_AMONG_OTHERS = (PlacementGroupCleanerCallback,)
 
 
 @dataclass
@@ -86,21 +88,24 @@ class NonblockingTrainer(TorchTrainer):
 
     Where `train_loop_config["group"]` names a placement group, the workers are started in that one (see `Workers`).
 
+    Args:
+        is_private: whether nobody else wants the nodes, of which there will be no more, or the group is lent: then
+            Ray Train's helpers are left out that others' runs, autoscaling or lost nodes call for.
+
     Attributes:
         requester: by which name its controller asks the autoscaler for nodes.
     """
 
     requester = ""
 
-    @property
-    def _is_lent_its_group(self) -> bool:
-        loop_config: Any = self.train_loop_config  # type: ignore[attr-defined]  # the types are of Ray's older version
-        return bool(loop_config and loop_config.get("group"))
+    def __init__(self, *positional: Any, is_private: bool = False, **named: Any):
+        super().__init__(*positional, **named)
+        self._is_private = is_private
 
     def _create_default_callbacks(self) -> list[Any]:
-        """In a lent group without `NOT_LENT`."""
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]
-        return [c for c in callbacks if not (self._is_lent_its_group and isinstance(c, NOT_LENT))]
+        left_out = NEVER_NEEDED + NEEDED_AMONG_OTHERS * self._is_private
+        return [c for c in callbacks if not isinstance(c, left_out)]
 
     def start(self) -> ActorHandle:
         """The controller, on this node: `run` trains, then `get_result` has the result.
@@ -115,19 +120,26 @@ class NonblockingTrainer(TorchTrainer):
         return self.fit().controller  # type: ignore[attr-defined]
 
     def _initialize_and_run_controller(self, **parameters: Any) -> Started:
-        if self._is_lent_its_group:
-            parameters["scaling_policy"] = FixedSizeWithoutRequests(
-                parameters["scaling_policy"].scaling_config
-            )
+        policy = parameters["scaling_policy"]
+        if self._is_private and isinstance(policy, FixedScalingPolicy):
+            parameters["scaling_policy"] = FixedSizeWithoutRequests(policy.scaling_config)
         self._parameters = parameters
         self.requester = f"train-{parameters['train_run_context'].run_id}"
         node = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
-        environment = {"env_vars": {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}}
+        env_vars = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
+        if _is_on_one_machine():  # which takes the controller with it when it is taken away
+            env_vars[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"
+        environment = {"env_vars": env_vars | get_env_vars_to_propagate()}
         # By the default strategy it is in no placement group, and nor is what it starts for the whole cluster.
         controller: Any = ray.remote(
             num_cpus=0, label_selector=node, runtime_env=environment, scheduling_strategy="DEFAULT"
         )(Controller)
         return Started(controller.remote(**parameters))
+
+
+def _is_on_one_machine() -> bool:
+    """Whether this is a private Ray, which is on loopback."""
+    return bool(ray.util.get_node_ip_address() == get_localhost_ip())
 
 
 @dataclass
@@ -145,7 +157,7 @@ class JoinsWhereNeeded(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         if len(worker_group) == 1:
             return
-        if ray.util.get_node_ip_address() != get_localhost_ip():
+        if not _is_on_one_machine():
             super().on_start(worker_group, backend_config)
             return
         node: Any = ray._private.worker._global_node
@@ -178,10 +190,11 @@ def _talk_on_loopback() -> None:
 
 
 class FixedSizeWithoutRequests(FixedScalingPolicy):
-    """For workers whose place is reserved already.
+    """For workers whose place is reserved already, or where no node can be added.
 
-    Ray's own asks the autoscaler for all workers of all runs together, and for those of a controller that was killed
-    for 180 s more: beside the run that follows it, an autoscaling cluster would grow for nothing.
+    Ray's own starts an actor that asks the autoscaler for all workers of all runs together, and for those of a
+    controller that was killed for 180 s more: beside the run that follows it, an autoscaling cluster would grow for
+    nothing.
     """
 
     def after_controller_start(self, train_run_context: Any) -> None:

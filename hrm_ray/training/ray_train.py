@@ -115,7 +115,7 @@ def _fit(
     if (reason := driver.stop.reason()) is not None:
         return driver.summary_without_workers(reason)
     cpus, use_gpu = resources_of(config, grows)
-    trainer = _ray_trainer(config, run, channel, cpus, use_gpu, driver, group)
+    trainer = _ray_trainer(config, run, channel, cpus, use_gpu, driver, group, is_private)
     with _ray_errors_as_ray_failed():
         controller = trainer.start()
         training: ObjectRef = controller.run.remote()
@@ -189,8 +189,7 @@ class TimeLimits:
     Attributes:
         none_s: without a worker although the nodes have room for them; None: no limit.
         stop_s: for lost workers to come back after a request to stop; None: no limit.
-        end_s: for Ray to end the run when its workers have. Nothing, if all of it is ended anyway; else some, since
-            without a dashboard Ray 2.60 takes 12 s, to stop an actor that would clean up after it.
+        end_s: for Ray to end the run when its workers have; nothing, if all of it is ended anyway.
     """
 
     none_s: float | None
@@ -370,6 +369,7 @@ def _ray_trainer(
     use_gpu: bool,
     driver: Driver,
     group: "PlacementGroup | None",
+    is_private: bool,
 ) -> "ray_overrides.NonblockingTrainer":
     import ray.train.torch
 
@@ -382,7 +382,7 @@ def _ray_trainer(
         values["device"] = "cpu"
     run.create()  # if that cannot be, it is said here and not by a worker
     return ray_overrides.NonblockingTrainer(
-        _worker,  # type: ignore[arg-type]  # what it returns becomes Result.return_value
+        _worker,  # what it returns becomes Result.return_value
         train_loop_config={
             "config": values,
             "storage": str(run),
@@ -409,6 +409,7 @@ def _ray_trainer(
                 "env_vars": {**trusted_tasks(), **({} if use_gpu else where_not_set(ONE_ARENA))}
             },  # type: ignore[call-arg]
         ),
+        is_private=is_private,
     )
 
 
