@@ -12,6 +12,7 @@ Two forms exist, which differ in where the first moment's bias correction c1 = 1
 Weight decay is decoupled and comes first: p *= 1 - lr * weight_decay.
 """
 
+import inspect
 import math
 import warnings
 from collections import defaultdict
@@ -225,7 +226,16 @@ STATE = ("step", "exp_avg", "exp_avg_sq")
 FOREIGN = {"eps", "momentum", "amsgrad", "dampening", "nesterov", "alpha", "rho", "etas"}
 
 
-class AdamATan2(torch.optim.Optimizer):
+class _Uncompiled(torch.optim.Optimizer):
+    """Without the wrappers that keep torch's compiler away: their first call imports it, which takes a second."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class AdamATan2(_Uncompiled):
     """See the module.
 
     Args:
