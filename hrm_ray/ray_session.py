@@ -44,6 +44,14 @@ def cluster_address() -> str | None:
     return None if address in (None, "", "local") else address
 
 
+def is_head() -> bool:
+    """Whether the Ray of this process was started by it, and is no cluster that it joined."""
+    import ray
+
+    node = ray._private.worker._global_node
+    return node is not None and bool(node.is_head())
+
+
 @contextmanager
 def ray_session(
     object_store_bytes: int | None = None, env_vars: dict[str, str] | None = None

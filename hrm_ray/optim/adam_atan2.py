@@ -226,7 +226,7 @@ STATE = ("step", "exp_avg", "exp_avg_sq")
 FOREIGN = {"eps", "momentum", "amsgrad", "dampening", "nesterov", "alpha", "rho", "etas"}
 
 
-class _Uncompiled(torch.optim.Optimizer):
+class _Unwrapped(torch.optim.Optimizer):
     """Without the wrappers that keep torch's compiler away: their first call imports it, which takes a second."""
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
@@ -235,7 +235,7 @@ class _Uncompiled(torch.optim.Optimizer):
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
 
-class AdamATan2(_Uncompiled):
+class AdamATan2(_Unwrapped):
     """See the module.
 
     Args:

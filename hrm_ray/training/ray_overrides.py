@@ -1,4 +1,4 @@
-"""Where Ray Train 2.60 is changed: its driver, and what its controller does if a worker dies at its start.
+"""Where Ray Train 2.60 is changed: its driver, its helpers, and what its controller does if a worker dies at its start.
 
 `TorchTrainer.fit` waits in the calling thread. In the main one it replaces the handler of SIGINT, and nothing can be
 told meanwhile; another still waits when the session is ended, and its next call then starts a new Ray, or ends the
@@ -60,8 +60,8 @@ DEATHS = (RayActorError, OutOfMemoryError, WorkerGroupStartupFailedError)
 
 # Each of Ray Train's helpers is a process that takes a second or two of a CPU to start, while the workers start too.
 NEVER_NEEDED = (DatasetsCallback,)  # starts what hands out Ray Data's datasets, of which there are none
-# Removes what a controller that was killed had reserved. The driver does, and a group that is lent stays. Without a
-# dashboard it cannot, and delays the end of every run by 12 s.
+# Starts what removes the reservation of a controller that was killed. The driver does that itself, and a lent group has
+# to stay; without a dashboard this cleaner can do nothing, and delays the end of every run by 12 s.
 NEEDED_AMONG_OTHERS = (PlacementGroupCleanerCallback,)
 
 
@@ -89,8 +89,8 @@ class NonblockingTrainer(TorchTrainer):
     Where `train_loop_config["group"]` names a placement group, the workers are started in that one (see `Workers`).
 
     Args:
-        is_private: whether nobody else wants the nodes, of which there will be no more, or the group is lent: then
-            Ray Train's helpers are left out that others' runs, autoscaling or lost nodes call for.
+        is_private: whether nobody else wants the nodes, or the group is lent. Then no cleaner is started, and workers
+            of a fixed number are not asked of the autoscaler.
 
     Attributes:
         requester: by which name its controller asks the autoscaler for nodes.
@@ -127,7 +127,9 @@ class NonblockingTrainer(TorchTrainer):
         self.requester = f"train-{parameters['train_run_context'].run_id}"
         node = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         env_vars = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
-        if _is_on_one_machine():  # which takes the controller with it when it is taken away
+        if (
+            _is_on_loopback() and len(ray.nodes()) == 1
+        ):  # which takes the controller with it when it is taken away
             env_vars[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"
         environment = {"env_vars": env_vars | get_env_vars_to_propagate()}
         # By the default strategy it is in no placement group, and nor is what it starts for the whole cluster.
@@ -137,8 +139,8 @@ class NonblockingTrainer(TorchTrainer):
         return Started(controller.remote(**parameters))
 
 
-def _is_on_one_machine() -> bool:
-    """Whether this is a private Ray, which is on loopback."""
+def _is_on_loopback() -> bool:
+    """Whether all nodes are on this machine, as those of a private Ray are."""
     return bool(ray.util.get_node_ip_address() == get_localhost_ip())
 
 
@@ -157,7 +159,7 @@ class JoinsWhereNeeded(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         if len(worker_group) == 1:
             return
-        if not _is_on_one_machine():
+        if not _is_on_loopback():
             super().on_start(worker_group, backend_config)
             return
         node: Any = ray._private.worker._global_node

@@ -44,7 +44,7 @@ from hrm_ray.nodes import (
     waiting_for,
 )
 from hrm_ray.ray_metrics import RunMetrics
-from hrm_ray.ray_session import cluster_address, environment, ray_session
+from hrm_ray.ray_session import cluster_address, environment, is_head, ray_session
 from hrm_ray.storage.storage import Storage
 from hrm_ray.training.channel import Channel
 from hrm_ray.training.driver import Driver
@@ -110,7 +110,8 @@ def _fit(
     import ray
 
     channel = Channel(f"{config.run_name}-{uuid.uuid4().hex[:8]}")
-    is_private = cluster_address() is None or group is not None  # nobody else uses what was lent, either
+    # Nobody else uses what was lent, either.
+    is_private = group is not None or (cluster_address() is None and is_head())
     grows = growth(driver.stop.reason) if group is None else Growth()
     if (reason := driver.stop.reason()) is not None:
         return driver.summary_without_workers(reason)
@@ -158,7 +159,7 @@ def _fit(
 def _release_reservation(channel: Channel) -> None:
     """What is reserved for the workers, if the controller did not: Ray keeps it until the driver's process ends.
 
-    (Where there is a dashboard, an actor of Ray Train's does the same after a controller that was killed.)
+    (On a cluster with a dashboard an actor of Ray Train's does the same after a controller that was killed.)
     """
     from ray.util.placement_group import remove_placement_group
 

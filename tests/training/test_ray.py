@@ -111,27 +111,6 @@ def test_what_is_killed_and_not_to_be_replaced_ends_the_run_in_one_line(config, 
     _wait_for(lambda: ray.available_resources().get("CPU") == 2)
 
 
-class Looks(launch.Driver):
-    """Notes the names of the processes that run beside this one."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.names = ""
-
-    def progress(self, progress):
-        self.names += "".join(word for p in psutil.Process().children(recursive=True) for word in p.cmdline())
-
-
-def test_a_run_starts_no_helpers_that_it_does_not_need(config, ray_cluster):
-    """Of Ray Train's: each is a process, which starts while the workers do."""
-    config = TrainConfig(**config | {"scaling": on_ray(1)})
-    driver = Looks(config)
-    ray_train.train_on_ray(config, launch.run_folder(config), driver)
-    assert "ray::Controller" in driver.names and "RayTrainWorker" in driver.names
-    for helper in ("PlacementGroupCleaner", "DatasetManager"):
-        assert helper not in driver.names
-
-
 def test_another_ray_is_refused_before_it_trains(monkeypatch):
     monkeypatch.delattr(DataParallelTrainer, "_initialize_and_run_controller")
     monkeypatch.setattr(DataParallelTrainer, "fit", None)

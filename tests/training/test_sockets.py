@@ -1,4 +1,4 @@
-"""What a real private run opens: nothing beyond this machine, and nothing that answers without its token."""
+"""What a real private run starts and opens: no more than it needs, and nothing to others without its token."""
 
 import json
 import os
@@ -61,6 +61,7 @@ PROGRAM = """
                 Looks.found = {
                     "sockets": sockets,
                     "answers": {port: answers(port) for _, port, _ in sockets},
+                    "processes": " ".join(word for process in family for word in process.cmdline()),
                     "workers": self.num_workers,
                     "groups": len(list(session.glob("store-*"))),
                     "mode": stat.S_IMODE(session.parent.parent.stat().st_mode),
@@ -92,6 +93,10 @@ def test_a_private_run_listens_on_loopback_alone_and_to_its_token(tmp_path, num_
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["workers"] == num_workers and found["groups"] == (num_workers > 1)
+    assert "ray::Controller" in found["processes"] and "RayTrainWorker" in found["processes"]
+    # Ray Train's helpers, which would start while the workers do.
+    for helper in ("PlacementGroupCleaner", "DatasetManager", "PreemptionWatcher", "AutoscalingCoordinator"):
+        assert helper not in found["processes"]
     assert len(found["sockets"]) > 5
     assert [s for s in found["sockets"] if not s[0].startswith("127.") and s[0] != "::1"] == []
     assert 52365 not in [port for _, port, _ in found["sockets"]]  # the agent's, which a head needs for jobs
