@@ -22,7 +22,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from hrm_ray import ray_session
 from hrm_ray.errors import RayFailed, UserError
-from hrm_ray.ray_session import check_answers, cluster_address
+from hrm_ray.ray_session import check_answers, cluster_address, is_head
 from tests.toy import toy_dataset
 
 
@@ -410,3 +410,13 @@ def test_a_cluster_that_listens_on_loopback_alone_is_told_from_one_of_this_machi
         assert answers == [True, True, False, False]
         assert not ray_session._is_only_on_loopback(f"10.0.0.1:{ports[0]}")
     assert not ray_session._is_only_on_loopback(f"127.0.0.1:{ports[0]}")  # nobody listens there any more
+
+
+@pytest.mark.ray
+def test_who_starts_a_ray_is_its_head_and_who_joins_it_is_not(ray_cluster):
+    program = (
+        "import ray, sys; from hrm_ray.ray_session import is_head; ray.init(sys.argv[1]); sys.exit(is_head())"
+    )
+    words = [sys.executable, "-c", program, ray.get_runtime_context().gcs_address]
+    assert is_head()
+    assert subprocess.run(words, capture_output=True).returncode == 0

@@ -127,9 +127,8 @@ class NonblockingTrainer(TorchTrainer):
         self.requester = f"train-{parameters['train_run_context'].run_id}"
         node = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         env_vars = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
-        if (
-            _is_on_loopback() and len(ray.nodes()) == 1
-        ):  # which takes the controller with it when it is taken away
+        # A node that is alone takes the controller with it when it is taken away.
+        if _is_on_loopback() and len(ray.nodes()) == 1:
             env_vars[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"
         environment = {"env_vars": env_vars | get_env_vars_to_propagate()}
         # By the default strategy it is in no placement group, and nor is what it starts for the whole cluster.
