@@ -19,17 +19,29 @@ OPEN_PORTS = (44217, 44227)
 # Runs as a user would, in token mode, and looks at itself from outside when the workers train.
 PROGRAM = """
     import json, os, signal, stat, sys
+    from contextlib import suppress
     from pathlib import Path
     import grpc, psutil, requests
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
     from hrm_ray.config.schema import TrainConfig
     from hrm_ray.training import ray_train, launch
 
+    def cmdline(process):
+        "Nothing of one that has ended meanwhile, as idle workers of Ray do."
+        with suppress(psutil.NoSuchProcess):
+            return " ".join(process.cmdline())
+        return ""
+
+    def connections(process):
+        with suppress(psutil.NoSuchProcess):
+            return process.net_connections(kind="inet")
+        return []
+
     def listening(processes):
         for process in processes:
-            for c in process.net_connections(kind="inet"):
+            for c in connections(process):
                 if c.status == psutil.CONN_LISTEN or (c.type == 2 and c.laddr):
-                    yield [c.laddr.ip.removeprefix("::ffff:"), c.laddr.port, " ".join(process.cmdline())[:40]]
+                    yield [c.laddr.ip.removeprefix("::ffff:"), c.laddr.port, cmdline(process)[:40]]
 
     def answers(port):
         "What a stranger gets: as Ray's own client without a token, and as a browser."
@@ -55,13 +67,15 @@ PROGRAM = """
             if self.found is None and progress.step >= 3:
                 me = psutil.Process()
                 family = [me, *me.children(recursive=True)]
+                # Before anything that takes longer, in which the run may end.
+                processes = " ".join(map(cmdline, family))
                 sockets = list(listening(family))
                 import ray
                 session = Path(ray._private.worker._global_node.get_session_dir_path())
                 Looks.found = {
                     "sockets": sockets,
                     "answers": {port: answers(port) for _, port, _ in sockets},
-                    "processes": " ".join(word for process in family for word in process.cmdline()),
+                    "processes": processes,
                     "workers": self.num_workers,
                     "groups": len(list(session.glob("store-*"))),
                     "mode": stat.S_IMODE(session.parent.parent.stat().st_mode),
