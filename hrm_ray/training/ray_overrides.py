@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 # Of a worker, before its group is formed; out of memory, if Ray's monitor has killed it.
 DEATHS = (RayActorError, OutOfMemoryError, WorkerGroupStartupFailedError)
 
-# Each of Ray Train's helpers is a process that takes a second or two of a CPU to start, while the workers start too.
+# Each of Ray Train's helpers is a process that takes about a second of a CPU to start, while the workers start too.
 NEVER_NEEDED = (DatasetsCallback,)  # starts what hands out Ray Data's datasets, of which there are none
 # Starts what removes the reservation of a controller that was killed. The driver does that itself, and a lent group has
 # to stay; without a dashboard this cleaner can do nothing, and delays the end of every run by 12 s.
